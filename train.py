@@ -1,0 +1,574 @@
+"""
+One training loop for all chapters: a laptop's CPU, one GPU, or many under torchrun.
+
+    python train.py config/nano4m.py --batch_size=32
+    torchrun --nproc_per_node=4 train.py config/nano4m.py
+
+Settings come from a config file and the command line (config/__init__.py), the data from data/NAME (made on the first run by
+prepare/NAME.py), the model from the chapter that `model` names. The run folder out/CONFIGNAME receives checkpoints, log.jsonl
+and pictures; the same command goes on where a stopped run was, bit for bit on a CPU in float32.
+
+Everything random follows from (seed, step, micro-batch): the global batch of a step is a list of micro-batches, and each
+has the same samples, masks and noise whichever process computes it.
+"""
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import config
+from config import UserError
+
+SETTINGS = dict(
+    model='gpt',              # the chapter: gpt, fourm
+    dataset='shakespeare',    # data/NAME, made by prepare/NAME.py
+    out_dir='',               # the run's folder; '' is out/CONFIGNAME
+    init_from='resume',       # 'resume' goes on with the run in out_dir if there is one; 'scratch' moves that one aside
+    seed=0,                   # of the weights, the order of the data and all draws
+    # length and batches
+    max_iters=2000,           # optimizer steps
+    batch_size=64,            # samples a step, over all micro-batches and processes
+    micro_batch_size=64,      # samples in one forward pass: lower it until the memory suffices, the result is the same
+    # optimizer: Muon (torch.optim.Muon) for the hidden matrices, AdamW for embeddings, heads and vectors
+    muon=True,                # False: AdamW for everything
+    muon_learning_rate=0.02,  # of a matrix whose update has orthonormal rows or columns
+    learning_rate=3e-3,       # of AdamW
+    min_lr=0.0,               # where the decay ends, as a share of each rate
+    warmup_iters=50,          # linear warm-up
+    decay=0.6,                # share of max_iters, at the end, over which the rates fall linearly
+    weight_decay=0.0,         # decoupled, on matrices
+    beta1=0.9, beta2=0.95,    # of AdamW
+    momentum=0.95,            # of Muon
+    grad_clip=1.0,            # largest norm of the gradient; 0 switches clipping off
+    # evaluation and logs
+    eval_interval=500,        # steps between evaluations; the last step is always evaluated
+    eval_iters=0,             # micro-batches an evaluation, always the same ones; 0 is the whole validation set
+    log_interval=10,          # steps between lines in log.jsonl
+    target_loss=0.0,          # stop when val_loss reaches it
+    pictures=True,            # draw samples at each evaluation
+    wandb_log=False,          # also log to Weights & Biases
+    # machine
+    device='auto',            # cuda, mps or cpu
+    dtype='auto',             # bfloat16 where the hardware computes it natively, otherwise float32
+    compile=True,             # torch.compile
+    threads=0,                # of a CPU run; 0 is one a core
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+def find_device(name='auto'):
+    if name != 'auto':
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+    return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+
+
+def find_dtype(name, device):
+    """bfloat16 where it is native: there its matmuls are several times faster than float32's, elsewhere slower."""
+    if name == 'auto':
+        native = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+                  'cpu': lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}
+        return torch.bfloat16 if native.get(device.type, bool)() else torch.float32
+    if name not in ('float32', 'bfloat16'):
+        raise UserError(f'dtype={name!r}: choose auto, float32 or bfloat16')
+    return getattr(torch, name)
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def synchronize(device):
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+
+
+def matmul_rate(device, dtype, seconds=0.5):
+    """The machine's own limit: FLOP/s of a large square matrix product, the best of what fits into the time given."""
+    n = 8192 if device.type == 'cuda' else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    best, end = float('inf'), time.perf_counter() + seconds
+    a @ b
+    while time.perf_counter() < end:
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n ** 3 / best
+
+
+def count_flops(model, batch):
+    """FLOPs of a forward and backward pass, counted operator by operator; the written-out attention, so that its products
+    count on every device (the fused CPU kernel is unknown to the counter)."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(batch)[0].backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
+def try_compile(model):
+    """torch.compile, or the model as it is where no working compiler is found: a small product tells."""
+    try:
+        torch.compile(lambda x: (x @ x).relu())(torch.ones(2, 2, device=next(model.parameters()).device))
+    except Exception as error:
+        print(f'torch.compile does not work here ({type(error).__name__}): going on without it, about half as fast')
+        return model
+    return torch.compile(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+def read_meta(folder):
+    """data/NAME/meta.json: kind ('rows' or 'stream'), fields {name: vocabulary size}, the model settings that it decides."""
+    path = Path(folder, 'meta.json')
+    try:
+        meta = json.loads(path.read_text())
+        assert meta['kind'] in ('rows', 'stream') and meta['fields'] and meta['config'] is not None
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f'{path}: not the description of a data set ({type(error).__name__}); delete {folder} and run '
+                        f'python -m prepare.{Path(folder).name}')
+    return meta
+
+
+def prepare(dataset):
+    """Makes data/NAME on the first run; under torchrun process 0 does and the others wait for meta.json, written last."""
+    folder = Path('data', dataset)
+    if not Path('prepare', f'{dataset}.py').is_file() and not folder.is_dir():
+        known = ', '.join(sorted(path.stem for path in Path('prepare').glob('*.py')))
+        raise UserError(f'dataset={dataset!r}: there is neither {folder} nor prepare/{dataset}.py (there are {known})')
+    if not (folder / 'meta.json').is_file() and os.environ.get('RANK', '0') == '0':
+        print(f'{folder} is missing or incomplete: running python -m prepare.{dataset}', flush=True)
+        if subprocess.run([sys.executable, '-m', f'prepare.{dataset}']).returncode:
+            raise UserError(f'python -m prepare.{dataset} failed: see its message above')
+    while not (folder / 'meta.json').is_file():
+        time.sleep(1)
+    return folder, read_meta(folder)
+
+
+class Data:
+    """One split as memory-mapped arrays; sample(s) and their order follow from the seed alone.
+
+    rows: sample i is row i of each field. stream: one long run of tokens, cut into windows of T + 1; each epoch shifts the
+    grid of windows, so that every token gets to be predicted from every distance.
+    """
+    def __init__(self, folder, split, meta, block_size=0, seed=0):
+        self.meta, self.block_size, self.seed, self.orders = meta, block_size, seed, {}
+        self.arrays = {name: self.read(Path(folder, split, f'{name}.npy'), vocabulary)
+                       for name, vocabulary in meta['fields'].items()}
+        sizes = {name: len(array) for name, array in self.arrays.items()}
+        if len(set(sizes.values())) > 1:
+            raise UserError(f'{Path(folder, split)}: the fields differ in length ({sizes}); delete {folder} to make it anew')
+        self.n = sizes.popitem()[1]
+        if meta['kind'] == 'stream':
+            self.n = self.n // block_size - 2
+        if self.n < 1:
+            raise UserError(f'{Path(folder, split)}: too short for one sample of {block_size} tokens; lower block_size')
+
+    @staticmethod
+    def read(path, vocabulary):
+        try:
+            array = np.load(path, mmap_mode='r')
+        except (OSError, ValueError) as error:
+            raise UserError(f'{path}: missing or damaged ({error}); delete {path.parent.parent} to make it anew')
+        low, high = array.min(initial=0), array.max(initial=0)
+        if low < -1 or high >= vocabulary:  # -1 marks the places after the end of a text
+            raise UserError(f'{path}: token ids run from {low} to {high}, outside the vocabulary of {vocabulary}')
+        return array
+
+    def rows(self, ids, shift=0):
+        """{field: (B, ...)} of the samples with these ids."""
+        if self.meta['kind'] == 'rows':
+            return {name: torch.from_numpy(array[ids].astype(np.int64)) for name, array in self.arrays.items()}
+        index = shift + ids[:, None] * self.block_size + np.arange(self.block_size + 1)
+        return {name: torch.from_numpy(array[index].astype(np.int64)) for name, array in self.arrays.items()}
+
+    def order(self, epoch):
+        """The epoch's permutation of sample ids, and the shift of a stream's windows."""
+        if epoch not in self.orders:
+            random = np.random.default_rng((self.seed, epoch))
+            self.orders = {epoch: (random.permutation(self.n), int(random.integers(max(1, self.block_size))))}
+        return self.orders[epoch]
+
+    def take(self, start, count):
+        """Samples start .. start + count - 1 of the endless run over all epochs; a batch may straddle two."""
+        place, parts = np.arange(start, start + count), []
+        for epoch in np.unique(place // self.n):
+            order, shift = self.order(epoch)
+            parts.append(self.rows(order[place[place // self.n == epoch] % self.n], shift))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def generator(*key):
+    """A random generator for this key of integers, independent of those for all other keys."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def micro_batch(data, model, settings, step, j):
+    """Micro-batch j of a step, with all that the model draws for it: masks, noise."""
+    seed, size = settings['seed'], settings['micro_batch_size']
+    batch = data.take(step * settings['batch_size'] + j * size, size)
+    return model.draw(batch, generator(seed, 1, step, j), shared=generator(seed, 2, step))
+
+
+def evaluation_batch(data, model, settings, j):
+    """The same samples, masks and noise in every evaluation of every run."""
+    size = settings['micro_batch_size']
+    batch = data.rows(np.arange(j * size, min((j + 1) * size, data.n)))
+    return model.draw(batch, generator(3, j), shared=generator(4, j))
+
+
+def to_device(batch, device):
+    """Copies that the GPU makes while it works on the step before."""
+    if device.type == 'cuda':
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def save_checkpoint(path, checkpoint):
+    """Written beside its place, synced, then renamed: what was there before is never lost."""
+    temporary = path.with_suffix('.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f'{path}: cannot be written ({error}); the checkpoint before it is untouched. Make room or choose '
+                        'another out_dir, then run the same command again')
+
+
+def read_checkpoint(path):
+    """A checkpoint as a dict: settings, meta, step, weights and all else that a run needs to go on."""
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        assert {'settings', 'model_config', 'meta', 'step', 'weights'} <= checkpoint.keys()
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such checkpoint; train first, or name the folder of a run by --out_dir=')
+    except Exception as error:  # the unpickler fails in many ways
+        raise UserError(f'{path}: truncated or not a checkpoint of this repository ({type(error).__name__}); '
+                        'delete it, or use another one in its folder')
+    return checkpoint
+
+
+def load_model(path):
+    """The trained model of a checkpoint, in evaluation mode on the CPU, and the checkpoint."""
+    checkpoint = read_checkpoint(path)
+    chapter = importlib.import_module(checkpoint['settings']['model'])
+    model = chapter.Model(chapter.Config(**checkpoint['model_config']))
+    model.load_state_dict(checkpoint['weights'])
+    return model.eval(), checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers
+
+def make_optimizers(model, settings):
+    """Muon for the matrices between hidden vectors, AdamW for the rest.
+
+    Muon (torch.optim.Muon) replaces a matrix's momentum by the nearest matrix with orthonormal rows or columns; Q, K and V
+    are one fused matrix and are orthogonalised together. Embeddings and heads are matrices too, but their rows belong to
+    single tokens: they are AdamW's.
+    """
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        hidden = parameter.ndim == 2 and not any(word in name for word in ('embedding', 'head'))
+        (matrices if hidden and settings['muon'] else others).append(parameter)
+    adamw = torch.optim.AdamW(
+        [dict(params=[p for p in others if p.ndim >= 2], weight_decay=settings['weight_decay']),
+         dict(params=[p for p in others if p.ndim < 2], weight_decay=0.0)],
+        lr=settings['learning_rate'], betas=(settings['beta1'], settings['beta2']), fused=True)
+    if not matrices:
+        return [adamw]
+    return [adamw, torch.optim.Muon(matrices, lr=settings['muon_learning_rate'], momentum=settings['momentum'],
+                                    weight_decay=settings['weight_decay'], adjust_lr_fn='original')]
+
+
+def schedule(step, settings):
+    """The learning rates' factor: linear warm-up, constant, linear decay to min_lr over the last share of the run."""
+    left = (settings['max_iters'] - step) / max(1, settings['decay'] * settings['max_iters'])
+    return min(1, (step + 1) / max(1, settings['warmup_iters']), settings['min_lr'] + (1 - settings['min_lr']) * left)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sums over micro-batches and processes
+
+def add_logs(total, logs):
+    """logs: name -> (sum, count) on the device; adding keeps every mean exact, and needs no wait for the device."""
+    return {name: total[name] + value if name in total else value for name, value in logs.items()} | {
+        name: value for name, value in total.items() if name not in logs}
+
+
+def means(total):
+    """name -> mean, as floats, over all processes."""
+    names = sorted(total)
+    sums = torch.stack([total[name].float() for name in names])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return {name: s / max(count, 1) for name, (s, count) in zip(names, sums.tolist())}
+
+
+def loss_of(values):
+    """A model's loss for comparisons: the plain mean over its logs named loss... (one a modality in nano4M)."""
+    losses = [value for name, value in values.items() if name.startswith('loss')]
+    return sum(losses) / len(losses)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+FREE = {'init_from', 'out_dir', 'max_iters', 'micro_batch_size', 'eval_interval', 'log_interval', 'target_loss', 'pictures',
+        'wandb_log', 'device', 'dtype', 'compile', 'threads'}  # settings that may change when a run goes on
+
+
+def resolve(assigned):
+    """All settings (train.py's and the model's own, which have the names of its Config) and the chapter's module."""
+    chapters = sorted(path.stem for path in Path(__file__).parent.glob('*.py') if '\nModel = ' in path.read_text())
+    name = assigned.get('model', (SETTINGS['model'],))[0]
+    if name not in chapters:
+        raise UserError(f'model={name!r}: choose one of {", ".join(chapters)}')
+    chapter = importlib.import_module(name)
+    settings = config.apply(assigned, SETTINGS | dataclasses.asdict(chapter.Config()))
+    for key in ('max_iters', 'batch_size', 'micro_batch_size', 'eval_interval', 'log_interval'):
+        if settings[key] < 1:
+            raise UserError(f'{key}={settings[key]}: must be at least 1')
+    settings['micro_batch_size'] = min(settings['micro_batch_size'], settings['batch_size'])
+    return settings, chapter
+
+
+def make_model(chapter, settings, meta, assigned):
+    """The model with the settings of its Config; those that the data set decides cannot be set by hand."""
+    for name, value in meta['config'].items():
+        if name in assigned and settings[name] != value:
+            raise UserError(f'{assigned[name][1]}: {name} is decided by the data set ({value!r}); leave it out')
+    own = {field.name: settings[field.name] for field in dataclasses.fields(chapter.Config)} | meta['config']
+    try:
+        return chapter.Model(chapter.Config(**own))
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(f'model={settings["model"]!r} cannot be built: {error}')
+
+
+def start_or_resume(out_dir, settings, model, optimizers):
+    """The state of the run in out_dir, loaded into model and optimizers; that of a new run where there is none."""
+    last = out_dir / 'ckpt_last.pt'
+    if settings['init_from'] == 'scratch' and last.exists() and is_main():
+        aside = next(path for i in range(1, 10 ** 6) if not (path := Path(f'{out_dir}.{i}')).exists())
+        out_dir.rename(aside)
+        print(f'{out_dir} held another run: moved to {aside}')
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if settings['init_from'] == 'scratch' or not last.exists():
+        return dict(step=0, best=float('inf'), seconds=0.0, tokens=0)
+    checkpoint = read_checkpoint(last)
+    before = checkpoint['settings']
+    if changed := [name for name in settings if name not in FREE and settings[name] != before.get(name)]:
+        raise UserError(f'{out_dir} holds a run with {changed[0]}={before.get(changed[0])!r}, not {settings[changed[0]]!r}: '
+                        'choose another --out_dir=, or --init_from=scratch to move it aside')
+    model.load_state_dict(checkpoint['weights'])
+    for optimizer, state in zip(optimizers, checkpoint['optimizers']):
+        optimizer.load_state_dict(state)
+    log = out_dir / 'log.jsonl'
+    if log.exists() and is_main():  # forget what a stopped run did after its last checkpoint: it is done again
+        lines = [line for line in log.read_text().splitlines(True) if json.loads(line)['step'] <= checkpoint['step']]
+        log.write_text(''.join(lines))
+    return {name: checkpoint[name] for name in ('step', 'best', 'seconds', 'tokens')}
+
+
+def is_main():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def prefetched(make, jobs):
+    """make(*job) for each job in turn, the next one being made by a thread while the caller works on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for job in jobs:
+            ready, waiting = waiting, pool.submit(make, *job)
+            if ready:
+                yield ready.result()
+        if waiting:
+            yield waiting.result()
+
+
+def main(*arguments, **overrides):
+    """Trains as the config files and settings say; returns the last evaluation's values. Raises UserError."""
+    assigned = config.read(arguments, overrides)
+    settings, chapter = resolve(assigned)
+    files = [argument for argument in arguments if not argument.startswith('--')]
+    out_dir = Path(settings['out_dir'] or Path('out', Path(files[-1]).stem if files else settings['model']))
+    folder, meta = prepare(settings['dataset'])
+
+    # the machine
+    device = find_device(settings['device'])
+    dtype = find_dtype(settings['dtype'], device)
+    if 'RANK' in os.environ and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    torch.set_num_threads(settings['threads'] or torch.get_num_threads())
+    torch.set_float32_matmul_precision('high')
+
+    # data, model, optimizers
+    size = settings['micro_batch_size']
+    n_micro = settings['batch_size'] // size
+    if settings['batch_size'] % size or n_micro % world:
+        raise UserError(f'batch_size={settings["batch_size"]} does not split into micro-batches of {size} on {world} '
+                        f'processes: choose --micro_batch_size= so that their number is a multiple of {world}')
+    torch.manual_seed(settings['seed'])
+    raw_model = make_model(chapter, settings, meta, assigned)
+    block_size = settings.get('block_size', 0)
+    train_data, val_data = (Data(folder, split, meta, block_size, settings['seed']) for split in ('train', 'val'))
+    raw_model.to(device)
+    optimizers = make_optimizers(raw_model, settings)
+    rates = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
+    state = start_or_resume(out_dir, settings, raw_model, optimizers)
+    model = try_compile(raw_model) if settings['compile'] else raw_model
+    if world > 1:
+        model = DistributedDataParallel(model)
+    limit, flops = matmul_rate(device, dtype) if is_main() else 1, {}
+    if is_main():
+        count = sum(p.numel() for p in raw_model.parameters())
+        print(f'{settings["model"]}: {count / 1e6:.2f} M parameters, {train_data.n:,} training samples, {device}, '
+              f'{str(dtype)[6:]}, {limit / 1e9:,.0f} GFLOP/s of matmul; run folder {out_dir}')
+        if settings['wandb_log']:
+            import wandb
+            wandb.init(project='nanofm', name=out_dir.name, config=settings)
+
+    def log(line):
+        if is_main():
+            with open(out_dir / 'log.jsonl', 'a') as file:
+                file.write(json.dumps(line) + '\n')
+            if settings['wandb_log']:
+                wandb.log(line, step=line['step'])
+
+    @torch.no_grad()
+    def evaluate():
+        raw_model.eval()
+        total, batches = {}, -(-val_data.n // size)
+        jobs = [(val_data, raw_model, settings, j) for j in range(min(settings['eval_iters'] or batches, batches))]
+        for batch in prefetched(evaluation_batch, jobs[rank::world]):
+            with autocast(device, dtype):
+                total = add_logs(total, raw_model(to_device(batch, device))[1])
+        raw_model.train()
+        return means(total)
+
+    def save(name, step):
+        if is_main():
+            save_checkpoint(out_dir / name, dict(
+                settings=settings, model_config=dataclasses.asdict(raw_model.config), meta=meta, step=step, best=best,
+                seconds=seconds, tokens=int(tokens), weights=raw_model.state_dict(), dtype=str(dtype),
+                optimizers=[optimizer.state_dict() for optimizer in optimizers], threads=torch.get_num_threads()))
+
+    start, best, seconds, tokens = state['step'], state['best'], state['seconds'], state['tokens']
+    if start >= settings['max_iters']:
+        print(f'{out_dir}: finished at step {start}; raise max_iters to go on, or --init_from=scratch to start anew')
+        return {}
+    mine = range(rank, n_micro, world)
+    jobs = ((train_data, raw_model, settings, step, j) for step in range(start, settings['max_iters']) for j in mine)
+    batches = prefetched(micro_batch, jobs)
+    bar = tqdm(total=settings['max_iters'], initial=start, desc='train', unit='step', disable=not is_main())
+    total, work, waited, since = {}, 0, 0.0, time.perf_counter()  # since the last log line
+    for step in range(start, settings['max_iters'] + 1):
+
+        # evaluate, save, draw
+        if step == settings['max_iters'] or (step % settings['eval_interval'] == 0 and (step > start or step == 0)):
+            paused = time.perf_counter()
+            values = evaluate()
+            val_loss = loss_of(values)
+            log({'step': step, 'tokens': int(tokens), 'seconds': round(seconds + paused - since, 2), 'val_loss': val_loss}
+                | {f'val_{name}': value for name, value in values.items()})
+            if is_main():
+                tqdm.write(f'step {step}: val_loss {val_loss:.4f}  '
+                           + '  '.join(f'{name} {value:.3f}' for name, value in values.items() if name != 'loss'))
+            improved, best = val_loss < best, min(val_loss, best)
+            seconds += paused - since
+            if step:
+                save('ckpt_last.pt', step)
+                if improved:
+                    save('ckpt_best.pt', step)
+                if settings['pictures'] and is_main():
+                    import sample
+                    sample.draw(raw_model.eval(), folder, meta, out_dir / f'sample_{step:06d}.png')
+                    raw_model.train()
+            reached = val_loss <= settings['target_loss']
+            if reached and is_main():
+                print(f'val_loss {val_loss:.4f} <= target_loss after {int(tokens):,} tokens, {seconds:.1f} s')
+            if step == settings['max_iters'] or reached:
+                break
+            since = time.perf_counter()
+
+        # one step: the gradient of the mean over all micro-batches of all processes
+        for j in mine:
+            asked = time.perf_counter()
+            batch = to_device(next(batches), device)
+            waited += time.perf_counter() - asked
+            torch.manual_seed(settings['seed'] + step * n_micro + j)  # dropout
+            with model.no_sync() if world > 1 and j != mine[-1] else nullcontext():
+                with autocast(device, dtype):
+                    loss, logs = model(batch)
+                (loss * world / n_micro).backward()
+            total = add_logs(total, logs)
+            shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)
+            if shapes not in flops:
+                flops[shapes] = count_flops(raw_model, batch)
+            work += flops[shapes]
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings['grad_clip'] or float('inf'))
+        for optimizer, groups in zip(optimizers, rates):
+            for group, rate in zip(optimizer.param_groups, groups):
+                group['lr'] = rate * schedule(step, settings)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        bar.update()
+
+        # log
+        if (step + 1) % settings['log_interval'] == 0 or step + 1 == settings['max_iters']:
+            values, count = means(total), total['tokens'][0] * 1.0
+            if world > 1:
+                dist.all_reduce(count)
+            now = time.perf_counter()
+            took, tokens = now - since, tokens + count.item()
+            seconds += took
+            line = {'step': step + 1, 'tokens': int(tokens), 'seconds': round(seconds, 2), 'train_loss': loss_of(values),
+                    'lr': rates[0][0] * schedule(step, settings), 'grad_norm': norm.item(),
+                    'tokens_per_second': round(count.item() / took), 'mfu': round(work * world / took / limit / world, 4),
+                    'data_wait': round(waited / took, 4)}
+            log(line | {name: value for name, value in values.items() if name not in ('loss', 'tokens')})
+            bar.set_postfix(loss=f'{line["train_loss"]:.3f}', tok_s=f'{line["tokens_per_second"]:,}', mfu=f'{line["mfu"]:.0%}')
+            total, work, waited, since = {}, 0, 0.0, now
+    bar.close()
+    if is_main():
+        print(f'{step} steps, {int(tokens):,} tokens, {seconds:.1f} s of training; val_loss {val_loss:.4f}, best {best:.4f}; '
+              f'see {out_dir}')
+    if world > 1:
+        dist.destroy_process_group()
+    return values
+
+
+if __name__ == '__main__':
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        sys.exit(f'error: {error}')
