@@ -90,7 +90,7 @@ class Attention(nn.Module):
             q, (k, v) = self.q(x), self.qkv(context).chunk(2, dim=-1)
         q, k, v = self.heads(q), self.heads(k), self.heads(v)
         q = rotate(norm(q), *turn)  # the norm keeps logits small whatever the learning rate (arXiv 2010.04245)
-        k = rotate(norm(k), *(context_turn or turn))
+        k = rotate(norm(k), *(turn if context is None else context_turn))
         if cache is not None:
             k, v = cache.append(self, k, v)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, nh, T, hd)

@@ -1,0 +1,414 @@
+"""
+Chapter 3. nano4M: one encoder-decoder that turns any set of modalities into any other.
+
+A scene is known in several ways at once: its picture, its depth, its surface normals, a sentence about it. Each of these
+modalities is cut into discrete tokens, so that all look alike to a Transformer. In training a random part of all the tokens of
+a sample is the input and another part, disjoint from it, the target: depth from a picture, a picture from a
+sentence and three patches, a sentence from half of itself. Who learns to predict any part from any other part can then
+generate any modality from any other by filling in a few tokens at a time.
+
+The encoder reads K visible tokens. The decoder is asked by M queries that say only "which modality, which place": they look
+around among themselves and into the encoder's output, and each gives a distribution over the tokens of its own modality.
+
+A batch is {name: (B, size) integers}, one entry a modality; -1 stands after the end of a text. `draw` turns it into
+input slots, target slots and, sorted by modality, the rows that each output head has to answer.
+
+    python train.py config/nano4m.py
+    python sample.py --out_dir=out/nano4m --chain="rgb>depth:8,normal:8,scene_desc"
+
+Papers: 4M (Mizrahi et al., 2312.06647), 4M-21 (2406.09406). What differs: image tokens are FSQ codes (2309.15505), embedded and
+predicted digit by digit, so that 65,536 codes need 64 logits; rotary positions beside the added ones; input slots that a
+sample cannot fill hold a learned null token instead of padding behind a mask.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from gpt import MLP, Attention, norm, rotary, sample_token
+
+
+@dataclass
+class Config:
+    modalities: str = 'rgb:16*16*16*16:8x8 caption:320:48'  # name:vocabulary:size of each; set by the data set
+    use: str = ''                   # names of the modalities to train on, separated by spaces; '' is all of them
+    n_layer_encoder: int = 3        # blocks that read the input
+    n_layer_decoder: int = 3        # blocks that answer the queries
+    n_head: int = 8                 # nh, attention heads a block
+    n_embd: int = 256               # D, the width
+    input_slots: str = '32,64,96'   # K: each step draws one; the largest holds a whole image and more
+    target_slots: str = '64'        # M: the same for the targets
+    alphas: str = '0.1,1,10'        # of the Dirichlet over modalities, one drawn a sample: small is few modalities, large all
+    whole: float = 0.6              # share of samples whose input comes from one or two modalities only, as whole as K allows
+    empty: float = 0.05             # share of samples without any input
+    dropout: float = 0.0            # on the output of each residual branch
+
+
+class Modality:
+    """One entry of Config.modalities, 'rgb:16*16*16*16:8x8' or 'caption:320:48'.
+
+    The vocabulary is a product of levels, an id's digits in mixed radix, first digit most significant: an FSQ code has as many
+    digits as its quantizer has channels, a text token one. The size is a grid of rows x columns or the longest text,
+    whose last id, V - 1, is the end token.
+    """
+    def __init__(self, entry, start):
+        try:
+            self.name, levels, size = entry.split(':')
+            self.levels = [int(level) for level in levels.split('*')]
+            self.grid = [int(n) for n in size.split('x')]
+        except ValueError:
+            raise ValueError(f'modality {entry!r}: write name:vocabulary:size, as in rgb:4096:8x8 or caption:320:48') from None
+        self.is_text = len(self.grid) == 1
+        self.vocabulary, self.size = math.prod(self.levels), math.prod(self.grid)
+        self.places = slice(start, start + self.size)  # among the N places of all modalities
+
+    def coordinates(self):
+        """Place in the text, row, column: (size, 3)."""
+        if self.is_text:
+            return F.pad(torch.arange(self.size)[:, None], (0, 2))
+        return F.pad(torch.cartesian_prod(*map(torch.arange, self.grid)), (1, 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masking (4M, section 2.3 and appendix): which tokens are seen, which are asked for
+
+def log_dirichlet(alpha, n, generator):
+    """Logarithms of B draws from the symmetric Dirichlet over n modalities, alpha (B,) -> (B, n).
+
+    By gammas; Gamma(alpha) = Gamma(alpha + 1) * U^(1 / alpha), in logarithms, holds for the smallest alphas too.
+    """
+    alpha = alpha[:, None].expand(-1, n)
+    uniform = torch.rand(alpha.shape, generator=generator).clamp(min=1e-30)
+    return (torch._standard_gamma(alpha + 1, generator).log() + uniform.log() / alpha).log_softmax(-1)
+
+
+def budget_keys(available, sections, log_share, ordered, generator):
+    """Keys (B, N) whose smallest entries are a sample's tokens: for any K, each modality gets its share of the K smallest.
+
+    Within a modality the available tokens are ranked at random, or, where `ordered` (B, modalities), from first to last.
+    Token number r of a modality with share p gets the key r / p (here its logarithm), so that the K smallest hold K p tokens
+    of it; what a short modality cannot supply falls to the others by itself. Unavailable tokens get infinity.
+    """
+    keys = torch.rand(available.shape, generator=generator)
+    for m, section in enumerate(sections):
+        first_to_last = torch.linspace(0, 0.999, section.stop - section.start)
+        noise = torch.where(ordered[:, m, None], first_to_last, keys[:, section])
+        rank = noise.masked_fill(~available[:, section], 1).argsort(-1).argsort(-1)
+        keys[:, section] = (rank + 0.5).log() - log_share[:, m, None]
+    return keys.masked_fill(~available, torch.inf)
+
+
+def smallest(keys, k):
+    """Indices (B, k) of the smallest keys (B, N), in ascending order; N, for no token, where only infinite ones are left."""
+    value, index = keys.topk(min(k, keys.size(1)), largest=False)
+    index = index.masked_fill(value.isinf(), keys.size(1))
+    return F.pad(index, (0, k - index.size(1)), value=keys.size(1)).sort(-1).values
+
+
+def draw_masks(present, sections, is_text, K, M, config, generator):
+    """Input places (B, K) and target places (B, M), disjoint, as indices into the N places of present (B, N); N is none.
+
+    A mixture: `empty` of the samples have no input; `whole` take it from one or two modalities only, so that a whole modality
+    stands alone as it does when sampling; the rest from all, by Dirichlet shares. Targets: Dirichlet shares of what is left.
+    """
+    B, n = present.size(0), len(sections)
+    alphas = torch.tensor([float(alpha) for alpha in config.alphas.split(',')])
+    kind = torch.rand(B, 1, generator=generator)
+    few = torch.randint(1, 3, (B, 1), generator=generator)  # one or two modalities, more only to fill half of the slots
+    turn = torch.rand(B, n, generator=generator).argsort(-1).argsort(-1)  # whose turn it is to be allowed
+    count = torch.stack([present[:, s].sum(1) for s in sections], 1)
+    before = (count[:, None] * (turn[:, None] < turn[..., None])).sum(-1)  # (B, n) tokens of those allowed earlier
+    chosen = (turn < few) | (before < K / 2) | (kind > config.empty + config.whole)
+    chosen &= kind >= config.empty
+    ordered = is_text & (torch.rand(B, n, generator=generator) < 0.5)  # half of the texts are read from left to right
+    place = torch.cat([chosen[:, m, None].expand(-1, s.stop - s.start) for m, s in enumerate(sections)], 1)
+    picks = alphas[torch.randint(len(alphas), (2, B), generator=generator)]
+    keys = budget_keys(present & place, sections, log_dirichlet(picks[0], n, generator), ordered, generator)
+    inputs = smallest(keys, K)
+    left = F.pad(present, (0, 1)).scatter(1, inputs, False)[:, :-1]
+    targets = smallest(budget_keys(left, sections, log_dirichlet(picks[1], n, generator), ordered, generator), M)
+    return inputs, targets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+class EncoderBlock(nn.Module):
+    """Every visible token looks at every other, whatever their modalities."""
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config.n_embd, config.n_head)
+        self.mlp = MLP(config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, turn):
+        x = x + self.dropout(self.attention(norm(x), turn))
+        return x + self.dropout(self.mlp(norm(x)))
+
+
+class DecoderBlock(nn.Module):
+    """Queries look at each other, then at the encoder's output."""
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config.n_embd, config.n_head)
+        self.cross = Attention(config.n_embd, config.n_head, cross=True)
+        self.mlp = MLP(config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, turn, context, context_turn):
+        x = x + self.dropout(self.attention(norm(x), turn))
+        x = x + self.dropout(self.cross(norm(x), turn, context, context_turn))
+        return x + self.dropout(self.mlp(norm(x)))
+
+
+class Head(nn.Module):
+    """Distribution over the tokens of one modality, digit by digit: p(id | h) = prod_d p(digit_d | h, digits before d).
+
+    Each digit drawn is added, as a vector, to what the next one is predicted from, as in NADE (Larochelle & Murray, 2011):
+    exact for any joint distribution's chain rule, at the price of a few small softmaxes. A text token is a single digit.
+    """
+    def __init__(self, levels, n_embd):
+        super().__init__()
+        self.levels = levels
+        self.out = nn.ModuleList(nn.Linear(n_embd, level, bias=False) for level in levels)
+        self.embedding = nn.ModuleList(nn.Embedding(level, n_embd) for level in levels[:-1])
+        for out in self.out:
+            nn.init.zeros_(out.weight)  # the first loss is ln(V), exactly
+
+    def logits(self, h, d):
+        return self.out[d](F.gelu(h)).float()  # (..., levels[d])
+
+    def tell(self, h, d, digit):
+        """Lets the digits after number d know its value; the last one needs not be told."""
+        return h + self.embedding[d](digit) if d < len(self.embedding) else h
+
+    def forward(self, h, ids):
+        """-ln p(ids | h) in nats: h (R, D) and ids (R,) -> (R,)."""
+        nll = 0
+        for d, digit in enumerate(digits_of(ids, self.levels)):
+            nll = nll + F.cross_entropy(self.logits(h, d), digit, reduction='none')
+            h = self.tell(h, d, digit)
+        return nll
+
+    def sample(self, h, temperature, top_k, top_p, generator):
+        """Draws ids (B, Q) for h (B, Q, D), each digit with this temperature, top_k and top_p; returns their ln p too."""
+        ids = log_p = 0
+        for d, level in enumerate(self.levels):
+            logits = self.logits(h, d)
+            digit = sample_token(logits, temperature, top_k, top_p, generator)
+            log_p = log_p + logits.log_softmax(-1).gather(-1, digit[..., None])[..., 0]
+            ids = ids * level + digit
+            h = self.tell(h, d, digit)
+        return ids, log_p
+
+
+def digits_of(ids, levels):
+    """Mixed-radix digits of ids, most significant first: a list of tensors shaped like ids."""
+    digits = []
+    for level in reversed(levels):
+        digits.append(ids % level)
+        ids = ids // level
+    return digits[::-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+class FourM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.modalities = parse(config)
+        self.N = self.modalities[-1].places.stop  # places of all modalities together; index N is the null token
+        self.sections = [m.places for m in self.modalities]
+        self.is_text = torch.tensor([m.is_text for m in self.modalities])
+        self.input_sizes, self.target_sizes = ([int(k) for k in text.split(',')]
+                                               for text in (config.input_slots, config.target_slots))
+        D, n = config.n_embd, len(self.modalities)
+
+        # what the digits of an id are in each modality, as rows of one embedding table; row 0 stays zero
+        width = max(len(m.levels) for m in self.modalities)
+        divisor, levels, offset = torch.ones(n + 1, width).long(), torch.ones(n + 1, width).long(), torch.zeros(n + 1, width).long()
+        rows = 1
+        for i, m in enumerate(self.modalities):
+            for d, level in enumerate(m.levels):
+                divisor[i, d], levels[i, d], offset[i, d] = math.prod(m.levels[d + 1:]), level, rows
+                rows += level
+        modality_of = torch.cat([torch.full((m.size,), i) for i, m in enumerate(self.modalities)] + [torch.tensor([n])])
+        coordinates = torch.cat([m.coordinates() for m in self.modalities] + [torch.zeros(1, 3, dtype=torch.long)])
+        for name, tensor in dict(divisor=divisor, levels=levels, offset=offset, modality_of=modality_of,
+                                 turn=torch.stack(rotary(coordinates, D // config.n_head, theta=100))).items():
+            self.register_buffer(name, tensor, persistent=False)
+
+        # modality + place, for tokens and for queries: learned, and at first alike for places that lie near each other
+        self.embedding = nn.Embedding(rows, D, padding_idx=0)
+        waves = torch.cat(rotary(coordinates, D, theta=100), -1)  # (N + 1, D)
+        self.place_embedding = nn.Embedding.from_pretrained(waves + torch.randn(n + 1, D)[modality_of], freeze=False)
+        self.query_embedding = nn.Embedding.from_pretrained(waves + torch.randn(n + 1, D)[modality_of], freeze=False)
+        self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.n_layer_encoder))
+        self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layer_decoder))
+        self.heads = nn.ModuleDict({m.name: Head(m.levels, D) for m in self.modalities})
+
+    def turns(self, index):
+        return self.turn[:, index].unsqueeze(2)  # cos and sin (2, B, 1, T, hd / 2)
+
+    def encode(self, ids, index):
+        """Tokens (B, K) at places (B, K), N for none -> what the decoder looks at (B, K, D)."""
+        m = self.modality_of[index]
+        digits = ids[..., None] // self.divisor[m] % self.levels[m] + self.offset[m]  # (B, K, digits)
+        place = self.place_embedding(index)
+        x, turn = norm(self.embedding(digits).sum(-2) + place), self.turns(index)
+        for block in self.encoder:
+            x = block(x, turn)
+        return norm(x) + place
+
+    def decode(self, context, context_index, index):
+        """Answers (B, M, D) to queries at places (B, M)."""
+        x, turn, context_turn = norm(self.query_embedding(index)), self.turns(index), self.turns(context_index)
+        for block in self.decoder:
+            x = block(x, turn, context, context_turn)
+        return norm(x)
+
+    @torch.no_grad()
+    def draw(self, batch, generator, shared):
+        """Input and target slots of a micro-batch, where the batch lies (train.py: in host memory, so that the number of rows
+        of each head is known without waiting for a GPU). K and M come from `shared`, the rest from `generator`.
+
+        Returns input_ids, input_index (B, K), target_index (B, M), and for each modality NAME its targets in the whole batch:
+        rows_NAME (R,) indices into the B * M answers, ids_NAME (R,), weight_NAME (R,). R is rounded up, with weights 0.
+        """
+        ids = torch.cat([batch[m.name].flatten(1) for m in self.modalities], 1)  # (B, N)
+        K, M = (sizes[torch.randint(len(sizes), (1,), generator=shared)] for sizes in (self.input_sizes, self.target_sizes))
+        inputs, targets = draw_masks(ids >= 0, self.sections, self.is_text, K, M, self.config, generator)
+        ids = F.pad(ids, (0, 1))  # the null token
+        drawn = dict(input_ids=ids.gather(1, inputs), input_index=inputs, target_index=targets)
+        asked = torch.stack([(targets >= s.start) & (targets < s.stop) for s in self.sections])  # (modalities, B, M)
+        count = asked.sum(-1)  # (modalities, B)
+        weight = 1 / (count * (count > 0).sum(0) * len(ids))  # mean over tokens, then modalities, then samples
+        flat = ids.gather(1, targets).flatten()
+        step = max(1, flat.numel() // 32)
+        for m, mask, w in zip(self.modalities, asked, weight):
+            rows = mask.flatten().nonzero()[:, 0]
+            spare = (-len(rows) % step) if len(rows) else step
+            drawn |= {f'rows_{m.name}': F.pad(rows, (0, spare)), f'ids_{m.name}': F.pad(flat[rows], (0, spare)),
+                      f'weight_{m.name}': F.pad(w.repeat_interleave(targets.size(1))[rows], (0, spare))}
+        return drawn
+
+    def forward(self, batch):
+        """A drawn batch -> the loss in nats a token, and logs: the loss of each modality, the share of null input slots."""
+        inputs, targets = batch['input_index'], batch['target_index']
+        h = self.decode(self.encode(batch['input_ids'], inputs), inputs, targets).flatten(0, 1)  # (B * M, D)
+        loss, logs = 0, {}
+        for m in self.modalities:
+            rows, ids, weight = (batch[f'{part}_{m.name}'] for part in ('rows', 'ids', 'weight'))
+            nll = self.heads[m.name](h[rows], ids)  # (R,)
+            loss = loss + (nll * weight).sum()
+            real = (weight > 0).float()
+            logs[f'loss_{m.name}'] = torch.stack(((nll.detach() * real).sum(), real.sum()))
+        null = (inputs == self.N).sum()
+        logs['null_share'] = torch.stack((null, null.new_tensor(inputs.numel())))
+        tokens = inputs.numel() - null + (targets < self.N).sum()
+        logs['tokens'] = torch.stack((tokens, torch.ones_like(tokens)))
+        return loss, logs
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Generation
+
+    def answer(self, ids, index):
+        """Answers (B, Q, D) at places index (B, Q), given all known tokens of ids (B, N), -1 where unknown."""
+        known = ids >= 0
+        most = int(known.sum(1).max())
+        K = min([size for size in self.input_sizes if size >= most], default=most)  # null tokens as in training
+        inputs = smallest(torch.where(known, 0.0, torch.inf), K)
+        return self.decode(self.encode(F.pad(ids, (0, 1), value=0).gather(1, inputs), inputs), inputs, index)
+
+    def join(self, given):
+        """{name: (B, size) ids, -1 where unknown} -> (B, N)."""
+        B, device = len(next(iter(given.values()))), self.turn.device
+        ids = torch.full((B, self.N), -1, device=device)
+        for m in self.modalities:
+            if m.name in given:
+                ids[:, m.places] = given[m.name].to(device).flatten(1)
+        return ids
+
+    @torch.no_grad()
+    def generate(self, given, targets, steps=8, temperature=1.0, top_k=0, top_p=1.0, order='random', schedule='linear',
+                 generator=None):
+        """Generates the modalities named in the list `targets`, one after the other, each conditioning the next (4M,
+        section 3.1).
+
+        given: {name: (B, size) ids}; -1 marks what is unknown, so that parts of a target may be given too. Images are filled in
+        `steps` steps, in random order (ROAR), raster order or by confidence (MaskGIT, 2202.04200), the tokens of a step
+        being drawn at once; schedule 'linear' fills as many each step, 'cosine' few first. Texts are written from left to
+        right and stop at their end token. Returns {name: (B, size) ids}, -1 after the end of a text.
+        """
+        ids = self.join(given)
+        draw = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        for name in targets:
+            m = next(m for m in self.modalities if m.name == name)
+            (self.write if m.is_text else self.fill)(ids, m, draw, steps, order, schedule)
+        return {m.name: ids[:, m.places] for m in self.modalities if m.name in targets}
+
+    def fill(self, ids, m, draw, steps, order, schedule):
+        """Fills the unknown tokens of image modality m into ids, in place."""
+        index = torch.arange(m.places.start, m.places.stop, device=ids.device).expand(len(ids), -1)  # (B, n)
+        place = torch.rand(index.shape, generator=draw['generator'], device=ids.device) if order == 'random' else index
+        unknown = (ids[:, m.places] < 0).sum(1, keepdim=True)  # (B, 1)
+        steps = max(1, min(steps, int(unknown.max())))
+        for step in range(steps):
+            left = ids[:, m.places] < 0
+            tokens, log_p = self.heads[m.name].sample(self.answer(ids, index), **draw)
+            done = (step + 1) / steps
+            done = done if schedule == 'linear' else 1 - math.cos(math.pi / 2 * done)
+            now = (unknown * done).ceil() - (unknown - left.sum(1, keepdim=True))  # tokens of this step, a sample
+            rank = torch.where(left, -log_p if order == 'confidence' else place, torch.inf).argsort(-1).argsort(-1)
+            ids[:, m.places] = torch.where(left & (rank < now), tokens, ids[:, m.places])
+
+    def write(self, ids, m, draw, *_):
+        """Writes text modality m into ids from left to right, in place; nothing stands after an end token."""
+        index = torch.arange(m.places.start, m.places.stop, device=ids.device).expand(len(ids), -1)
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for i in range(m.size):
+            now = ids[:, m.places.start + i]
+            if (todo := ~ended & (now < 0)).any():
+                token = self.heads[m.name].sample(self.answer(ids, index)[:, i:i + 1], **draw)[0][:, 0]
+                now[todo] = token[todo]
+            ended |= now == m.vocabulary - 1
+            if ended.all():
+                break
+
+    @torch.no_grad()
+    def log_prob(self, given, name, candidates):
+        """ln p(candidate | given) (B, C) of each text or image in candidates (C, size), all tokens asked for at once.
+
+        Queries carry no content, so one pass a sample scores all candidates.
+        """
+        m = next(m for m in self.modalities if m.name == name)
+        ids = self.join(given)
+        ids[:, m.places] = -1
+        index = torch.arange(m.places.start, m.places.stop, device=ids.device).expand(len(ids), -1)
+        h, candidates = self.answer(ids, index), candidates.to(ids.device)
+        total = []
+        for answers in h:  # (size, D), one sample's
+            nll = self.heads[name](answers.repeat(len(candidates), 1), candidates.clamp(min=0).flatten())
+            total.append(-(nll.view(candidates.shape) * (candidates >= 0)).sum(1))
+        return torch.stack(total)
+
+
+def parse(config):
+    """The modalities of a Config, in its order; those in `use` alone if it names any."""
+    modalities, start = [], 0
+    entries = config.modalities.split()
+    names, used = [entry.split(':')[0] for entry in entries], config.use.split()
+    if missing := [name for name in used if name not in names]:
+        raise ValueError(f'use={config.use!r}: there is no modality {missing[0]!r}; there are {", ".join(names)}')
+    for entry in entries:
+        if not used or entry.split(':')[0] in used:
+            modalities.append(Modality(entry, start))
+            start = modalities[-1].places.stop
+    return modalities
+
+
+Model = FourM

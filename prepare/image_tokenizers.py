@@ -1,0 +1,258 @@
+"""
+Pictures as tokens: an autoencoder whose middle is finite scalar quantization (FSQ, Mentzer et al., 2309.15505).
+
+A picture is cut into patches; a small Transformer turns each patch, seeing all the others, into a handful of numbers between 0
+and 1; each number is rounded to one of a few levels; a second Transformer rebuilds the picture from what is left. The rounded
+numbers of a patch, read as the digits of one integer, are its token. There is no codebook to learn and none to
+collapse: every combination of digits is a code.
+
+The rebuilt picture is the best that any model working on these tokens can show: its quality is the ceiling of all later scores.
+"""
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from config import UserError
+from gpt import MLP, Attention, norm, rotary
+from train import SETTINGS, autocast, find_device, find_dtype, make_optimizers, set_up, try_compile, update
+
+
+@dataclass
+class Config:
+    size: int = 64                # H = W, pixels of a side
+    patch: int = 8                # pixels of a patch's side; N = (size / patch)^2 tokens
+    channels: int = 3             # C
+    levels: str = '16*16*16*16'   # of each digit; their product is the vocabulary
+    n_embd: int = 128             # width
+    n_head: int = 4
+    n_layer_encoder: int = 2
+    n_layer_decoder: int = 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finite scalar quantization
+
+def quantize(z, levels):
+    """Latents z (..., d) -> digits (..., d), floats with integer values 0..level - 1, in float32.
+
+    Bounded by a sigmoid, so that the first and the last level are reached for any number of levels (section 3.1 has tanh and a
+    shift for even ones); rounded with the gradient of the identity (straight-through).
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        bounded = z.float().sigmoid() * (levels - 1)
+        return bounded + (bounded.round() - bounded).detach()
+
+
+def digits_to_ids(digits, levels):
+    """Digits (..., d) -> ids (...), the first digit the most significant."""
+    ids = torch.zeros(digits.shape[:-1], dtype=torch.long, device=digits.device)
+    for digit, level in zip(digits.round().long().unbind(-1), levels.long().tolist()):
+        ids = ids * level + digit
+    return ids
+
+
+def ids_to_digits(ids, levels):
+    """The inverse: ids (...) -> digits (..., d), as floats."""
+    digits = []
+    for level in reversed(levels.long().tolist()):
+        digits.append(ids % level)
+        ids = ids // level
+    return torch.stack(digits[::-1], -1).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The autoencoder
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config.n_embd, config.n_head)
+        self.mlp = MLP(config.n_embd)
+
+    def forward(self, x, turn):
+        x = x + self.attention(norm(x), turn)
+        return x + self.mlp(norm(x))
+
+
+class ImageTokenizer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        side, pixels = config.size // config.patch, config.channels * config.patch ** 2
+        levels = [int(level) for level in config.levels.split('*')]
+        self.vocabulary, self.tokens = math.prod(levels), side * side
+        self.patch_embedding = nn.Linear(pixels, config.n_embd)
+        self.encoder = nn.ModuleList(Block(config) for _ in range(config.n_layer_encoder))
+        self.to_latent_head = nn.Linear(config.n_embd, len(levels))
+        self.digit_embedding = nn.Linear(len(levels), config.n_embd)
+        self.decoder = nn.ModuleList(Block(config) for _ in range(config.n_layer_decoder))
+        self.to_pixels_head = nn.Linear(config.n_embd, pixels)
+        grid = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+        self.register_buffer('levels', torch.tensor(levels, dtype=torch.float), persistent=False)
+        self.register_buffer('turn', torch.stack(rotary(grid, config.n_embd // config.n_head, theta=100)), persistent=False)
+
+    def latents(self, images):
+        """Images (B, C, H, W) -> latents (B, N, d)."""
+        c = self.config
+        if images.shape[1:] != (c.channels, c.size, c.size):
+            raise ValueError(f'pictures of shape {tuple(images.shape[1:])}, but this tokenizer takes '
+                             f'{(c.channels, c.size, c.size)}')
+        x = self.patch_embedding(F.pixel_unshuffle(images, c.patch).flatten(2).transpose(1, 2))  # (B, N, D)
+        for block in self.encoder:
+            x = block(x, self.turn)
+        return self.to_latent_head(norm(x)).float()
+
+    def rebuild(self, digits):
+        """Digits (B, N, d) -> images (B, C, H, W)."""
+        c = self.config
+        x = self.digit_embedding(2 * digits / (self.levels - 1) - 1)
+        for block in self.decoder:
+            x = block(x, self.turn)
+        side = c.size // c.patch
+        x = self.to_pixels_head(norm(x)).float().transpose(1, 2).unflatten(2, (side, side))
+        return F.pixel_shuffle(x, c.patch)
+
+    def forward(self, images):
+        return self.rebuild(quantize(self.latents(images), self.levels))
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Images (B, C, H, W) -> ids (B, N). Raises ValueError for another size."""
+        return digits_to_ids(quantize(self.latents(images), self.levels), self.levels)
+
+    @torch.no_grad()
+    def decode(self, ids):
+        """Ids (B, N) -> images (B, C, H, W)."""
+        return self.rebuild(ids_to_digits(ids, self.levels))
+
+    def save(self, path):
+        torch.save(dict(config=dataclasses.asdict(self.config), weights=self.state_dict()), path)
+
+    @classmethod
+    def load(cls, path):
+        try:
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+            tokenizer = cls(Config(**saved['config']))
+            tokenizer.load_state_dict(saved['weights'])
+        except Exception as error:  # the unpickler fails in many ways
+            raise UserError(f'{path}: missing, truncated or not an image tokenizer ({type(error).__name__}); '
+                            'delete the data set\'s folder to make it anew')
+        return tokenizer.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fields: raw arrays as the autoencoder sees them
+
+DEPTH_MEAN, DEPTH_SCALE = 2.1, 0.4  # of the logarithm of depth, so that errors are relative ones
+CLASSES = 25                        # of segmentation: ground, and shape x colour
+SPECS = dict(  # channels, levels, weight of an object's pixel (the ground's is 1), training steps
+    rgb=(3, '16*16*16*16', 8, 900),
+    depth=(1, '8*8*8*8', 4, 300),
+    normal=(3, '8*8*8*8', 4, 400),
+    segmentation=(CLASSES, '8*8*8*8', 2, 400))
+
+
+def to_network(name, raw):
+    """Raw pictures (B, H, W[, C]) of a field -> (B, C, H, W) float, about -1..1; classes one-hot."""
+    raw = torch.from_numpy(np.ascontiguousarray(raw))
+    if name == 'depth':
+        return ((raw.float().log() - DEPTH_MEAN) / DEPTH_SCALE)[:, None]
+    if name == 'segmentation':
+        return F.one_hot(raw.long(), CLASSES).permute(0, 3, 1, 2).float()
+    raw = raw.permute(0, 3, 1, 2)
+    return raw / 127.5 - 1 if name == 'rgb' else raw / 127. if raw.dtype == torch.int8 else raw.float()
+
+
+def from_network(name, x):
+    """The inverse for a network's output (B, C, H, W): rgb uint8, depth float, unit normals float, the likeliest class."""
+    if name == 'depth':
+        return (x[:, 0] * DEPTH_SCALE + DEPTH_MEAN).exp().numpy()
+    if name == 'segmentation':
+        return x.argmax(1).numpy()
+    x = x.permute(0, 2, 3, 1)
+    return F.normalize(x, dim=-1).numpy() if name == 'normal' else ((x.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+
+
+def reconstruction_loss(tokenizer, images, weight):
+    """Squared error, or cross-entropy of classes; weight (B, H, W), since objects are few and all that scores look at."""
+    out = tokenizer(images)
+    if images.size(1) == CLASSES:
+        error = F.cross_entropy(out, images.argmax(1), reduction='none')
+    else:
+        error = (out - images).square().mean(1)
+    return (error * weight).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def fit(model, loss_of, batch_of, steps, name):
+    """Trains one of this folder's small networks by loss_of(model, *batch_of()), with train.py's optimizers and its choices
+    for the machine; the rates fall linearly to zero."""
+    settings = SETTINGS | dict(max_iters=steps, warmup_iters=30, decay=1.0)
+    device = find_device()
+    dtype = find_dtype('auto', device)
+    set_up(device)
+    model.to(device).train()
+    optimizers, compiled = make_optimizers(model, settings), try_compile(loss_of, device)
+    bar = tqdm(range(steps), desc=f'train {name}', unit='step')
+    for step in bar:
+        batch = [tensor.to(device) for tensor in batch_of()]
+        with autocast(device, dtype):
+            loss = compiled(model, *batch)
+        loss.backward()
+        update(optimizers, settings, step)
+        if step % 20 == 0:
+            bar.set_postfix(loss=f'{loss.item():.4f}')
+    return model.cpu().eval()
+
+
+def train_field(folder, name, size, seed=0, batch_size=64):
+    """Trains the tokenizer of one image field of a data folder; returns it and its quality on the validation scenes."""
+    channels, levels, object_weight, steps = SPECS[name]
+    torch.manual_seed(seed)
+    random = np.random.default_rng((seed, 5))
+    raw, instance = (np.load(folder / 'train' / f'raw_{part}.npy', mmap_mode='r') for part in (name, 'instance'))
+
+    def batch_of():
+        ids = random.integers(0, len(raw), batch_size)
+        weight = 1 + (object_weight - 1) * torch.from_numpy(instance[ids] > 0).float()
+        return to_network(name, raw[ids]), weight
+    tokenizer = fit(ImageTokenizer(Config(size=size, channels=channels, levels=levels)), reconstruction_loss, batch_of, steps, name)
+    return tokenizer, quality(tokenizer, name, folder / 'val')
+
+
+def encode_all(tokenizer, name, folder):
+    """The token ids (n, N) int32 of all pictures of one field in a split's folder."""
+    raw = np.load(folder / f'raw_{name}.npy', mmap_mode='r')
+    parts = [tokenizer.encode(to_network(name, raw[i:i + 100])) for i in range(0, len(raw), 100)]
+    return torch.cat(parts).int().numpy()
+
+
+def quality(tokenizer, name, folder):
+    """Reconstruction of a split, on objects' pixels and on all: PSNR in dB, relative depth error, degrees, mIoU; and the
+    number of different codes in use."""
+    raw, ids = np.load(folder / f'raw_{name}.npy'), torch.from_numpy(encode_all(tokenizer, name, folder)).long()
+    rebuilt = np.concatenate([from_network(name, tokenizer.decode(part)) for part in ids.split(100)])
+    objects = np.load(folder / 'raw_instance.npy') > 0
+    used = dict(codes_used=ids.unique().numel())
+    if name == 'segmentation':
+        classes = [(raw == c, rebuilt == c) for c in range(CLASSES)]
+        return dict(miou=float(np.mean([(a & b).sum() / max(1, (a | b).sum()) for a, b in classes]))) | used
+    if name == 'rgb':
+        error = ((rebuilt.astype(np.float32) - raw) ** 2).mean(-1)
+        return {key: float(10 * np.log10(255 ** 2 / error[mask].mean()))
+                for key, mask in (('psnr_objects', objects), ('psnr_all', objects >= 0))} | used
+    raw = raw.astype(np.float32)
+    if name == 'depth':
+        error = np.abs(rebuilt - raw) / raw
+        return dict(absrel_objects=float(error[objects].mean()), absrel_all=float(error.mean())) | used
+    cosine = (rebuilt * raw).sum(-1) / np.linalg.norm(raw, axis=-1)
+    angle = np.degrees(np.arccos(cosine.clip(-1, 1)))
+    return dict(angle_objects=float(angle[objects].mean()), angle_all=float(angle.mean())) | used

@@ -1,0 +1,300 @@
+"""
+One sampler for all chapters: draws what a trained model generates, and scores it.
+
+    python sample.py --out_dir=out/nano4m                                        any-to-any grid on held-out scenes
+    python sample.py --out_dir=out/nano4m --chain="rgb>depth:8,normal:8,scene_desc"
+    python sample.py --out_dir=out/nano4m --given=caption --text="two large red metal spheres" --target=depth,rgb
+    python sample.py --out_dir=out/nano4m --given=rgb --image=FILE.png --target=depth,caption
+    python sample.py --out_dir=out/nano4m --score=True                           every modality from every other, with ceilings
+    python sample.py --out_dir=out/gpt_shakespeare --prompt="ROMEO:"
+
+A chain names what is given, then targets with optional steps and order (random, confidence, raster), each of which, once
+generated, conditions the next. Pictures are written as PNG into the run's folder, scores as scores.json; the path is printed.
+"""
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import config
+from config import UserError
+from train import autocast, find_device, find_dtype, load_model, set_up
+
+SETTINGS = dict(
+    out_dir='out/nano4m',     # the run
+    checkpoint='ckpt_last.pt',  # or ckpt_best.pt
+    seed=0,
+    device='auto', dtype='auto',
+    n=6,                      # scenes in a picture, or texts
+    split='val',              # held-out scenes
+    # what to generate from what (nano4M)
+    given='',                 # modalities given, e.g. rgb or caption,depth
+    target='',                # modalities to generate, in this order; '' is all others
+    chain='',                 # both at once: 'rgb>depth:8,normal:8:confidence,scene_desc'
+    text='',                  # a text of your own for the given text modality
+    image='',                 # a picture file of your own for the given rgb
+    # how
+    steps=16,                 # decoding steps of an image
+    temperature=-1.0,         # 0 takes the likeliest token; -1 is 0.3 for pictures and 0 for texts in nano4M, 0.8 in GPT
+    top_k=0, top_p=1.0,
+    order='random',           # random (ROAR), confidence (MaskGIT), raster
+    schedule='linear',        # linear, cosine: how many tokens a step
+    prompt='\n',              # GPT: the text to go on with
+    max_new_tokens=500,       # GPT
+    score=False,              # compute and save the scores
+    n_score=1000,             # held-out scenes to score on
+)
+ORDERS = ('random', 'confidence', 'raster')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nano4M: chains
+
+def parse_chain(settings, model):
+    """The given modalities and the targets as (name, steps, order), checked against those of the model."""
+    names = [m.name for m in model.modalities]
+    given, target = settings['chain'].split('>') if settings['chain'].count('>') == 1 else (settings['given'], settings['target'])
+    if settings['chain'] and settings['chain'].count('>') != 1:
+        raise UserError(f'--chain={settings["chain"]!r}: write given>target,target:steps:order, as in "rgb>depth:8,scene_desc"')
+    given = [name for name in given.split(',') if name]
+    targets = []
+    for entry in target.split(',') if target else [name for name in names if name not in given]:
+        name, *rest = entry.split(':')
+        steps, order = (rest + [''] * 2)[:2] if len(rest) < 3 else ('?', '')
+        if (steps and not steps.isdecimal()) or (order and order not in ORDERS):
+            raise UserError(f'target {entry!r}: write name:steps:order with a number of steps and one of {", ".join(ORDERS)}')
+        targets.append((name, int(steps or settings['steps']), order or settings['order']))
+    for name in given + [name for name, *_ in targets]:
+        if name not in names:
+            raise UserError(f'there is no modality {name!r}; this model has {", ".join(names)}')
+    asked = given + [name for name, *_ in targets]
+    if repeated := [name for name in asked if asked.count(name) > 1]:
+        raise UserError(f'{repeated[0]!r} stands twice among given and targets')
+    return given, targets
+
+
+def generate(model, given, targets, settings, generator=None):
+    """Runs a chain: {name: ids} for the given and all generated modalities."""
+    known, device = dict(given), model.turn.device
+    for name, steps, order in targets:
+        is_text = next(m.is_text for m in model.modalities if m.name == name)
+        temperature = settings['temperature'] if settings['temperature'] >= 0 else 0.0 if is_text else 0.3
+        with autocast(device, find_dtype(settings['dtype'], device)):
+            known |= model.generate(known, [name], steps, temperature, settings['top_k'], settings['top_p'], order,
+                                    settings['schedule'], generator)
+    return known
+
+
+def read_ids(fields, name, split, index):
+    return torch.from_numpy(fields.load(split, name)[index].astype(np.int64))
+
+
+def columns_for(model, fields, settings, given, targets, index, own=None):
+    """Columns (title, [pictures]) of one chain: what is given, then each target's truth beside what was generated."""
+    ids = own or {name: read_ids(fields, name, settings['split'], index) for name in given}
+    ids = ids or {targets[0][0]: torch.full((settings['n'], fields.load('val', targets[0][0]).shape[1]), -1)}
+    generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
+    found = generate(model, ids, targets, settings, generator)
+    columns = []
+    for name in [*given, *(name for name, *_ in targets)]:
+        raw = fields.decode(name, found[name])
+        drawn = [fields.picture(name, one) for one in raw]
+        if own is None and given:
+            truth = [fields.picture(name, one) for one in fields.truth(settings['split'], name, index)]
+            columns.append((f'{name} (given)' if name in given else f'{name} (truth)', truth))
+        if name not in given or own is not None:
+            columns.append((f'{name} (given)' if name in given else name, drawn))
+        if isinstance(raw, list) and (own is not None or len(index) <= 2):
+            print('\n'.join(f'{name}: {text}' for text in raw))
+    return columns
+
+
+def save_grid(columns, path, scale=2):
+    """Columns of equally large pictures under their titles, as one PNG."""
+    side = columns[0][1][0].shape[0] * scale
+    gap, head = 4, 18
+    rows = len(columns[0][1])
+    canvas = Image.new('RGB', (len(columns) * (side + gap) - gap, head + rows * (side + gap) - gap), 'white')
+    draw = ImageDraw.Draw(canvas)
+    for x, (title, pictures) in enumerate(columns):
+        draw.text((x * (side + gap) + 2, 3), title, fill='black')
+        for y, picture in enumerate(pictures):
+            canvas.paste(Image.fromarray(picture).resize((side, side), Image.NEAREST), (x * (side + gap), head + y * (side + gap)))
+    canvas.save(path, optimize=True)
+    print(f'wrote {path}')
+
+
+def draw_fourm(model, fields, settings, path, own=None):
+    """The picture that the settings ask for; without given and target: all from rgb, and rgb from the caption."""
+    index = np.arange(settings['n'])
+    if settings['chain'] or settings['given'] or settings['target'] or own:
+        chains = [parse_chain(settings, model)]
+    else:
+        names = [m.name for m in model.modalities]
+        first = names[0]
+        chains = [([first], [(name, settings['steps'], settings['order']) for name in names[1:]])]
+        if 'caption' in names[1:]:
+            chains.append((['caption'], [(first, settings['steps'], settings['order'])]))
+    columns = []
+    for given, targets in chains:
+        columns += columns_for(model, fields, settings, given, targets, index, own)
+    save_grid(columns, path)
+
+
+def own_input(model, fields, settings):
+    """The user's text or picture as the given modality; None where there is none."""
+    given, _ = parse_chain(settings, model)
+    if not (settings['text'] or settings['image']):
+        return None
+    own = {}
+    for name in given:
+        is_text = next(m.is_text for m in model.modalities if m.name == name)
+        if is_text and settings['text']:
+            own[name] = fields.read_text(name, settings['text'])
+        elif not is_text and settings['image']:
+            own[name] = fields.read_image(name, settings['image'])
+        else:
+            raise UserError(f'--given={name} needs {"--text" if is_text else "--image"} beside '
+                            f'{"--image" if is_text else "--text"}; or give neither, for held-out scenes')
+    if not own:
+        raise UserError('--text and --image need --given=NAME, the modality that they are')
+    return {name: ids.repeat(settings['n'], 1) for name, ids in own.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nano4M: scores
+
+def bootstrap(parts, draws=1000):
+    """Value and bootstrap 95 % interval of a metric given as (n, k, 2) numerators and denominators: the mean over k of the ratio
+    of sums over the n samples."""
+    n = len(parts)
+
+    def value(weight):  # (draws, n)
+        num, den = np.einsum('dn,nkc->cdk', weight, parts)
+        return np.nanmean(np.where(den > 0, num / np.maximum(den, 1e-12), np.nan), -1)
+    resampled = value(np.random.default_rng(0).multinomial(n, np.ones(n) / n, draws).astype(float))
+    low, high = np.percentile(resampled, (2.5, 97.5))
+    return dict(value=float(value(np.ones((1, n)))[0]), low=float(low), high=float(high), n=n)
+
+
+def retrieval(model, fields, settings, n, gallery=100):
+    """Recall@1 of captions by pictures and of pictures by captions within galleries of 100 held-out scenes, ranked by
+    ln p(caption | rgb) - ln p(caption); equal captions count as the same."""
+    hits = {'rgb>caption': [], 'caption>rgb': []}
+    for start in range(0, n - n % gallery, gallery):
+        index = np.arange(start, start + gallery)
+        rgb, captions = (read_ids(fields, name, settings['split'], index) for name in ('rgb', 'caption'))
+        with autocast(model.turn.device, find_dtype(settings['dtype'], model.turn.device)):
+            ratio = (model.log_prob({'rgb': rgb}, 'caption', captions)
+                     - model.log_prob({'rgb': torch.full_like(rgb[:1], -1)}, 'caption', captions)).cpu()
+        same = (captions[:, None] == captions[None]).all(-1)
+        hits['rgb>caption'] += same[range(gallery), ratio.argmax(1)].tolist()
+        hits['caption>rgb'] += same[range(gallery), ratio.argmax(0)].tolist()
+    return {f'{way}/recall_at_1_of_{gallery}': np.stack((np.array(h, float), np.ones(len(h))), -1)[:, None] for way, h in hits.items()}
+
+
+def score_fourm(model, fields, settings, path):
+    """Every modality from every other: each cell's metrics with ceiling (the tokenizer's own reconstruction, or the text itself) and
+    baseline (the best constant prediction). Prints a table and writes scores.json."""
+    names, split = [m.name for m in model.modalities], settings['split']
+    index = np.arange(min(settings['n_score'], len(fields.load(split, names[0]))))
+    scores, bounds = {}, {}
+    for name in names:  # what a perfect and what a blind model would reach
+        ceiling = fields.score(name, fields.decode(name, read_ids(fields, name, split, index)), split, index)
+        constant = fields.baseline(name)
+        blind = [constant] * len(index) if isinstance(constant, str) else np.repeat(constant[None], len(index), 0)
+        blind = fields.score(name, blind, split, index)
+        bounds[name] = {key: dict(ceiling=bootstrap(ceiling[key], 1)['value'], baseline=bootstrap(blind[key], 1)['value'])
+                        for key in ceiling}
+    real = fields.score('rgb', fields.truth(split, 'rgb', index), split, index) if 'rgb' in names else {}
+    scores |= {f'parser on true renders/{key}': bootstrap(parts) for key, parts in real.items()}
+    cells = [(a, b) for b in names for a in names if a != b]
+    for a, b in tqdm(cells, desc='score', unit='cell'):
+        parts = []
+        for part in np.array_split(index, max(1, len(index) // 250)):
+            given = {a: read_ids(fields, a, split, part)}
+            generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
+            ids = generate(model, given, [(b, settings['steps'], settings['order'])], settings, generator)[b]
+            parts.append(fields.score(b, fields.decode(b, ids), split, part))
+        for key in parts[0]:
+            scores[f'{a}>{b}/{key}'] = bootstrap(np.concatenate([part[key] for part in parts])) | bounds[b][key]
+    if {'rgb', 'caption'} <= set(names) and len(index) >= 100:
+        scores |= {key: bootstrap(parts) | dict(baseline=0.01) for key, parts in retrieval(model, fields, settings, len(index)).items()}
+    path.write_text(json.dumps(scores, indent=1))
+    print(table(scores))
+    print(f'wrote {path}')
+
+
+def table(scores):
+    """scores.json as lines of text."""
+    lines = [f'{"":42}{"value":>9}{"95 % interval":>20}{"ceiling":>10}{"baseline":>10}']
+    for name, score in scores.items():
+        interval = f'{score["low"]:.4g} .. {score["high"]:.4g}'
+        bounds = ''.join(f'{score[key]:10.4g}' if key in score else f'{"":10}' for key in ('ceiling', 'baseline'))
+        lines.append(f'{name:42}{score["value"]:9.4g}{interval:>20}{bounds}')
+    return '\n'.join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT
+
+def write_texts(model, fields, settings):
+    """Continues the prompt n times and prints the texts."""
+    prompt = fields.encode(settings['prompt'])[None].repeat(settings['n'], 1)
+    generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
+    temperature = settings['temperature'] if settings['temperature'] >= 0 else 0.8
+    tokens = model.generate(prompt.to(model.turn.device), settings['max_new_tokens'], temperature, settings['top_k'],
+                            settings['top_p'], generator)
+    return [fields.decode(row) for row in tokens.tolist()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def fields_of(folder):
+    """The data set's own decoder and judge, from prepare/NAME.py."""
+    return importlib.import_module(f'prepare.{Path(folder).name}').Fields(folder)
+
+
+def draw(model, folder, meta, path):
+    """What train.py draws at an evaluation: a picture at `path`, or a text beside it."""
+    fields = fields_of(folder)
+    if hasattr(model, 'modalities'):
+        draw_fourm(model, fields, SETTINGS, path)
+    else:
+        text = write_texts(model, fields, SETTINGS | dict(n=1, max_new_tokens=300))[0]
+        path.with_suffix('.txt').write_text(text)
+        print(text)
+
+
+def main(*arguments, **overrides):
+    settings = config.apply(config.read(arguments, overrides), SETTINGS)
+    if settings['order'] not in ORDERS or settings['schedule'] not in ('linear', 'cosine'):
+        raise UserError(f'order is one of {", ".join(ORDERS)}, schedule linear or cosine')
+    if settings['n'] < 1 or settings['steps'] < 1 or not 0 < settings['top_p'] <= 1 or settings['top_k'] < 0:
+        raise UserError('n and steps must be at least 1, top_p in (0, 1], top_k at least 0')
+    device = find_device(settings['device'])
+    set_up(device)
+    out_dir = Path(settings['out_dir'])
+    model, checkpoint = load_model(out_dir / settings['checkpoint'])
+    model.to(device)
+    fields = fields_of(Path('data', checkpoint['settings']['dataset']))
+    if not hasattr(model, 'modalities'):
+        print('\n-----\n'.join(write_texts(model, fields, settings)))
+    elif settings['score']:
+        score_fourm(model, fields, settings, out_dir / 'scores.json')
+    else:
+        name = time.strftime('sample_%Y%m%d_%H%M%S.png')
+        draw_fourm(model, fields, settings, out_dir / name, own_input(model, fields, settings))
+
+
+if __name__ == '__main__':
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        sys.exit(f'error: {error}')
