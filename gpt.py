@@ -192,8 +192,8 @@ class GPT(nn.Module):
         tokens = batch['tokens'].long()
         logits = self.head(self.trunk(tokens[:, :-1])).float()  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        count = tokens[:, 1:].numel()
-        return loss, {'loss': torch.stack((loss.detach() * count, loss.new_tensor(count)))}
+        count = loss.new_tensor(tokens[:, 1:].numel())
+        return loss, {'loss': torch.stack((loss.detach() * count, count)), 'tokens': torch.stack((count, count / count))}
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):

@@ -130,20 +130,24 @@ def matmul_rate(device, dtype, seconds=0.5):
 def count_flops(model, batch):
     """FLOPs of a forward and backward pass, counted operator by operator; the written-out attention, so that its products
     count on every device (the fused CPU kernel is unknown to the counter)."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance('force_eager'), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(batch)[0].backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
 
-def try_compile(model, device):
-    """torch.compile of a model or function, or itself where no working compiler is found: a small product tells."""
+def compile_blocks(model, device):
+    """torch.compile for every Transformer block of a model, in place. All blocks of a kind share one compiled function, so that
+    this takes seconds where compiling a whole model took minutes. Where no compiler works, a line says so."""
     try:
         torch.compile(lambda x: (x @ x).relu())(torch.ones(2, 2, device=device))
     except Exception as error:
         print(f'torch.compile does not work here ({type(error).__name__}): going on without it, about half as fast')
-        return model
-    return torch.compile(model)
+        return
+    torch._dynamo.config.recompile_limit = 64  # one for each combination of shapes; chapters keep these few
+    for module in model.modules():
+        if type(module).__name__.endswith('Block'):
+            module.compile(dynamic=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,12 +348,14 @@ def add_logs(total, logs):
 
 
 def means(total):
-    """name -> mean, as floats, over all processes."""
+    """({name: mean}, number of tokens), as floats, over the micro-batches of all processes; waits for the device."""
     names = sorted(total)
     sums = torch.stack([total[name].float() for name in names])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    return {name: s / max(count, 1) for name, (s, count) in zip(names, sums.tolist())}
+    sums = dict(zip(names, sums.tolist()))
+    tokens = sums.pop('tokens')[0]
+    return {name: value / max(count, 1) for name, (value, count) in sums.items()}, tokens
 
 
 def loss_of(values):
@@ -462,9 +468,9 @@ def main(*arguments, **overrides):
     raw_model.to(device)
     optimizers = make_optimizers(raw_model, settings)
     state = start_or_resume(out_dir, settings, raw_model, optimizers)
-    model = try_compile(raw_model, device) if settings['compile'] else raw_model
-    if world > 1:
-        model = DistributedDataParallel(model)
+    if settings['compile']:
+        compile_blocks(raw_model, device)
+    model = DistributedDataParallel(raw_model) if world > 1 else raw_model
     limit, flops = matmul_rate(device, dtype) if is_main() else 1, {}
     if is_main():
         count = sum(p.numel() for p in raw_model.parameters())
@@ -482,6 +488,7 @@ def main(*arguments, **overrides):
                 wandb.log(line, step=line['step'])
 
     @torch.no_grad()
+    @torch.compiler.set_stance('force_eager')  # few steps, many shapes: not worth compiling
     def evaluate():
         raw_model.eval()
         total, batches = {}, -(-val_data.n // size)
@@ -490,7 +497,7 @@ def main(*arguments, **overrides):
             with autocast(device, dtype):
                 total = add_logs(total, raw_model(to_device(batch, device))[1])
         raw_model.train()
-        return means(total)
+        return means(total)[0]
 
     def save(name, step):
         if is_main():
@@ -528,7 +535,8 @@ def main(*arguments, **overrides):
                     save('ckpt_best.pt', step)
                 if settings['pictures'] and is_main():
                     import sample
-                    sample.draw(raw_model.eval(), folder, meta, out_dir / f'sample_{step:06d}.png')
+                    with torch.compiler.set_stance('force_eager'):
+                        sample.draw(raw_model.eval(), folder, meta, out_dir / f'sample_{step:06d}.png')
                     raw_model.train()
             reached = val_loss <= settings['target_loss']
             if reached and is_main():
@@ -558,17 +566,15 @@ def main(*arguments, **overrides):
 
         # log
         if (step + 1) % settings['log_interval'] == 0 or step + 1 == settings['max_iters']:
-            values, count = means(total), total['tokens'][0] * 1.0
-            if world > 1:
-                dist.all_reduce(count)
             now = time.perf_counter()
-            took, tokens = now - since, tokens + count.item()
+            values, count = means(total)
+            took, tokens = now - since, tokens + count
             seconds += took
             line = {'step': step + 1, 'tokens': int(tokens), 'seconds': round(seconds, 2), 'train_loss': loss_of(values),
                     'lr': settings['learning_rate'] * schedule(step, settings), 'grad_norm': norm.item(),
-                    'tokens_per_second': round(count.item() / took), 'mfu': round(work * world / took / limit / world, 4),
+                    'tokens_per_second': round(count / took), 'mfu': round(work / took / limit, 4),
                     'data_wait': round(waited / took, 4)}
-            log(line | {name: value for name, value in values.items() if name not in ('loss', 'tokens')})
+            log(line | {name: value for name, value in values.items() if name != 'loss'})
             bar.set_postfix(loss=f'{line["train_loss"]:.3f}', tok_s=f'{line["tokens_per_second"]:,}', mfu=f'{line["mfu"]:.0%}')
             total, work, waited, since = {}, 0, 0.0, now
     bar.close()

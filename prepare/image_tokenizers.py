@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from config import UserError
 from gpt import MLP, Attention, norm, rotary
-from train import SETTINGS, autocast, find_device, find_dtype, make_optimizers, set_up, try_compile, update
+from train import SETTINGS, autocast, compile_blocks, find_device, find_dtype, make_optimizers, set_up, update
 
 
 @dataclass
@@ -200,12 +200,13 @@ def fit(model, loss_of, batch_of, steps, name):
     dtype = find_dtype('auto', device)
     set_up(device)
     model.to(device).train()
-    optimizers, compiled = make_optimizers(model, settings), try_compile(loss_of, device)
+    optimizers = make_optimizers(model, settings)
+    compile_blocks(model, device)
     bar = tqdm(range(steps), desc=f'train {name}', unit='step')
     for step in bar:
         batch = [tensor.to(device) for tensor in batch_of()]
         with autocast(device, dtype):
-            loss = compiled(model, *batch)
+            loss = loss_of(model, *batch)
         loss.backward()
         update(optimizers, settings, step)
         if step % 20 == 0:

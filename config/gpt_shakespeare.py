@@ -1,0 +1,13 @@
+# GPT on Tiny Shakespeare, by characters: 4.7 M parameters, 16 x 256 = 4,096 characters a step.
+# 1,000 steps = 4.1 M characters, about 4 epochs; expect a validation loss of about 1.47 nats a character.
+model = 'gpt'
+dataset = 'shakespeare'
+n_layer = 6
+n_head = 4
+n_embd = 256
+block_size = 256
+batch_size = 16
+max_iters = 1000
+dropout = 0.1
+weight_decay = 0.1
+eval_interval = 250

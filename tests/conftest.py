@@ -1,0 +1,38 @@
+"""A tiny data set of scenes, rendered and tokenized once for all tests, in a folder of its own."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def float32_threads():
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+
+
+@pytest.fixture(scope='session')
+def work(tmp_path_factory):
+    """A working folder that sees the repository's files and holds data/scenes: 96 + 32 scenes, briefly trained tokenizers."""
+    import prepare.image_tokenizers
+    import prepare.scenes
+    import prepare.scenes_parser
+    folder = tmp_path_factory.mktemp('work')
+    for name in ('config', 'prepare'):
+        (folder / name).symlink_to(ROOT / name)
+    before = Path.cwd()
+    os.chdir(folder)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(prepare.image_tokenizers, 'try_compile', lambda function, device: function)
+    specs = {name: (*spec[:3], 25) for name, spec in prepare.image_tokenizers.SPECS.items()}
+    patch.setattr(prepare.image_tokenizers, 'SPECS', specs)
+    fit = prepare.scenes_parser.fit
+    patch.setattr(prepare.scenes_parser, 'fit', lambda model, loss_of, batch_of, steps, name: fit(model, loss_of, batch_of, 10, name))
+    prepare.scenes.main(n_train=96, n_val=32, workers=1)
+    yield folder
+    patch.undo()
+    os.chdir(before)

@@ -1,0 +1,65 @@
+"""Settings: what is known is applied, what is not is named."""
+import pytest
+
+import config
+import train
+from config import UserError
+
+
+def settings_of(*arguments, **overrides):
+    return train.resolve(config.read(arguments, overrides))[0]
+
+
+def write(tmp_path, text):
+    path = tmp_path / 'my.py'
+    path.write_text(text)
+    return str(path)
+
+
+def test_order_and_types(tmp_path):
+    path = write(tmp_path, 'max_iters = 1e4\nlearning_rate = 1\nmodel = "gpt"  # a remark\n_private = 3\n')
+    settings = settings_of(path, '--max_iters=2e3', '--compile=False', '--out_dir=here')
+    assert settings['max_iters'] == 2000 and isinstance(settings['max_iters'], int)
+    assert settings['learning_rate'] == 1.0 and isinstance(settings['learning_rate'], float)
+    assert settings['compile'] is False and settings['out_dir'] == 'here'
+
+
+def test_model_fields_are_settings():
+    assert settings_of(model='gpt', n_layer=3)['n_layer'] == 3
+    assert settings_of('--model=fourm', '--use=rgb depth')['use'] == 'rgb depth'
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--batchsize=3'], "unknown setting 'batchsize'; did you mean 'batch_size'"),
+    (['--model=gpt', '--input_slots=3'], "unknown setting 'input_slots'"),  # another model's key
+    (['--max_iters=1.5'], 'not of type int'),
+    (['--max_iters=many'], 'not of type int'),
+    (['--compile=1'], 'not True or False'),
+    (['--max_iters'], '--name=value'),
+    (['--max_iters=0'], 'at least 1'),
+    (['--model=gtp'], 'choose one of fourm, gpt'),
+    (['no_such.py'], 'no such config file'),
+])
+def test_faults_from_the_shell(arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        settings_of(*arguments)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('text, message', [
+    ('batchsize = 3', "my.py: unknown setting 'batchsize'; did you mean 'batch_size'"),
+    ('out_dir = 3', 'my.py: out_dir=3 is not of type str'),
+    ('compile = 0', 'my.py: compile=0 is not True or False'),
+    ('max_iters = True', 'my.py: max_iters=True is not of type int'),
+    ('max_iters = ', 'my.py: SyntaxError'),
+    ('max_iters = nothing', 'my.py: NameError'),
+])
+def test_faults_from_a_file(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        settings_of(write(tmp_path, text))
+
+
+def test_shipped_configs_are_valid():
+    for path in train.Path(config.__file__).parent.glob('*.py'):
+        if path.stem != '__init__':
+            settings_of(str(path))
