@@ -34,14 +34,15 @@ from gpt import MLP, Attention, norm, rotary, sample_token
 class Config:
     modalities: str = 'rgb:16*16*16*16:8x8 caption:320:48'  # name:vocabulary:size of each; set by the data set
     use: str = ''                   # names of the modalities to train on, separated by spaces; '' is all of them
-    n_layer_encoder: int = 3        # blocks that read the input
+    n_layer_encoder: int = 4        # blocks that read the input
     n_layer_decoder: int = 3        # blocks that answer the queries
-    n_head: int = 8                 # nh, attention heads a block
-    n_embd: int = 256               # D, the width
-    input_slots: str = '32,64,96'   # K: each step draws one; the largest holds a whole image and more
+    n_head: int = 4                 # nh, attention heads a block
+    n_embd: int = 128               # D, the width
+    input_slots: str = '32,64,64'   # K: each step draws one of these; the largest holds a whole image
     target_slots: str = '64'        # M: the same for the targets
     alphas: str = '0.1,1,10'        # of the Dirichlet over modalities, one drawn a sample: small is few modalities, large all
     whole: float = 0.6              # share of samples whose input comes from one or two modalities only, as whole as K allows
+    lead: float = 0.5               # share of those in which the first modality of the list comes first: most tasks start from it
     empty: float = 0.05             # share of samples without any input
     dropout: float = 0.0            # on the output of each residual branch
 
@@ -117,7 +118,9 @@ def draw_masks(present, sections, is_text, K, M, config, generator):
     alphas = torch.tensor([float(alpha) for alpha in config.alphas.split(',')])
     kind = torch.rand(B, 1, generator=generator)
     few = torch.randint(1, 3, (B, 1), generator=generator)  # one or two modalities, more only to fill half of the slots
-    turn = torch.rand(B, n, generator=generator).argsort(-1).argsort(-1)  # whose turn it is to be allowed
+    turn = torch.rand(B, n, generator=generator)
+    turn[:, 0] -= (torch.rand(B, generator=generator) < config.lead).float() * (K >= sections[0].stop)
+    turn = turn.argsort(-1).argsort(-1)  # whose turn it is to be allowed
     count = torch.stack([present[:, s].sum(1) for s in sections], 1)
     before = (count[:, None] * (turn[:, None] < turn[..., None])).sum(-1)  # (B, n) tokens of those allowed earlier
     chosen = (turn < few) | (before < K / 2) | (kind > config.empty + config.whole)
@@ -204,6 +207,12 @@ class Head(nn.Module):
         return ids, log_p
 
 
+def digit_vectors(level, D):
+    """First embeddings (level, D) of an FSQ digit: its levels are an order, so that neighbours start alike."""
+    waves = torch.cat(rotary(torch.arange(level)[:, None] * 2 * math.pi / level, D, theta=100), -1)  # (level, D)
+    return waves @ torch.randn(D, D) / D ** 0.5
+
+
 def digits_of(ids, levels):
     """Mixed-radix digits of ids, most significant first: a list of tensors shaped like ids."""
     digits = []
@@ -244,6 +253,9 @@ class FourM(nn.Module):
 
         # modality + place, for tokens and for queries: learned, and at first alike for places that lie near each other
         self.embedding = nn.Embedding(rows, D, padding_idx=0)
+        for i, m in enumerate(self.modalities):
+            for start, level in zip(offset[i].tolist(), m.levels if len(m.levels) > 1 else []):
+                self.embedding.weight.data[start:start + level] = digit_vectors(level, D)
         waves = torch.cat(rotary(coordinates, D, theta=100), -1)  # (N + 1, D)
         self.place_embedding = nn.Embedding.from_pretrained(waves + torch.randn(n + 1, D)[modality_of], freeze=False)
         self.query_embedding = nn.Embedding.from_pretrained(waves + torch.randn(n + 1, D)[modality_of], freeze=False)

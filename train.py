@@ -427,8 +427,11 @@ def is_main():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def prefetched(make, jobs):
-    """make(*job) for each job in turn, the next one being made by a thread while the caller works on this one."""
+def prefetched(make, jobs, device):
+    """make(*job) for each job in turn; where the caller works on a GPU, a thread makes the next one meanwhile."""
+    if device.type == 'cpu':  # there a second thread's worker threads would only get in the way of the first one's
+        yield from (make(*job) for job in jobs)
+        return
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for job in jobs:
@@ -493,7 +496,7 @@ def main(*arguments, **overrides):
         raw_model.eval()
         total, batches = {}, -(-val_data.n // size)
         jobs = [(val_data, raw_model, settings, j) for j in range(min(settings['eval_iters'] or batches, batches))]
-        for batch in prefetched(evaluation_batch, jobs[rank::world]):
+        for batch in prefetched(evaluation_batch, jobs[rank::world], device):
             with autocast(device, dtype):
                 total = add_logs(total, raw_model(to_device(batch, device))[1])
         raw_model.train()
@@ -512,7 +515,7 @@ def main(*arguments, **overrides):
         return {}
     mine = range(rank, n_micro, world)
     jobs = ((train_data, raw_model, settings, step, j) for step in range(start, settings['max_iters']) for j in mine)
-    batches = prefetched(micro_batch, jobs)
+    batches = prefetched(micro_batch, jobs, device)
     bar = tqdm(total=settings['max_iters'], initial=start, desc='train', unit='step', disable=not is_main())
     total, work, waited, since = {}, 0, 0.0, time.perf_counter()  # since the last log line
     for step in range(start, settings['max_iters'] + 1):

@@ -41,7 +41,7 @@ class Parser(nn.Module):
         return F.pixel_shuffle(x, self.patch // CELL)
 
     @torch.no_grad()
-    def read(self, rgb, threshold=0.4):
+    def read(self, rgb, threshold=0.3):
         """Pictures (n, H, W, 3) uint8 -> a list of n arrays (objects, 6): shape, color, material, size, x, y; left to right."""
         found = []
         for part in torch.from_numpy(np.ascontiguousarray(rgb)).split(100):
@@ -98,7 +98,7 @@ def parser_loss(parser, images, objects):
     return loss
 
 
-def train_parser(folder, seed, steps=1500, batch_size=64):
+def train_parser(folder, seed, steps=500, batch_size=64):
     """Trains a parser on the true renders of a data folder."""
     torch.manual_seed(seed)
     random = np.random.default_rng((seed, 6))

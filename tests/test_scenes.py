@@ -1,0 +1,147 @@
+"""The data set: its texts, its files, its scores."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from config import UserError
+from prepare import scenes
+from prepare.scenes import (caption, match, parse_text, scene_desc, score_depth, score_normal, score_objects,
+                            score_segmentation, spell_out, text_length, words)
+from prepare.scenes_parser import targets
+from prepare.text_tokenizers import decode_row, encode_rows, word_encoding
+
+OBJECTS = np.array([(0, 0, 0, 0, -2, 31), (1, 6, 1, 1, 40, 9), (2, 4, 0, 1, 63, 50), (-1, -1, -1, -1, -1, -1)])
+
+
+def value(parts):
+    """A metric of numerators and denominators (n, k, 2), as sample.bootstrap computes it."""
+    num, den = parts.sum(0).T
+    return (num[den > 0] / den[den > 0]).mean()
+
+
+def test_texts_and_back():
+    assert caption(OBJECTS) == 'a large blue metal cube, a small red rubber sphere and a small green metal cylinder'
+    assert scene_desc(OBJECTS[:2]) == ('Object 1 - Position: x=-2 y=31 Shape: cube Color: blue Material: metal. '
+                                       'Object 2 - Position: x=40 y=9 Shape: sphere Color: red Material: rubber.')
+    assert (parse_text('caption', caption(OBJECTS))[:, :4] == OBJECTS[:3, :4]).all()
+    assert (parse_text('scene_desc', scene_desc(OBJECTS))[:, [0, 1, 2, 4, 5]] == OBJECTS[:3][:, [0, 1, 2, 4, 5]]).all()
+    assert len(parse_text('caption', 'a large blue')) == 0
+
+
+@pytest.mark.parametrize('name, tell', [('caption', caption), ('scene_desc', scene_desc)])
+def test_vocabulary_holds_every_text_in_words(name, tell):
+    encoding = word_encoding(name, words(name, 64, 10))
+    random = np.random.default_rng(0)
+    texts = [tell(np.stack([random.integers(0, many, 10) for many in (3, 8, 2, 2)] + [random.integers(-8, 72, 10)] * 2, 1))
+             for _ in range(50)]
+    rows = encode_rows(encoding, texts, text_length(name, 10))
+    assert [decode_row(encoding, row) for row in rows] == texts
+    assert ((rows == -1) | (rows >= 256) | (rows == ord('a'))).all()  # no other byte, so every phrase is one token
+    assert (rows[:, -1] == encoding.n_vocab - 1).all()                # ten objects fill the row exactly
+
+
+def test_unknown_words_fall_back_to_bytes():
+    encoding = word_encoding('caption', words('caption', 64, 5))
+    for text in ('a pink élan 像', '', '\x00\ud7ff'):
+        assert decode_row(encoding, encode_rows(encoding, [text], 40)[0]) == text
+    with pytest.raises(UserError, match='has 51 tokens with its end token, the modality holds 26'):
+        encode_rows(encoding, ['?' * 50], 26)
+
+
+def test_spell_out():
+    assert spell_out('Two large red metal spheres and a small cyan rubber cube.') == (
+        'a large red metal sphere, a large red metal sphere and a small cyan rubber cube')
+    assert spell_out('a large red metal sphere') == 'a large red metal sphere'
+
+
+def test_match_keeps_left_to_right():
+    a, b, c = (0, 1, 0, 1), (1, 2, 1, 0), (2, 3, 0, 0)
+    assert match(np.array([a, b, c]), np.array([a, b, c])).tolist() == [4, 4, 4]
+    assert match(np.array([a, b, c]), np.array([a, c])).tolist()[::2] == [4, 4]  # a missing object costs only itself
+    assert match(np.array([a, c]), np.array([a, b, c])).tolist() == [4, 4]
+    assert match(np.array([a, b]), np.zeros((0, 4), int)).tolist() == [0, 0]
+
+
+def test_object_scores():
+    perfect = score_objects([OBJECTS], [OBJECTS[:3]])
+    assert all(value(parts) == 1 for parts in perfect.values())
+    wrong = OBJECTS[:3].copy()
+    wrong[1, 1] = 5  # one colour of twelve attributes
+    scores = {name: value(parts) for name, parts in score_objects([OBJECTS], [wrong]).items()}
+    assert scores == dict(attributes=pytest.approx(11 / 12), objects=pytest.approx(2 / 3), scenes=0)
+    surplus = {name: value(parts) for name, parts in score_objects([OBJECTS], [np.concatenate((OBJECTS[:3], OBJECTS[:1]))]).items()}
+    assert surplus == dict(attributes=pytest.approx(3 / 4), objects=pytest.approx(3 / 4), scenes=0)
+    sizeless = OBJECTS[:3].copy()
+    sizeless[:, 3] = -1  # as scene_desc tells them
+    assert value(score_objects([OBJECTS], [sizeless])['scenes']) == 1
+
+
+def test_dense_scores():
+    objects = np.zeros((2, 4, 4), bool)
+    objects[:, 1:3, 1:3] = True
+    truth = np.full((2, 4, 4), 10.0)
+    found = np.where(objects, 11.0, 14.0)
+    scores = {name: value(parts) for name, parts in score_depth(truth, found, objects).items()}
+    assert scores == dict(absrel_objects=pytest.approx(0.1), delta_objects=1, absrel_all=pytest.approx(0.325), delta_all=0.25)
+    up, tilted = np.zeros((2, 4, 4, 3)), np.zeros((2, 4, 4, 3))
+    up[..., 2], tilted[..., 2], tilted[..., 0] = 1, 2, 2  # lengths do not matter
+    assert value(score_normal(up, tilted, objects)['angle_objects']) == pytest.approx(45)
+    labels = np.where(objects, 3, 0)
+    assert value(score_segmentation(labels, labels, objects)['miou_all']) == 1
+    half = labels.copy()
+    half[:, 1, 1:3] = 0
+    assert value(score_segmentation(labels, half, objects)['miou_objects']) == pytest.approx(0.5)
+
+
+def test_parser_targets():
+    heat, offset, classes = targets(torch.tensor(OBJECTS)[None], 64)
+    row, column = 9 // 4, 40 // 4
+    assert heat[0, row, column] > 0.7 and heat[0].max() <= 1 and heat[0, 15, 0] < 1e-3
+    at = torch.tensor([column, row]) * 4 + 1.5 + offset[0, :, row, column]
+    assert at.tolist() == [40, 9] and classes[0, :, row, column].tolist() == [1, 6, 1, 1]
+
+
+def test_the_folder(work):
+    meta = json.loads((work / 'data/scenes/meta.json').read_text())
+    assert meta['kind'] == 'rows' and list(meta['fields']) == ['rgb', 'depth', 'normal', 'segmentation', 'scene_desc', 'caption']
+    fields = scenes.Fields(work / 'data/scenes')
+    index = np.arange(10)
+    for name in meta['fields']:
+        ids = fields.load('val', name)
+        assert len(ids) == 32 and ids.max() < meta['fields'][name]
+        raw = fields.decode(name, torch.from_numpy(ids[:10]).long())
+        again = fields.encode(name, fields.truth('val', name, index))
+        assert torch.equal(again, torch.from_numpy(ids[:10]).long())  # the stored tokens are those of the stored raw values
+        for one in raw:
+            picture = fields.picture(name, one)
+            assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
+        assert all(np.isfinite(value(parts)) for parts in fields.score(name, raw, 'val', index).values())
+        fields.picture(name, fields.baseline(name))
+    objects, instance = np.load(work / 'data/scenes/val/raw_objects.npy'), np.load(work / 'data/scenes/val/raw_instance.npy')
+    labels = np.load(work / 'data/scenes/val/raw_segmentation.npy')
+    assert labels[0][instance[0] == 2][0] == 1 + objects[0, 1, 0] * 8 + objects[0, 1, 1]
+    assert ((labels == 0) == (instance == 0)).all()
+
+
+def test_user_pictures(work, tmp_path):
+    fields = scenes.Fields(work / 'data/scenes')
+    for mode, size in (('RGBA', 64), ('L', 100), ('P', 17)):
+        Image.new(mode, (size, size)).save(tmp_path / 'x.png')
+        assert fields.read_image('rgb', tmp_path / 'x.png').shape == (1, 64)
+    Image.new('RGB', (64, 48)).save(tmp_path / 'wide.png')
+    with pytest.raises(UserError, match='wide.png: 64x48 pixels; give a square picture'):
+        fields.read_image('rgb', tmp_path / 'wide.png')
+    (tmp_path / 'text.png').write_text('no picture')
+    for path in ('text.png', 'absent.png'):
+        with pytest.raises(UserError, match=f'{path}: not a picture'):
+            fields.read_image('rgb', tmp_path / path)
+
+
+def test_bad_settings(work):
+    with pytest.raises(UserError, match='max_objects must be 2..10'):
+        scenes.main('--max_objects=11')
+    with pytest.raises(UserError, match="unknown setting 'ntrain'; did you mean 'n_train'"):
+        scenes.main('--ntrain=11')

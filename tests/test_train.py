@@ -1,0 +1,211 @@
+"""The loop: exact resume, the same step on one and two processes, checkpoints that survive, and faults in one line each."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from config import UserError
+
+TINY = dict(model='fourm', dataset='scenes', n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, input_slots='16,32',
+            target_slots='16', batch_size=8, micro_batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, log_interval=1,
+            warmup_iters=2, device='cpu', dtype='float32', compile=False, pictures=False)
+
+
+def run(out_dir, **changes):
+    return train.main(**(TINY | dict(out_dir=str(out_dir)) | changes))
+
+
+def weights(out_dir, name='ckpt_last.pt'):
+    return train.read_checkpoint(Path(out_dir, name))['weights']
+
+
+def lines(out_dir):
+    return [json.loads(line) for line in Path(out_dir, 'log.jsonl').read_text().splitlines()]
+
+
+@pytest.fixture
+def here(work, tmp_path):
+    """A working folder of its own, with a copy of the tiny data set."""
+    shutil.copytree(work / 'data', tmp_path / 'data')
+    for name in ('config', 'prepare'):
+        (tmp_path / name).symlink_to(work / name)
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    yield tmp_path
+    os.chdir(before)
+
+
+def test_a_run_and_its_folder(here):
+    values = run('out/a')
+    assert {'loss_rgb', 'loss_caption', 'null_share'} <= values.keys()
+    log = lines('out/a')
+    evaluations = [line for line in log if 'val_loss' in line]
+    assert [line['step'] for line in evaluations] == [0, 3, 6] and evaluations[-1]['val_loss'] < evaluations[0]['val_loss']
+    steps = [line for line in log if 'train_loss' in line]
+    assert [line['step'] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert {'tokens', 'seconds', 'lr', 'grad_norm', 'tokens_per_second', 'mfu', 'data_wait'} <= steps[0].keys()
+    assert 0 < steps[-1]['mfu'] < 1 and steps[-1]['tokens'] > steps[0]['tokens'] > 0
+    assert {path.name for path in Path('out/a').iterdir()} == {'log.jsonl', 'ckpt_last.pt', 'ckpt_best.pt'}
+
+
+def test_resume_is_bit_identical(here):
+    run('out/whole', dropout=0.1)
+    run('out/parts', dropout=0.1, max_iters=6, target_loss=100.0)  # stops at the evaluation of step 0: nothing saved yet
+    run('out/parts', dropout=0.1)
+    shutil.rmtree('out/parts')
+    full = train.main
+
+    class Stop(Exception):
+        pass
+    saved = train.save_checkpoint
+
+    def save_then_stop(path, checkpoint):
+        saved(path, checkpoint)
+        if path.name == 'ckpt_best.pt':
+            raise Stop
+    train.save_checkpoint = save_then_stop
+    try:
+        with pytest.raises(Stop):
+            full(**(TINY | dict(out_dir='out/parts', dropout=0.1)))
+    finally:
+        train.save_checkpoint = saved
+    assert train.read_checkpoint(Path('out/parts/ckpt_last.pt'))['step'] == 3
+    run('out/parts', dropout=0.1)
+    a, b = weights('out/whole'), weights('out/parts')
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert [line.get('val_loss') for line in lines('out/whole')] == [line.get('val_loss') for line in lines('out/parts')]
+    assert [line.get('train_loss') for line in lines('out/whole')] == [line.get('train_loss') for line in lines('out/parts')]
+
+
+def test_micro_batches_do_not_change_the_step(here):
+    """8 x 1 and 4 x 2 have other masks; 2 micro-batches on one process or one each on two have the same."""
+    run('out/one', max_iters=2, eval_interval=2)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29611',
+               str(Path(train.__file__)), '--out_dir=out/two', '--max_iters=2', '--eval_interval=2',
+               *(f'--{name}={value}' for name, value in TINY.items() if name not in ('max_iters', 'eval_interval'))]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = weights('out/one'), weights('out/two')
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-4)
+    one, two = ([line['train_loss'] for line in lines(f'out/{run}') if 'train_loss' in line] for run in ('one', 'two'))
+    assert one == pytest.approx(two, rel=1e-5)
+    assert lines('out/one')[-1]['tokens'] == lines('out/two')[-1]['tokens']
+
+
+def test_target_loss_stops(here, capsys):
+    run('out/a', target_loss=100.0)
+    assert 'target_loss after 0 tokens' in capsys.readouterr().out
+
+
+def test_finished_scratch_and_changed_settings(here, capsys):
+    run('out/a', max_iters=3)
+    run('out/a', max_iters=3)
+    assert 'finished at step 3' in capsys.readouterr().out
+    with pytest.raises(UserError, match=r'holds a run with n_embd=32, not 64: choose another --out_dir='):
+        run('out/a', n_embd=64, max_iters=3)
+    run('out/a', n_embd=64, max_iters=3, init_from='scratch')
+    assert Path('out/a.1/ckpt_last.pt').exists() and weights('out/a')['place_embedding.weight'].shape[1] == 64
+
+
+def test_stream_windows():
+    """Every token but the ends is a target once an epoch; the grid moves from epoch to epoch."""
+    data = train.Data.__new__(train.Data)
+    data.meta, data.arrays, data.block_size, data.seed, data.orders = dict(kind='stream'), dict(tokens=np.arange(1000)), 10, 0, {}
+    data.n = 1000 // 10 - 2
+    first, second = data.take(0, data.n)['tokens'], data.take(data.n, data.n)['tokens']
+    assert first.shape == (98, 11) and len(first[:, 1:].unique()) == 980
+    assert (first[:, 1:] - first[:, :-1] == 1).all() and set(first[:, 0].tolist()) != set(second[:, 0].tolist())
+    assert torch.equal(data.take(90, 16)['tokens'], torch.cat((first[90:], second[:8])))  # a batch that straddles epochs
+
+
+def test_schedule():
+    settings = train.SETTINGS | dict(max_iters=100, warmup_iters=10, decay=0.5, min_lr=0.1)
+    rates = [train.schedule(step, settings) for step in range(101)]
+    assert rates[0] == 0.1 and rates[9] == 1 and rates[50] == 1 and rates[75] == pytest.approx(0.55) and rates[100] == 0.1
+
+
+def test_muon_gets_the_hidden_matrices_alone():
+    import fourm
+    model = fourm.FourM(fourm.Config(n_embd=32, n_head=2))
+    adamw, muon = train.make_optimizers(model, train.SETTINGS)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in muon.param_groups:
+        assert all(names[id(p)].startswith(('encoder.', 'decoder.')) for p in group['params'])
+    total = sum(len(group['params']) for optimizer in (adamw, muon) for group in optimizer.param_groups)
+    assert total == len(names) and len(train.make_optimizers(model, train.SETTINGS | dict(muon=False))) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+
+def test_a_failed_write_keeps_the_checkpoint_before(here, monkeypatch):
+    run('out/a', max_iters=3)
+    before = Path('out/a/ckpt_last.pt').read_bytes()
+
+    def full_disk(*_):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(train.os, 'fsync', full_disk)
+    with pytest.raises(UserError, match='ckpt_last.pt: cannot be written .*No space left'):
+        run('out/a', max_iters=6)
+    assert Path('out/a/ckpt_last.pt').read_bytes() == before and not list(Path('out/a').glob('*.tmp'))
+
+
+@pytest.mark.parametrize('damage', [lambda b: b[:1000], lambda b: b'', lambda b: b'garbage' * 100])
+def test_damaged_checkpoints(here, damage):
+    run('out/a', max_iters=3)
+    path = Path('out/a/ckpt_last.pt')
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match='ckpt_last.pt: truncated or not a checkpoint'):
+        run('out/a')
+
+
+def test_checkpoint_of_another_model(here):
+    run('out/a', max_iters=3)
+    with pytest.raises(UserError, match="holds a run with model='fourm', not 'gpt'"):
+        train.main(out_dir='out/a', model='gpt', dataset='scenes', device='cpu', vocab_size=10, block_size=4)
+
+
+def test_damaged_data(here):
+    scenes = Path('data/scenes')
+    rgb = np.load(scenes / 'train/rgb.npy')
+    np.save(scenes / 'train/rgb.npy', rgb + 70000)
+    with pytest.raises(UserError, match=r'rgb.npy: token ids run from .* outside the vocabulary of 65536'):
+        run('out/a')
+    np.save(scenes / 'train/rgb.npy', rgb[:50])
+    with pytest.raises(UserError, match='the fields differ in length'):
+        run('out/a')
+    (scenes / 'train/rgb.npy').write_bytes((scenes / 'val/rgb.npy').read_bytes()[:300])
+    with pytest.raises(UserError, match='rgb.npy: missing or damaged'):
+        run('out/a')
+    (scenes / 'train/rgb.npy').unlink()
+    with pytest.raises(UserError, match='rgb.npy: missing or damaged'):
+        run('out/a')
+    (scenes / 'meta.json').write_text('{"kind": "something"}')
+    with pytest.raises(UserError, match='meta.json: not the description of a data set'):
+        run('out/a')
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(dataset='scnes'), "dataset='scnes': there is neither data/scnes nor prepare/scnes.py"),
+    (dict(modalities='rgb:4:2x2'), 'modalities is decided by the data set'),
+    (dict(use='rgb sound'), "there is no modality 'sound'"),
+    (dict(micro_batch_size=3), 'does not split into micro-batches of 3'),
+    (dict(n_head=5), 'must be a multiple'),
+    (dict(dtype='float8'), 'choose auto, float32 or bfloat16'),
+])
+def test_faulty_settings(here, changes, message):
+    with pytest.raises(UserError, match=message):
+        run('out/a', **changes)
+
+
+def test_the_command_line_prints_one_line(here):
+    done = subprocess.run([sys.executable, str(Path(train.__file__)), '--batchsize=3'], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "error: command line: unknown setting 'batchsize'; did you mean 'batch_size'?\n"
