@@ -232,7 +232,7 @@ def slow_generate(model, given, m, steps, order, random, longest):
     def answers():
         most = longest + len(known) - before
         K = min([k for k in model.input_sizes if k >= most], default=most)
-        index = torch.tensor([sorted(known) + [model.N] * (K - most)])
+        index = torch.tensor([sorted(known) + [model.N] * (K - len(known))])
         ids = torch.tensor([[known.get(i, 0) for i in index[0].tolist()]])
         h = model.decode(model.encode(ids, index), index, query)[0]
         result = []
