@@ -7,8 +7,8 @@ a sample is the input and another part, disjoint from it, the target: depth from
 sentence and three patches, a sentence from half of itself. Who learns to predict any part from any other part can then
 generate any modality from any other by filling in a few tokens at a time.
 
-The encoder reads K visible tokens. The decoder is asked by M queries that say only "which modality, which place": they look
-around among themselves and into the encoder's output, and each gives a distribution over the tokens of its own modality.
+The encoder reads K visible tokens. The decoder is asked by M queries that say only "which modality, which place": each looks
+into the encoder's output and gives a distribution over the tokens of its own modality.
 
 A batch is {name: (B, size) integers}, one entry a modality; -1 stands after the end of a text. `draw` turns it into
 input slots, target slots and, sorted by modality, the rows that each output head has to answer.
@@ -41,8 +41,9 @@ class Config:
     input_slots: str = '32,64,64'   # K: each step draws one of these; the largest holds a whole image
     target_slots: str = '64'        # M: the same for the targets
     alphas: str = '0.1,1,10'        # of the Dirichlet over modalities, one drawn a sample: small is few modalities, large all
-    whole: float = 0.6              # share of samples whose input comes from one or two modalities only, as whole as K allows
-    lead: float = 0.5               # share of those in which the first modality of the list comes first: most tasks start from it
+    whole: float = 0.6              # share of samples whose input comes from one modality only, as whole as K allows, or from two
+    pair: float = 0.4               # share of those with two
+    lead: float = 0.5               # share of those in which one is the first of the list, if it fits: most tasks start from it
     empty: float = 0.05             # share of samples without any input
     dropout: float = 0.0            # on the output of each residual branch
 
@@ -66,10 +67,10 @@ class Modality:
         self.places = slice(start, start + self.size)  # among the N places of all modalities
 
     def coordinates(self):
-        """Place in the text, row, column: (size, 3)."""
+        """Place in the text, row, column: (size, 3); a patch is worth two words, since its neighbours are to be told apart."""
         if self.is_text:
             return F.pad(torch.arange(self.size)[:, None], (0, 2))
-        return F.pad(torch.cartesian_prod(*map(torch.arange, self.grid)), (1, 0))
+        return F.pad(2 * torch.cartesian_prod(*map(torch.arange, self.grid)), (1, 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,19 +112,19 @@ def smallest(keys, k):
 def draw_masks(present, sections, is_text, K, M, config, generator):
     """Input places (B, K) and target places (B, M), disjoint, as indices into the N places of present (B, N); N is none.
 
-    A mixture: `empty` of the samples have no input; `whole` take it from one or two modalities only, so that a whole modality
-    stands alone as it does when sampling; the rest from all, by Dirichlet shares. Targets: Dirichlet shares of what is left.
+    A mixture: `empty` of the samples have no input; `whole` take it from one modality, which stands alone as it does when
+    sampling, or from two; the rest from all. Shares are Dirichlet's, in the inputs and, of what is left, in the targets.
     """
     B, n = present.size(0), len(sections)
     alphas = torch.tensor([float(alpha) for alpha in config.alphas.split(',')])
     kind = torch.rand(B, 1, generator=generator)
-    few = torch.randint(1, 3, (B, 1), generator=generator)  # one or two modalities, more only to fill half of the slots
-    turn = torch.rand(B, n, generator=generator)
-    turn[:, 0] -= (torch.rand(B, generator=generator) < config.lead).float() * (K >= sections[0].stop)
-    turn = turn.argsort(-1).argsort(-1)  # whose turn it is to be allowed
+    first = torch.rand(B, n, generator=generator)  # the largest comes first: one that fills a third of the slots or more
     count = torch.stack([present[:, s].sum(1) for s in sections], 1)
-    before = (count[:, None] * (turn[:, None] < turn[..., None])).sum(-1)  # (B, n) tokens of those allowed earlier
-    chosen = (turn < few) | (before < K / 2) | (kind > config.empty + config.whole)
+    first += (count <= K) & (3 * count >= K)
+    first[:, 0] += 2 * (count[:, 0] <= K) * (torch.rand(B, generator=generator) < config.lead)
+    turn = torch.rand(B, n, generator=generator).scatter(1, first.argmax(1, keepdim=True), -1).argsort(-1).argsort(-1)
+    few = 1 + (torch.rand(B, 1, generator=generator) < config.pair)
+    chosen = (turn < few) | (kind > config.empty + config.whole)
     chosen &= kind >= config.empty
     ordered = is_text & (torch.rand(B, n, generator=generator) < 0.5)  # half of the texts are read from left to right
     place = torch.cat([chosen[:, m, None].expand(-1, s.stop - s.start) for m, s in enumerate(sections)], 1)
@@ -152,16 +153,15 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Queries look at each other, then at the encoder's output."""
+    """Queries look at the encoder's output, not at each other: they hold no content that another one could use, and so an
+    answer never depends on what else is asked (4M's decoder also has self-attention; here it cost time and helped no score)."""
     def __init__(self, config):
         super().__init__()
-        self.attention = Attention(config.n_embd, config.n_head)
         self.cross = Attention(config.n_embd, config.n_head, cross=True)
         self.mlp = MLP(config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, turn, context, context_turn):
-        x = x + self.dropout(self.attention(norm(x), turn))
         x = x + self.dropout(self.cross(norm(x), turn, context, context_turn))
         return x + self.dropout(self.mlp(norm(x)))
 
@@ -385,7 +385,7 @@ class FourM(nn.Module):
         for i in range(m.size):
             now = ids[:, m.places.start + i]
             if (todo := ~ended & (now < 0)).any():
-                token = self.heads[m.name].sample(self.answer(ids, index)[:, i:i + 1], **draw)[0][:, 0]
+                token = self.heads[m.name].sample(self.answer(ids, index[:, i:i + 1]), **draw)[0][:, 0]
                 now[todo] = token[todo]
             ended |= now == m.vocabulary - 1
             if ended.all():

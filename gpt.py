@@ -60,12 +60,12 @@ def rotate(x, cos, sin):
 
     The dot product of a query and a key so turned depends on the difference of their coordinates alone.
     """
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)  # times float32 angles: computed in float32 whatever x is
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
 class Attention(nn.Module):
-    """Multi-head attention (arXiv 1706.03762, section 3.2), the one core of all chapters: softmax(q k^T / sqrt(hd)) v.
+    """Multi-head attention (arXiv 1706.03762, section 3.2), the one core of all chapters: softmax(12 cos(q, k)) v.
 
     x (B, T, D) attends to itself, or, where `cross`, to a context (B, S, D). `causal` hides the future; without it every
     token sees every other. No mask is ever passed in training, so that the fastest kernel always applies.
@@ -77,6 +77,8 @@ class Attention(nn.Module):
         self.q = nn.Linear(n_embd, n_embd, bias=False) if cross else None
         self.qkv = nn.Linear(n_embd, (2 if cross else 3) * n_embd, bias=False)  # one matmul; cross: keys and values
         self.out = nn.Linear(n_embd, n_embd, bias=False)
+        k = 0 if cross else n_embd  # keys start equal to queries: a token first looks at what is like it and near it
+        self.qkv.weight.data[k:k + n_embd] = (self.q if cross else self.qkv).weight.data[:n_embd]
         nn.init.zeros_(self.out.weight)  # a block starts as the identity
 
     def heads(self, x):
@@ -93,7 +95,9 @@ class Attention(nn.Module):
         k = rotate(norm(k), *(turn if context is None else context_turn))
         if cache is not None:
             k, v = cache.append(self, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, nh, T, hd)
+        # normalised vectors have length sqrt(hd), so that 1 / sqrt(hd) would hold every logit below sqrt(hd): too flat to pick
+        # one token among hundreds. This scale lets them reach 12 whatever the head size.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=12 / q.size(-1))  # (B, nh, T, hd)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 

@@ -127,13 +127,13 @@ def matmul_rate(device, dtype, seconds=0.5):
     return 2 * n ** 3 / best
 
 
+@torch.no_grad()
 def count_flops(model, batch):
-    """FLOPs of a forward and backward pass, counted operator by operator; the written-out attention, so that its products
-    count on every device (the fused CPU kernel is unknown to the counter)."""
+    """FLOPs of a forward and backward pass: three times the forward's, which are counted operator by operator; the written-out
+    attention, so that its products count on every device (the fused CPU kernel is unknown to the counter)."""
     with torch.compiler.set_stance('force_eager'), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(batch)[0].backward()
-    model.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
+        model(batch)
+    return 3 * counter.get_total_flops()
 
 
 def compile_blocks(model, device):
@@ -389,6 +389,9 @@ def resolve(assigned):
 def make_model(chapter, settings, meta, assigned):
     """The model with the settings of its Config; those that the data set decides cannot be set by hand."""
     for name, value in meta['config'].items():
+        if name not in settings:
+            raise UserError(f'dataset={settings["dataset"]!r} is made for models with a setting {name}, which '
+                            f'model={settings["model"]!r} has not: choose another dataset or model')
         if name in assigned and settings[name] != value:
             raise UserError(f'{assigned[name][1]}: {name} is decided by the data set ({value!r}); leave it out')
     own = {field.name: settings[field.name] for field in dataclasses.fields(chapter.Config)} | meta['config']
@@ -553,16 +556,16 @@ def main(*arguments, **overrides):
             asked = time.perf_counter()
             batch = to_device(next(batches), device)
             waited += time.perf_counter() - asked
+            shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)
+            if shapes not in flops:
+                flops[shapes] = count_flops(raw_model, batch)
+            work += flops[shapes]
             torch.manual_seed(settings['seed'] + step * n_micro + j)  # dropout
             with model.no_sync() if world > 1 and j != mine[-1] else nullcontext():
                 with autocast(device, dtype):
                     loss, logs = model(batch)
                 (loss * world / n_micro).backward()
             total = add_logs(total, logs)
-            shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)
-            if shapes not in flops:
-                flops[shapes] = count_flops(raw_model, batch)
-            work += flops[shapes]
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings['grad_clip'] or float('inf'))
         update(optimizers, settings, step)
         bar.update()

@@ -160,7 +160,7 @@ SPECS = dict(  # channels, levels, weight of an object's pixel (the ground's is 
 
 def to_network(name, raw):
     """Raw pictures (B, H, W[, C]) of a field -> (B, C, H, W) float, about -1..1; classes one-hot."""
-    raw = torch.from_numpy(np.ascontiguousarray(raw))
+    raw = torch.from_numpy(np.array(raw))  # a copy: memory-mapped arrays are read-only
     if name == 'depth':
         return ((raw.float().log() - DEPTH_MEAN) / DEPTH_SCALE)[:, None]
     if name == 'segmentation':

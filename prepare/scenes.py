@@ -325,7 +325,8 @@ def main(*arguments, **overrides):
             write(folder / split, {name: encode_rows(encoding, texts, length)})
         meta['fields'][name] = encoding.n_vocab
         entries.append(f'{name}:{encoding.n_vocab}:{length}')
-    parser = scenes_parser.train_parser(folder, settings['seed'])
+    torch.manual_seed(settings['seed'])
+    parser = scenes_parser.train_parser(folder, scenes_parser.Parser(size), 'raw_rgb', scenes_parser.pixel_patches, settings['seed'])
     parser.save(folder / 'parser.pt')
     meta['config']['modalities'] = ' '.join(entries)
     (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there

@@ -4,48 +4,54 @@ Reads the objects back from a picture of a scene: the independent judge of pictu
 Objects are points (CenterNet, Zhou et al., 1904.07850): on a grid of cells, four pixels wide, a small Transformer says where an
 object's centre lies, and of which shape, colour, material and size it is there. It is trained on true renders alone, knows
 nothing of any tokenizer or model, and its accuracy on held-out renders is the ceiling of every score that it gives.
+
+    python -m prepare.scenes_parser    (asks the same network, reading rgb tokens instead of pixels, what the tokens still tell)
 """
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import config
 from config import UserError
 from gpt import norm, rotary
-from prepare.image_tokenizers import Block, Config, fit, to_network
+from prepare.image_tokenizers import Block, Config, ImageTokenizer, fit, ids_to_digits, to_network
 
-CELL = 4                                              # pixels
+PATCH, CELL = 8, 4                                    # pixels: what the network reads as one vector, where it may see a centre
 CLASSES = dict(shape=3, color=8, material=2, size=2)  # the first columns of raw_objects
 RADIUS = 2.0                                          # pixels: how sharply a centre is to be located
 
 
 class Parser(nn.Module):
-    def __init__(self, size, n_embd=128, n_layer=4):
+    """A picture of `size` pixels a side in patches of `inputs` numbers each -> what is where."""
+    def __init__(self, size, inputs=3 * PATCH ** 2, n_embd=128, n_layer=4):
         super().__init__()
-        self.size, self.patch = size, 8
-        side, outputs = size // self.patch, 3 + sum(CLASSES.values())  # a centre's logit, its offset in x and y, classes
-        config = Config(n_embd=n_embd, n_head=4)
-        self.patch_embedding = nn.Linear(3 * self.patch ** 2, n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(n_layer))
-        self.head = nn.Linear(n_embd, outputs * (self.patch // CELL) ** 2)
+        self.size, side = size, size // PATCH
+        outputs = 3 + sum(CLASSES.values())  # a centre's logit, its offset in x and y, classes
+        self.patch_embedding = nn.Linear(inputs, n_embd)
+        self.blocks = nn.ModuleList(Block(Config(n_embd=n_embd, n_head=4)) for _ in range(n_layer))
+        self.head = nn.Linear(n_embd, outputs * (PATCH // CELL) ** 2)
         grid = torch.cartesian_prod(torch.arange(side), torch.arange(side))
         self.register_buffer('turn', torch.stack(rotary(grid, n_embd // 4, theta=100)), persistent=False)
 
-    def forward(self, images):
-        """Pictures (B, 3, H, W) in [-1, 1] -> (B, outputs, H / 4, W / 4)."""
-        x = self.patch_embedding(F.pixel_unshuffle(images, self.patch).flatten(2).transpose(1, 2))  # (B, N, D)
+    def forward(self, patches):
+        """Patches (B, N, inputs) -> (B, outputs, H / 4, W / 4)."""
+        x = self.patch_embedding(patches)  # (B, N, D)
         for block in self.blocks:
             x = block(x, self.turn)
-        side = self.size // self.patch
+        side = self.size // PATCH
         x = self.head(norm(x)).float().transpose(1, 2).unflatten(2, (side, side))
-        return F.pixel_shuffle(x, self.patch // CELL)
+        return F.pixel_shuffle(x, PATCH // CELL)
 
     @torch.no_grad()
     def read(self, rgb, threshold=0.3):
         """Pictures (n, H, W, 3) uint8 -> a list of n arrays (objects, 6): shape, color, material, size, x, y; left to right."""
         found = []
-        for part in torch.from_numpy(np.ascontiguousarray(rgb)).split(100):
-            out = self(to_network('rgb', part.numpy()))
+        for start in range(0, len(rgb), 100):
+            out = self(pixel_patches(rgb[start:start + 100]))
             heat = out[:, 0].sigmoid()
             peak = (heat == F.max_pool2d(heat[:, None], 3, 1, 1)[:, 0]) & (heat > threshold)
             for image, peaks in zip(out, peak):
@@ -72,6 +78,17 @@ class Parser(nn.Module):
         return parser.eval()
 
 
+def pixel_patches(rgb):
+    """Pictures (n, H, W, 3) uint8 -> (n, N, 3 * PATCH ** 2)."""
+    return F.pixel_unshuffle(to_network('rgb', rgb), PATCH).flatten(2).transpose(1, 2)
+
+
+def token_patches(ids, levels):
+    """Token ids (n, N) of an image tokenizer with these levels -> their digits, one-hot (n, N, sum of levels)."""
+    digits = ids_to_digits(torch.from_numpy(ids.astype(np.int64)), levels).long().unbind(-1)
+    return torch.cat([F.one_hot(digit, level).float() for digit, level in zip(digits, levels.int().tolist())], -1)
+
+
 def targets(objects, size):
     """Objects (B, K, 6) -> heat (B, h, w), 1 at centres and falling with distance; the nearest object's offset (B, 2, h, w) and
     classes (B, 4, h, w)."""
@@ -86,9 +103,9 @@ def targets(objects, size):
     return (-nearest / (2 * RADIUS ** 2)).exp(), offset, classes.clamp(min=0)
 
 
-def parser_loss(parser, images, objects):
+def parser_loss(parser, patches, objects):
     """Cross-entropy of the heat in all cells; of classes, and the offsets' squared error, near centres."""
-    out = parser(images)
+    out = parser(patches)
     heat, offset, classes = targets(objects, parser.size)
     loss = 20 * F.binary_cross_entropy_with_logits(out[:, 0], heat)
     near = heat / heat.sum()
@@ -98,13 +115,49 @@ def parser_loss(parser, images, objects):
     return loss
 
 
-def train_parser(folder, seed, steps=500, batch_size=64):
-    """Trains a parser on the true renders of a data folder."""
-    torch.manual_seed(seed)
+def train_parser(folder, parser, field, patches_of, seed=0, steps=500, batch_size=64):
+    """Trains a parser on a field of a data folder's training split, read as patches_of(rows of the field)."""
     random = np.random.default_rng((seed, 6))
-    rgb, objects = (np.load(folder / 'train' / f'raw_{name}.npy', mmap_mode='r') for name in ('rgb', 'objects'))
+    rows, objects = (np.load(folder / 'train' / f'{name}.npy', mmap_mode='r') for name in (field, 'raw_objects'))
 
     def batch_of():
-        ids = random.integers(0, len(rgb), batch_size)
-        return to_network('rgb', rgb[ids]), torch.from_numpy(objects[ids].astype(np.int64))
-    return fit(Parser(rgb.shape[1]), parser_loss, batch_of, steps, 'parser')
+        ids = random.integers(0, len(rows), batch_size)
+        return patches_of(rows[ids]), torch.from_numpy(objects[ids].astype(np.int64))
+    return fit(parser, parser_loss, batch_of, steps, f'parser of {field}')
+
+
+@torch.no_grad()
+def accuracy(parser, folder, field, patches_of):
+    """Share of the objects of a split whose shape, colour, material and size are read right at their centre."""
+    rows, objects = (np.load(folder / f'{name}.npy') for name in (field, 'raw_objects'))
+    right = []
+    for start in range(0, len(rows), 100):
+        truth = torch.from_numpy(objects[start:start + 100].astype(np.int64))
+        scene, slot = (truth[..., 0] >= 0).nonzero(as_tuple=True)
+        truth = truth[scene, slot]  # (objects, 6)
+        x, y = (truth[:, 4:] // CELL).clamp(0, parser.size // CELL - 1).unbind(1)
+        logits = parser(patches_of(rows[start:start + 100]))[scene, 3:, y, x].split(list(CLASSES.values()), 1)
+        right.append(torch.stack([part.argmax(1) for part in logits], 1) == truth[:, :4])
+    right = torch.cat(right)
+    return dict(zip(CLASSES, right.float().mean(0).tolist())) | {'all four': right.all(1).float().mean().item()}
+
+
+def main(*arguments, **overrides):
+    """The gate of a data set: shape, colour, material and size as a probe reads them from rgb tokens, and from the pixels."""
+    settings = config.apply(config.read(arguments, overrides), dict(data='data/scenes', steps=2000, seed=0))
+    folder = Path(settings['data'])
+    tokenizer = ImageTokenizer.load(folder / 'rgb.pt')
+    size, levels = tokenizer.config.size, tokenizer.levels
+    for field, inputs, patches_of in (('rgb', int(levels.sum()), lambda ids: token_patches(ids, levels)),
+                                      ('raw_rgb', 3 * PATCH ** 2, pixel_patches)):
+        torch.manual_seed(settings['seed'])
+        parser = train_parser(folder, Parser(size, inputs), field, patches_of, settings['seed'], settings['steps'])
+        print(f'read from {dict(rgb="rgb tokens", raw_rgb="pixels")[field]} after {settings["steps"]} steps: '
+              + ', '.join(f'{name} {share:.1%}' for name, share in accuracy(parser, folder / 'val', field, patches_of).items()))
+
+
+if __name__ == '__main__':
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        sys.exit(f'error: {error}')

@@ -10,6 +10,7 @@ from config import UserError
 from prepare import scenes
 from prepare.scenes import (caption, match, parse_text, scene_desc, score_depth, score_normal, score_objects,
                             score_segmentation, spell_out, text_length, words)
+from prepare.image_tokenizers import ids_to_digits
 from prepare.scenes_parser import targets
 from prepare.text_tokenizers import decode_row, encode_rows, word_encoding
 
@@ -112,9 +113,13 @@ def test_the_folder(work):
     for name in meta['fields']:
         ids = fields.load('val', name)
         assert len(ids) == 32 and ids.max() < meta['fields'][name]
-        raw = fields.decode(name, torch.from_numpy(ids[:10]).long())
-        again = fields.encode(name, fields.truth('val', name, index))
-        assert torch.equal(again, torch.from_numpy(ids[:10]).long())  # the stored tokens are those of the stored raw values
+        raw = fields.decode(name, torch.from_numpy(np.array(ids[:10])).long())
+        again, stored = fields.encode(name, fields.truth('val', name, index)), torch.from_numpy(np.array(ids[:10])).long()
+        if name in scenes.TEXTS:
+            assert torch.equal(again, stored)
+        else:  # the stored tokens are those of the stored raw values, but for digits on the edge between two levels
+            levels = fields.tokenizers[name].levels
+            assert (ids_to_digits(again, levels) - ids_to_digits(stored, levels)).abs().max() <= 1
         for one in raw:
             picture = fields.picture(name, one)
             assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8

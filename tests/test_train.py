@@ -169,8 +169,8 @@ def test_damaged_checkpoints(here, damage):
 
 def test_checkpoint_of_another_model(here):
     run('out/a', max_iters=3)
-    with pytest.raises(UserError, match="holds a run with model='fourm', not 'gpt'"):
-        train.main(out_dir='out/a', model='gpt', dataset='scenes', device='cpu', vocab_size=10, block_size=4)
+    with pytest.raises(UserError, match="dataset='scenes' is made for models with a setting modalities, which model='gpt' has not"):
+        train.main(out_dir='out/a', model='gpt', dataset='scenes', device='cpu')
 
 
 def test_damaged_data(here):
