@@ -38,12 +38,11 @@ class Config:
     n_layer_decoder: int = 3        # blocks that answer the queries
     n_head: int = 4                 # nh, attention heads a block
     n_embd: int = 128               # D, the width
-    input_slots: str = '32,64,64'   # K: each step draws one of these; the largest holds a whole image
-    target_slots: str = '64'        # M: the same for the targets
+    input_slots: str = '32,64,88'   # K: each step draws one of these; the largest holds a whole image and the beginning of a text
+    target_slots: str = '256'       # M: the same for the targets; a query costs half a token, and an encoder's pass serves all
     alphas: str = '0.1,1,10'        # of the Dirichlet over modalities, one drawn a sample: small is few modalities, large all
-    whole: float = 0.6              # share of samples whose input comes from one modality only, as whole as K allows, or from two
-    pair: float = 0.4               # share of those with two
-    lead: float = 0.5               # share of those in which one is the first of the list, if it fits: most tasks start from it
+    whole: float = 0.8              # share of samples whose input is one modality as a whole, and a part of a second one
+    lead: float = 0.75              # share of those that start from the first modality of the list, if it fits: most tasks do
     empty: float = 0.05             # share of samples without any input
     dropout: float = 0.0            # on the output of each residual branch
 
@@ -102,37 +101,46 @@ def budget_keys(available, sections, log_share, ordered, generator):
     return keys.masked_fill(~available, torch.inf)
 
 
-def smallest(keys, k):
-    """Indices (B, k) of the smallest keys (B, N), in ascending order; N, for no token, where only infinite ones are left."""
+def smallest(keys, k, limit):
+    """Indices (B, k) of the smallest keys (B, N), at most limit (B, 1) of them, in ascending order; N, for no token, where the
+    limit or infinite keys leave slots over."""
     value, index = keys.topk(min(k, keys.size(1)), largest=False)
-    index = index.masked_fill(value.isinf(), keys.size(1))
-    return F.pad(index, (0, k - index.size(1)), value=keys.size(1)).sort(-1).values
+    over = value.isinf() | (torch.arange(index.size(1), device=keys.device) >= limit)
+    return F.pad(index.masked_fill(over, keys.size(1)), (0, k - index.size(1)), value=keys.size(1)).sort(-1).values
 
 
 def draw_masks(present, sections, is_text, K, M, config, generator):
     """Input places (B, K) and target places (B, M), disjoint, as indices into the N places of present (B, N); N is none.
 
-    A mixture: `empty` of the samples have no input; `whole` take it from one modality, which stands alone as it does when
-    sampling, or from two; the rest from all. Shares are Dirichlet's, in the inputs and, of what is left, in the targets.
+    A mixture. Most samples (`whole`) are like the tasks that come later: one modality is known as a whole, if it fits, and of a
+    second one as much as a random share of the other slots holds: the beginning of a text beside a picture, some patches
+    beside a text. The others deal their slots out to all modalities by Dirichlet shares. A few (`empty`) know nothing. Targets:
+    Dirichlet shares of what is left.
     """
+    def random(*shape):
+        return torch.rand(shape, generator=generator)
     B, n = present.size(0), len(sections)
+    kind = random(B, 1)
+    whole = (kind >= config.empty) & (kind < config.empty + config.whole)
+
+    count = torch.stack([present[:, s].sum(1) for s in sections], 1)  # (B, n) tokens
+    score = random(B, n) + ((count <= K) & (3 * count >= K))  # first: one that fills a third of the slots or more
+    score[:, 0] += 2 * (count[:, 0] <= K) * (random(B) < config.lead)
+    first = score.argmax(1, keepdim=True)  # (B, 1)
+    score = random(B, n) + 0.5 * (is_text != is_text[first])  # second: more often a text beside a picture, and the reverse
+    second = score.scatter(1, first, -1).argmax(1, keepdim=True)
+    rank = torch.zeros(B, n).scatter(1, second, 20).scatter(1, first, 40)  # as log shares: all of one before any of the next
+    size, share = count.gather(1, first), (1.25 * random(B, 1) - 0.25).clamp(min=0)  # a fifth of them: nothing of a second
+    limit = size + ((K - size) * share).ceil().minimum(count.gather(1, second))
+    limit = torch.where(whole, limit, torch.where(kind < config.empty, 0, K))
+
+    ordered = is_text & (random(B, n) < 0.75)  # most texts are read from left to right
     alphas = torch.tensor([float(alpha) for alpha in config.alphas.split(',')])
-    kind = torch.rand(B, 1, generator=generator)
-    first = torch.rand(B, n, generator=generator)  # the largest comes first: one that fills a third of the slots or more
-    count = torch.stack([present[:, s].sum(1) for s in sections], 1)
-    first += (count <= K) & (3 * count >= K)
-    first[:, 0] += 2 * (count[:, 0] <= K) * (torch.rand(B, generator=generator) < config.lead)
-    turn = torch.rand(B, n, generator=generator).scatter(1, first.argmax(1, keepdim=True), -1).argsort(-1).argsort(-1)
-    few = 1 + (torch.rand(B, 1, generator=generator) < config.pair)
-    chosen = (turn < few) | (kind > config.empty + config.whole)
-    chosen &= kind >= config.empty
-    ordered = is_text & (torch.rand(B, n, generator=generator) < 0.5)  # half of the texts are read from left to right
-    place = torch.cat([chosen[:, m, None].expand(-1, s.stop - s.start) for m, s in enumerate(sections)], 1)
-    picks = alphas[torch.randint(len(alphas), (2, B), generator=generator)]
-    keys = budget_keys(present & place, sections, log_dirichlet(picks[0], n, generator), ordered, generator)
-    inputs = smallest(keys, K)
+    alphas = alphas[torch.randint(len(alphas), (2, B), generator=generator)]
+    keys = budget_keys(present, sections, torch.where(whole, rank, log_dirichlet(alphas[0], n, generator)), ordered, generator)
+    inputs = smallest(keys, K, limit)
     left = F.pad(present, (0, 1)).scatter(1, inputs, False)[:, :-1]
-    targets = smallest(budget_keys(left, sections, log_dirichlet(picks[1], n, generator), ordered, generator), M)
+    targets = smallest(budget_keys(left, sections, log_dirichlet(alphas[1], n, generator), ordered, generator), M, M)
     return inputs, targets
 
 
@@ -195,15 +203,22 @@ class Head(nn.Module):
             h = self.tell(h, d, digit)
         return nll
 
-    def sample(self, h, temperature, top_k, top_p, generator):
-        """Draws ids (B, Q) for h (B, Q, D), each digit with this temperature, top_k and top_p; returns their ln p too."""
+    def sample(self, h, h_without, guidance, temperature, top_k, top_p, generator):
+        """Draws ids (B, Q) for h (B, Q, D), each digit with this temperature, top_k and top_p; returns their ln p too.
+
+        Where guidance is not 1, logits are moved away from those of h_without (classifier-free guidance, 2207.12598).
+        """
         ids = log_p = 0
         for d, level in enumerate(self.levels):
             logits = self.logits(h, d)
+            if guidance != 1:
+                without = self.logits(h_without, d)
+                logits = without + guidance * (logits - without)
             digit = sample_token(logits, temperature, top_k, top_p, generator)
             log_p = log_p + logits.log_softmax(-1).gather(-1, digit[..., None])[..., 0]
             ids = ids * level + digit
             h = self.tell(h, d, digit)
+            h_without = self.tell(h_without, d, digit) if guidance != 1 else h
         return ids, log_p
 
 
@@ -333,7 +348,7 @@ class FourM(nn.Module):
         known = ids >= 0
         most = int(known.sum(1).max())
         K = min([size for size in self.input_sizes if size >= most], default=most)  # null tokens as in training
-        inputs = smallest(torch.where(known, 0.0, torch.inf), K)
+        inputs = smallest(torch.where(known, 0.0, torch.inf), K, K)
         return self.decode(self.encode(F.pad(ids, (0, 1), value=0).gather(1, inputs), inputs), inputs, index)
 
     def join(self, given):
@@ -347,21 +362,31 @@ class FourM(nn.Module):
 
     @torch.no_grad()
     def generate(self, given, targets, steps=8, temperature=1.0, top_k=0, top_p=1.0, order='random', schedule='linear',
-                 generator=None):
+                 guidance=1.0, generator=None):
         """Generates the modalities named in the list `targets`, one after the other, each conditioning the next (4M,
         section 3.1).
 
         given: {name: (B, size) ids}; -1 marks what is unknown, so that parts of a target may be given too. Images are filled in
         `steps` steps, in random order (ROAR), raster order or by confidence (MaskGIT, 2202.04200), the tokens of a step
         being drawn at once; schedule 'linear' fills as many each step, 'cosine' few first. Texts are written from left to
-        right and stop at their end token. Returns {name: (B, size) ids}, -1 after the end of a text.
+        right and stop at their end token. guidance > 1 makes the other modalities count for more than they did in training.
+        Returns {name: (B, size) ids}, -1 after the end of a text.
         """
         ids = self.join(given)
-        draw = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        draw = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         for name in targets:
             m = next(m for m in self.modalities if m.name == name)
             (self.write if m.is_text else self.fill)(ids, m, draw, steps, order, schedule)
         return {m.name: ids[:, m.places] for m in self.modalities if m.name in targets}
+
+    def draw_tokens(self, ids, m, index, guidance, **draw):
+        """Tokens (B, Q) at places index of modality m, given all known ones; guided away from those given its own alone."""
+        h = h_without = self.answer(ids, index)
+        if guidance != 1:
+            own = torch.full_like(ids, -1)
+            own[:, m.places] = ids[:, m.places]
+            h_without = self.answer(own, index)
+        return self.heads[m.name].sample(h, h_without, guidance, **draw)
 
     def fill(self, ids, m, draw, steps, order, schedule):
         """Fills the unknown tokens of image modality m into ids, in place."""
@@ -371,7 +396,7 @@ class FourM(nn.Module):
         steps = max(1, min(steps, int(unknown.max())))
         for step in range(steps):
             left = ids[:, m.places] < 0
-            tokens, log_p = self.heads[m.name].sample(self.answer(ids, index), **draw)
+            tokens, log_p = self.draw_tokens(ids, m, index, **draw)
             done = (step + 1) / steps
             done = done if schedule == 'linear' else 1 - math.cos(math.pi / 2 * done)
             now = (unknown * done).ceil() - (unknown - left.sum(1, keepdim=True))  # tokens of this step, a sample
@@ -385,7 +410,7 @@ class FourM(nn.Module):
         for i in range(m.size):
             now = ids[:, m.places.start + i]
             if (todo := ~ended & (now < 0)).any():
-                token = self.heads[m.name].sample(self.answer(ids, index[:, i:i + 1]), **draw)[0][:, 0]
+                token = self.draw_tokens(ids, m, index[:, i:i + 1], **draw)[0][:, 0]
                 now[todo] = token[todo]
             ended |= now == m.vocabulary - 1
             if ended.all():

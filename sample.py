@@ -40,8 +40,9 @@ SETTINGS = dict(
     text='',                  # a text of your own for the given text modality
     image='',                 # a picture file of your own for the given rgb
     # how
-    steps=16,                 # decoding steps of an image
-    temperature=-1.0,         # 0 takes the likeliest token; -1 is 0.3 for pictures and 0 for texts in nano4M, 0.8 in GPT
+    steps=0,                  # decoding steps of an image; 0 chooses these three for each target, see `manner`
+    temperature=-1.0,         # 0 takes the likeliest token; -1 chooses (0.8 in GPT)
+    guidance=0.0,             # above 1 what is given counts for more than in training; 0 chooses
     top_k=0, top_p=1.0,
     order='random',           # random (ROAR), confidence (MaskGIT), raster
     schedule='linear',        # linear, cosine: how many tokens a step
@@ -69,7 +70,7 @@ def parse_chain(settings, model):
         steps, order = (rest + [''] * 2)[:2] if len(rest) < 3 else ('?', '')
         if (steps and not steps.isdecimal()) or (order and order not in ORDERS):
             raise UserError(f'target {entry!r}: write name:steps:order with a number of steps and one of {", ".join(ORDERS)}')
-        targets.append((name, int(steps or settings['steps']), order or settings['order']))
+        targets.append((name, int(steps or settings['steps']), order or settings['order']))  # 0 steps: chosen by `manner`
     for name in given + [name for name, *_ in targets]:
         if name not in names:
             raise UserError(f'there is no modality {name!r}; this model has {", ".join(names)}')
@@ -79,15 +80,23 @@ def parse_chain(settings, model):
     return given, targets
 
 
+def manner(model, name, known, steps, settings):
+    """(steps, temperature, guidance) for a target. Where the rgb picture is known, hardly more than one answer is right: the likeliest
+    one, at once. Otherwise many are, and a picture's tokens have to agree with each other: a few at a time, drawn at random."""
+    is_text = next(m.is_text for m in model.modalities if m.name == name)
+    chosen = (1, 0.0, 1.0) if is_text or name != 'rgb' and 'rgb' in known else (8, 0.4, 2.0)
+    return (steps or chosen[0], settings['temperature'] if settings['temperature'] >= 0 else chosen[1],
+            settings['guidance'] or chosen[2])
+
+
 def generate(model, given, targets, settings, generator=None):
     """Runs a chain: {name: ids} for the given and all generated modalities."""
     known, device = dict(given), model.turn.device
     for name, steps, order in targets:
-        is_text = next(m.is_text for m in model.modalities if m.name == name)
-        temperature = settings['temperature'] if settings['temperature'] >= 0 else 0.0 if is_text else 0.3
+        steps, temperature, guidance = manner(model, name, known, steps, settings)
         with autocast(device, find_dtype(settings['dtype'], device)):
             known |= model.generate(known, [name], steps, temperature, settings['top_k'], settings['top_p'], order,
-                                    settings['schedule'], generator)
+                                    settings['schedule'], guidance, generator)
     return known
 
 
@@ -96,20 +105,20 @@ def read_ids(fields, name, split, index):
 
 
 def columns_for(model, fields, settings, given, targets, index, own=None):
-    """Columns (title, [pictures]) of one chain: what is given, then each target's truth beside what was generated."""
+    """Columns {title: [pictures]} of one chain: what is given, then each target's truth beside what was generated."""
     ids = own or {name: read_ids(fields, name, settings['split'], index) for name in given}
     ids = ids or {targets[0][0]: torch.full((settings['n'], fields.load('val', targets[0][0]).shape[1]), -1)}
     generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
     found = generate(model, ids, targets, settings, generator)
-    columns = []
+    columns = {}
     for name in [*given, *(name for name, *_ in targets)]:
         raw = fields.decode(name, found[name])
         drawn = [fields.picture(name, one) for one in raw]
         if own is None and given:
             truth = [fields.picture(name, one) for one in fields.truth(settings['split'], name, index)]
-            columns.append((f'{name} (given)' if name in given else f'{name} (truth)', truth))
+            columns[f'{name} (given)' if name in given else f'{name} (truth)'] = truth
         if name not in given or own is not None:
-            columns.append((f'{name} (given)' if name in given else name, drawn))
+            columns[f'{name} (given)' if name in given else name] = drawn
         if isinstance(raw, list) and (own is not None or len(index) <= 2):
             print('\n'.join(f'{name}: {text}' for text in raw))
     return columns
@@ -117,12 +126,11 @@ def columns_for(model, fields, settings, given, targets, index, own=None):
 
 def save_grid(columns, path, scale=2):
     """Columns of equally large pictures under their titles, as one PNG."""
-    side = columns[0][1][0].shape[0] * scale
-    gap, head = 4, 18
-    rows = len(columns[0][1])
+    some = next(iter(columns.values()))
+    side, rows, gap, head = some[0].shape[0] * scale, len(some), 4, 18
     canvas = Image.new('RGB', (len(columns) * (side + gap) - gap, head + rows * (side + gap) - gap), 'white')
     draw = ImageDraw.Draw(canvas)
-    for x, (title, pictures) in enumerate(columns):
+    for x, (title, pictures) in enumerate(columns.items()):
         draw.text((x * (side + gap) + 2, 3), title, fill='black')
         for y, picture in enumerate(pictures):
             canvas.paste(Image.fromarray(picture).resize((side, side), Image.NEAREST), (x * (side + gap), head + y * (side + gap)))
@@ -131,19 +139,19 @@ def save_grid(columns, path, scale=2):
 
 
 def draw_fourm(model, fields, settings, path, own=None):
-    """The picture that the settings ask for; without given and target: all from rgb, and rgb from the caption."""
+    """The picture that the settings ask for; without given and target: each from rgb alone, and rgb from the caption."""
     index = np.arange(settings['n'])
     if settings['chain'] or settings['given'] or settings['target'] or own:
         chains = [parse_chain(settings, model)]
     else:
         names = [m.name for m in model.modalities]
         first = names[0]
-        chains = [([first], [(name, settings['steps'], settings['order']) for name in names[1:]])]
+        chains = [([first], [(name, settings['steps'], settings['order'])]) for name in names[1:]]
         if 'caption' in names[1:]:
             chains.append((['caption'], [(first, settings['steps'], settings['order'])]))
-    columns = []
+    columns = {}
     for given, targets in chains:
-        columns += columns_for(model, fields, settings, given, targets, index, own)
+        columns |= columns_for(model, fields, settings, given, targets, index, own)
     save_grid(columns, path)
 
 
@@ -276,8 +284,8 @@ def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     if settings['order'] not in ORDERS or settings['schedule'] not in ('linear', 'cosine'):
         raise UserError(f'order is one of {", ".join(ORDERS)}, schedule linear or cosine')
-    if settings['n'] < 1 or settings['steps'] < 1 or not 0 < settings['top_p'] <= 1 or settings['top_k'] < 0:
-        raise UserError('n and steps must be at least 1, top_p in (0, 1], top_k at least 0')
+    if settings['n'] < 1 or settings['steps'] < 0 or not 0 < settings['top_p'] <= 1 or settings['top_k'] < 0:
+        raise UserError('n must be at least 1, steps at least 0, top_p in (0, 1], top_k at least 0')
     device = find_device(settings['device'])
     set_up(device)
     out_dir = Path(settings['out_dir'])

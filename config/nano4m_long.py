@@ -1,8 +1,10 @@
-# nano4M as in nano4m.py, trained longer: 4,000 steps x 32 scenes, 6.4 passes over the data.
+# nano4M as in nano4m.py, wider, deeper and trained for an hour.
 model = 'fourm'
 dataset = 'scenes'
 n_layer_decoder = 4
-batch_size = 32
-micro_batch_size = 32
-max_iters = 4000
-eval_interval = 1000
+n_head = 6
+n_embd = 192
+batch_size = 16
+micro_batch_size = 16
+max_iters = 11000
+eval_interval = 2750

@@ -155,7 +155,7 @@ SPECS = dict(  # channels, levels, weight of an object's pixel (the ground's is 
     rgb=(3, '16*16*16*16', 8, 550),
     depth=(1, '8*8*8*8', 4, 250),
     normal=(3, '8*8*8*8', 4, 350),
-    segmentation=(CLASSES, '8*8*8*8', 2, 350))
+    segmentation=(CLASSES, '8*8*8*8', 2, 280))
 
 
 def to_network(name, raw):

@@ -186,7 +186,9 @@ class Fields:
         if name in TEXTS:
             return self.decode(name, torch.from_numpy(self.load(split, name)[index].astype(np.int64)))
         raw = self.load(split, f'raw_{name}')[index]
-        return raw if name in ('rgb', 'segmentation') else raw.astype(np.float32)
+        if name == 'normal':
+            return raw.astype(np.float32) / 127  # stored in bytes
+        return raw.astype(np.float32) if name == 'depth' else raw
 
     def decode(self, name, ids):
         """Token ids (n, size) -> raw values."""
@@ -263,10 +265,10 @@ class Fields:
     def baseline(self, name):
         """The best constant prediction, from the training set: the mean, the majority class, the most frequent objects."""
         if name in IMAGES:
-            raw = self.load('train', f'raw_{name}')[:2000]
+            raw = self.truth('train', name, slice(2000))
             if name == 'segmentation':
                 return np.array([[np.bincount(pixel).argmax() for pixel in row] for row in raw.transpose(1, 2, 0)])
-            return raw.astype(np.float32).mean(0).astype(raw.dtype if name == 'rgb' else np.float32)
+            return raw.mean(0).astype(raw.dtype)
         objects = self.load('train', 'raw_objects')[:2000]
         count = np.bincount((objects[..., 0] >= 0).sum(1)).argmax()
         rows = [[np.bincount(column[column >= 0] if j < 4 else column.clip(0)).argmax() for j, column in enumerate(slot.T)]

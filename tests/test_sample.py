@@ -86,7 +86,7 @@ def test_bootstrap():
     (['--given=caption', '--text=' + 'x' * 100], 'has 101 tokens with its end token, the modality holds 26'),
     (['--given=depth', '--image=own.png'], '--image gives the modality rgb'),
     (['--order=fast'], 'order is one of'),
-    (['--steps=0'], 'must be at least 1'),
+    (['--n=0'], 'must be at least 1'),
     (['--checkpoint=ckpt_none.pt'], 'no such checkpoint'),
     (['--stepss=3'], "did you mean 'steps'"),
 ])

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from config import UserError
-from prepare import scenes
+from prepare import scenes, scenes_parser
 from prepare.scenes import (caption, match, parse_text, scene_desc, score_depth, score_normal, score_objects,
                             score_segmentation, spell_out, text_length, words)
 from prepare.image_tokenizers import ids_to_digits
@@ -120,6 +120,8 @@ def test_the_folder(work):
         else:  # the stored tokens are those of the stored raw values, but for digits on the edge between two levels
             levels = fields.tokenizers[name].levels
             assert (ids_to_digits(again, levels) - ids_to_digits(stored, levels)).abs().max() <= 1
+        if name == 'normal':
+            assert np.linalg.norm(fields.truth('val', name, index), axis=-1) == pytest.approx(1, abs=0.01)
         for one in raw:
             picture = fields.picture(name, one)
             assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
@@ -150,3 +152,12 @@ def test_bad_settings(work):
         scenes.main('--max_objects=11')
     with pytest.raises(UserError, match="unknown setting 'ntrain'; did you mean 'n_train'"):
         scenes.main('--ntrain=11')
+
+
+def test_the_gate_reads_tokens_and_pixels(work, capsys):
+    levels = torch.tensor([2, 3])
+    assert scenes_parser.token_patches(np.array([[5, 0]]), levels).tolist() == [[[0, 1, 0, 0, 1], [1, 0, 1, 0, 0]]]
+    scenes_parser.main(steps=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(' after')[0] for line in lines] == ['read from rgb tokens', 'read from pixels']
+    assert all(part in lines[0] for part in ('shape', 'color', 'material', 'size', 'all four'))
