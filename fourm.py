@@ -109,36 +109,41 @@ def smallest(keys, k, limit):
     return F.pad(index.masked_fill(over, keys.size(1)), (0, k - index.size(1)), value=keys.size(1)).sort(-1).values
 
 
-def draw_masks(present, sections, is_text, K, M, config, generator):
-    """Input places (B, K) and target places (B, M), disjoint, as indices into the N places of present (B, N); N is none.
-
-    A mixture. Most samples (`whole`) are like the tasks that come later: one modality is known as a whole, if it fits, and of a
-    second one as much as a random share of the other slots holds: the beginning of a text beside a picture, some patches
-    beside a text. The others deal their slots out to all modalities by Dirichlet shares. A few (`empty`) know nothing. Targets:
-    Dirichlet shares of what is left.
+def whole_first(count, is_text, K, lead, random):
+    """For samples that know one modality as a whole, if it fits, and something of a second one: the beginning of a text beside a
+    picture, some patches beside a text. count (B, n) tokens of each modality -> log shares (B, n) that put all of the first
+    before any of the second, and how many tokens (B, 1) the two give together: the second gets a random share of the slots that
+    the first leaves, none in a fifth of the samples.
     """
-    def random(*shape):
-        return torch.rand(shape, generator=generator)
-    B, n = present.size(0), len(sections)
-    kind = random(B, 1)
-    whole = (kind >= config.empty) & (kind < config.empty + config.whole)
-
-    count = torch.stack([present[:, s].sum(1) for s in sections], 1)  # (B, n) tokens
-    score = random(B, n) + ((count <= K) & (3 * count >= K))  # first: one that fills a third of the slots or more
-    score[:, 0] += 2 * (count[:, 0] <= K) * (random(B) < config.lead)
+    B, n = count.shape
+    score = random(B, n) + ((count <= K) & (3 * count >= K))  # first: one that fills a third of the slots or more,
+    score[:, 0] += 2 * (count[:, 0] <= K) * (random(B) < lead)  # most often the one that most tasks start from
     first = score.argmax(1, keepdim=True)  # (B, 1)
     score = random(B, n) + 0.5 * (is_text != is_text[first])  # second: more often a text beside a picture, and the reverse
     second = score.scatter(1, first, -1).argmax(1, keepdim=True)
-    rank = torch.zeros(B, n).scatter(1, second, 20).scatter(1, first, 40)  # as log shares: all of one before any of the next
-    size, share = count.gather(1, first), (1.25 * random(B, 1) - 0.25).clamp(min=0)  # a fifth of them: nothing of a second
-    limit = size + ((K - size) * share).ceil().minimum(count.gather(1, second))
-    limit = torch.where(whole, limit, torch.where(kind < config.empty, 0, K))
+    room = (K - count.gather(1, first)) * (1.25 * random(B, 1) - 0.25).clamp(min=0)
+    limit = count.gather(1, first) + room.ceil().minimum(count.gather(1, second))
+    return torch.zeros(B, n).scatter(1, second, 20).scatter(1, first, 40), limit
 
+
+def draw_masks(present, sections, is_text, K, M, config, generator):
+    """Input places (B, K) and target places (B, M), disjoint, as indices into the N places of present (B, N); N is none.
+
+    A mixture. Most samples (`whole`) are like the tasks that come later, see above; the others deal their slots out to all
+    modalities by Dirichlet shares; a few (`empty`) know nothing. Targets: Dirichlet shares of what is left.
+    """
+    def random(*shape):
+        return torch.rand(shape, generator=generator)
+    B, n, kind = present.size(0), len(sections), random(present.size(0), 1)
+    count = torch.stack([present[:, s].sum(1) for s in sections], 1)
+    whole = (kind >= config.empty) & (kind < config.empty + config.whole)
+    log_share, limit = whole_first(count, is_text, K, config.lead, random)
+    limit = torch.where(whole, limit, torch.where(kind < config.empty, 0, K))
     ordered = is_text & (random(B, n) < 0.75)  # most texts are read from left to right
     alphas = torch.tensor([float(alpha) for alpha in config.alphas.split(',')])
     alphas = alphas[torch.randint(len(alphas), (2, B), generator=generator)]
-    keys = budget_keys(present, sections, torch.where(whole, rank, log_dirichlet(alphas[0], n, generator)), ordered, generator)
-    inputs = smallest(keys, K, limit)
+    log_share = torch.where(whole, log_share, log_dirichlet(alphas[0], n, generator))
+    inputs = smallest(budget_keys(present, sections, log_share, ordered, generator), K, limit)
     left = F.pad(present, (0, 1)).scatter(1, inputs, False)[:, :-1]
     targets = smallest(budget_keys(left, sections, log_dirichlet(alphas[1], n, generator), ordered, generator), M, M)
     return inputs, targets

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError
-from train import autocast, find_device, find_dtype, load_model, set_up
+from train import autocast, check_data, find_device, find_dtype, load_model, read_meta, set_up
 
 SETTINGS = dict(
     out_dir='out/nano4m',     # the run
@@ -291,8 +291,12 @@ def main(*arguments, **overrides):
     out_dir = Path(settings['out_dir'])
     model, checkpoint = load_model(out_dir / settings['checkpoint'])
     model.to(device)
-    fields = fields_of(Path('data', checkpoint['settings']['dataset']))
+    folder = Path('data', checkpoint['settings']['dataset'])
+    check_data(folder, read_meta(folder), checkpoint)
+    fields = fields_of(folder)
     if not hasattr(model, 'modalities'):
+        if settings['score']:
+            raise UserError(f'--score=True is for nano4M; {out_dir} holds a {checkpoint["settings"]["model"]}, whose score is its val_loss')
         print('\n-----\n'.join(write_texts(model, fields, settings)))
     elif settings['score']:
         score_fourm(model, fields, settings, out_dir / 'scores.json')

@@ -65,7 +65,7 @@ SETTINGS = dict(
     device='auto',            # cuda, mps or cpu
     dtype='auto',             # bfloat16 where the hardware computes it natively, otherwise float32
     compile=True,             # torch.compile
-    threads=0,                # of a CPU run; 0 is one a core
+    threads=0,                # of a CPU run; 0 is PyTorch's choice, one for each core that this process may use
 )
 
 
@@ -98,7 +98,8 @@ def set_up(device, threads=0):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if device.type == 'cpu':
-        torch.set_num_threads(threads or os.cpu_count())
+        if threads:
+            torch.set_num_threads(threads)
         torch.backends.cuda.enable_flash_sdp(False)  # the switch is named after CUDA and holds for the CPU as well
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # bfloat16 products without a detour by float32
 
@@ -290,6 +291,13 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def check_data(folder, meta, checkpoint):
+    """Tokens mean something only to the tokenizers that made them."""
+    if meta != checkpoint['meta']:
+        raise UserError(f'{folder} is not the data that this run was trained on (its meta.json differs): restore that data, or '
+                        'train anew')
+
+
 def load_model(path):
     """The trained model of a checkpoint, in evaluation mode on the CPU, and the checkpoint."""
     checkpoint = read_checkpoint(path)
@@ -401,7 +409,7 @@ def make_model(chapter, settings, meta, assigned):
         raise UserError(f'model={settings["model"]!r} cannot be built: {error}')
 
 
-def start_or_resume(out_dir, settings, model, optimizers):
+def start_or_resume(out_dir, settings, folder, meta, model, optimizers):
     """The state of the run in out_dir, loaded into model and optimizers; that of a new run where there is none."""
     last = out_dir / 'ckpt_last.pt'
     if settings['init_from'] == 'scratch' and last.exists() and is_main():
@@ -416,6 +424,7 @@ def start_or_resume(out_dir, settings, model, optimizers):
     if changed := [name for name in settings if name not in FREE and settings[name] != before.get(name)]:
         raise UserError(f'{out_dir} holds a run with {changed[0]}={before.get(changed[0])!r}, not {settings[changed[0]]!r}: '
                         'choose another --out_dir=, or --init_from=scratch to move it aside')
+    check_data(folder, meta, checkpoint)
     model.load_state_dict(checkpoint['weights'])
     for optimizer, state in zip(optimizers, checkpoint['optimizers']):
         optimizer.load_state_dict(state)
@@ -473,7 +482,7 @@ def main(*arguments, **overrides):
     train_data, val_data = (Data(folder, split, meta, block_size, settings['seed']) for split in ('train', 'val'))
     raw_model.to(device)
     optimizers = make_optimizers(raw_model, settings)
-    state = start_or_resume(out_dir, settings, raw_model, optimizers)
+    state = start_or_resume(out_dir, settings, folder, meta, raw_model, optimizers)
     if settings['compile']:
         compile_blocks(raw_model, device)
     model = DistributedDataParallel(raw_model) if world > 1 else raw_model

@@ -209,3 +209,11 @@ def test_faulty_settings(here, changes, message):
 def test_the_command_line_prints_one_line(here):
     done = subprocess.run([sys.executable, str(Path(train.__file__)), '--batchsize=3'], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "error: command line: unknown setting 'batchsize'; did you mean 'batch_size'?\n"
+
+
+def test_other_data_than_the_runs_own(here):
+    run('out/a', max_iters=3)
+    path = Path('data/scenes/meta.json')
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 7'))
+    with pytest.raises(UserError, match='data/scenes is not the data that this run was trained on'):
+        run('out/a')
