@@ -48,7 +48,7 @@ SETTINGS = dict(
     schedule='linear',        # linear, cosine: how many tokens a step
     prompt='\n',              # GPT: the text to go on with
     max_new_tokens=500,       # GPT
-    score=False,              # compute and save the scores
+    score=False,              # compute and save the scores, of all pairs or those that given and target name
     n_score=1000,             # held-out scenes to score on
 )
 ORDERS = ('random', 'confidence', 'raster')
@@ -120,7 +120,7 @@ def columns_for(model, fields, settings, given, targets, index, own=None):
         if name not in given or own is not None:
             columns[f'{name} (given)' if name in given else name] = drawn
         if isinstance(raw, list) and (own is not None or len(index) <= 2):
-            print('\n'.join(f'{name}: {text}' for text in raw))
+            print('\n'.join(dict.fromkeys(f'{name}: {text}' for text in raw)))  # equal ones once
     return columns
 
 
@@ -222,7 +222,9 @@ def score_fourm(model, fields, settings, path):
                         for key in ceiling}
     real = fields.score('rgb', fields.truth(split, 'rgb', index), split, index) if 'rgb' in names else {}
     scores |= {f'parser on true renders/{key}': bootstrap(parts) for key, parts in real.items()}
-    cells = [(a, b) for b in names for a in names if a != b]
+    parse_chain(settings, model)  # complains of unknown names
+    sources, targets = (settings[key].split(',') if settings[key] else names for key in ('given', 'target'))
+    cells = [(a, b) for b in names for a in names if a != b and a in sources and b in targets]
     for a, b in tqdm(cells, desc='score', unit='cell'):
         parts = []
         for part in np.array_split(index, max(1, len(index) // 250)):

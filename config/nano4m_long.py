@@ -6,5 +6,5 @@ n_head = 6
 n_embd = 192
 batch_size = 16
 micro_batch_size = 16
-max_iters = 11000
-eval_interval = 2750
+max_iters = 6000
+eval_interval = 3000

@@ -70,12 +70,13 @@ def text_length(name, max_objects):
 
 
 def spell_out(text):
-    """User text towards the caption's grammar: 'Two red spheres' becomes 'a red sphere, a red sphere'."""
+    """User text towards the caption's grammar: 'Two red spheres' becomes 'a red sphere and a red sphere'."""
     counts = dict(one=1, two=2, three=3, four=4, five=5)
 
     def repeat(match):
         return ', '.join([f'a {match[2]}'] * counts[match[1]])
-    return re.sub(rf'\b({"|".join(counts)}) ((?:\w+ )*?(?:{"|".join(SHAPES)}))s?\b', repeat, text.strip().lower().rstrip('.'))
+    text = re.sub(rf'\b({"|".join(counts)}) ((?:\w+ )*?(?:{"|".join(SHAPES)}))s?\b', repeat, text.strip().lower().rstrip('.'))
+    return text if ' and ' in text else ' and '.join(text.rsplit(', ', 1))  # the last object comes after an "and"
 
 
 def parse_text(name, text):

@@ -41,7 +41,7 @@ def test_grids(out_dir, capsys):
     chain = draw(out_dir, '--chain=rgb>depth:2,normal:2:confidence,scene_desc')
     assert chain.size[0] == 7 * 132 - 4
     text = draw(out_dir, '--given=caption', '--text=two large red metal spheres', '--target=rgb,depth')
-    assert text.size[0] == 3 * 132 - 4 and 'a large red metal sphere, a large red metal sphere' in capsys.readouterr().out
+    assert text.size[0] == 3 * 132 - 4 and 'a large red metal sphere and a large red metal sphere' in capsys.readouterr().out
     Image.new('L', (32, 32)).save('own.png')
     assert draw(out_dir, '--given=rgb', '--image=own.png', '--target=depth').size[0] == 2 * 132 - 4
     both = draw(out_dir, '--given=rgb,caption', '--image=own.png', '--text=a small red metal cube', '--target=depth')
@@ -65,6 +65,9 @@ def test_scores(out_dir, capsys):
             assert {'ceiling', 'baseline'} <= score.keys()
     assert scores['caption>scene_desc/attributes']['ceiling'] == 1
     assert 'rgb>depth/absrel_objects' in capsys.readouterr().out
+    sample.main(f'--out_dir={out_dir}', '--score=True', '--n_score=4', '--given=depth,rgb', '--target=normal')
+    assert {name.split('/')[0] for name in json.loads(Path(out_dir, 'scores.json').read_text()) if '>' in name} == {
+        'depth>normal', 'rgb>normal'}
 
 
 def test_bootstrap():

@@ -55,6 +55,7 @@ def test_unknown_words_fall_back_to_bytes():
 def test_spell_out():
     assert spell_out('Two large red metal spheres and a small cyan rubber cube.') == (
         'a large red metal sphere, a large red metal sphere and a small cyan rubber cube')
+    assert spell_out('two red spheres, a blue cube') == 'a red sphere, a red sphere and a blue cube'
     assert spell_out('a large red metal sphere') == 'a large red metal sphere'
 
 
