@@ -209,15 +209,13 @@ def retrieval(model, fields, settings, n, gallery=100):
 
 def score_fourm(model, fields, settings, path):
     """Every modality from every other: each cell's metrics with ceiling (the tokenizer's own reconstruction, or the text itself) and
-    baseline (the best constant prediction). Prints a table and writes scores.json."""
+    baseline (a predictor that sees nothing). Prints a table and writes scores.json."""
     names, split = [m.name for m in model.modalities], settings['split']
     index = np.arange(min(settings['n_score'], len(fields.load(split, names[0]))))
     scores, bounds = {}, {}
     for name in names:  # what a perfect and what a blind model would reach
         ceiling = fields.score(name, fields.decode(name, read_ids(fields, name, split, index)), split, index)
-        constant = fields.baseline(name)
-        blind = [constant] * len(index) if isinstance(constant, str) else np.repeat(constant[None], len(index), 0)
-        blind = fields.score(name, blind, split, index)
+        blind = fields.score(name, fields.baseline(name, split, index), split, index)
         bounds[name] = {key: dict(ceiling=bootstrap(ceiling[key], 1)['value'], baseline=bootstrap(blind[key], 1)['value'])
                         for key in ceiling}
     real = fields.score('rgb', fields.truth(split, 'rgb', index), split, index) if 'rgb' in names else {}

@@ -231,7 +231,8 @@ def train_field(folder, name, size, seed=0, batch_size=64):
 def encode_all(tokenizer, name, folder):
     """The token ids (n, N) int32 of all pictures of one field in a split's folder."""
     raw = np.load(folder / f'raw_{name}.npy', mmap_mode='r')
-    parts = [tokenizer.encode(to_network(name, raw[i:i + 100])) for i in range(0, len(raw), 100)]
+    parts = [tokenizer.encode(to_network(name, raw[i:i + 100]))
+             for i in tqdm(range(0, len(raw), 100), desc=f'encode {name}', unit='x100', leave=False)]
     return torch.cat(parts).int().numpy()
 
 

@@ -263,18 +263,21 @@ class Fields:
         found = self.parser.read(raw) if name == 'rgb' else [parse_text(name, text) for text in raw]
         return score_objects(self.load(split, 'raw_objects')[index], found)
 
-    def baseline(self, name):
-        """The best constant prediction, from the training set: the mean, the majority class, the most frequent objects."""
+    def baseline(self, name, split, index):
+        """Raw values by a predictor that sees nothing: the training set's mean, majority class or most frequent objects; for rgb, whose
+        mean shows no objects to read, the pictures of other scenes."""
+        if name == 'rgb':
+            return self.truth(split, name, np.roll(index, 1))
         if name in IMAGES:
             raw = self.truth('train', name, slice(2000))
-            if name == 'segmentation':
-                return np.array([[np.bincount(pixel).argmax() for pixel in row] for row in raw.transpose(1, 2, 0)])
-            return raw.mean(0).astype(raw.dtype)
+            constant = raw.mean(0) if name != 'segmentation' else np.array(
+                [[np.bincount(pixel).argmax() for pixel in row] for row in raw.transpose(1, 2, 0)])
+            return np.repeat(constant[None], len(index), 0)
         objects = self.load('train', 'raw_objects')[:2000]
         count = np.bincount((objects[..., 0] >= 0).sum(1)).argmax()
         rows = [[np.bincount(column[column >= 0] if j < 4 else column.clip(0)).argmax() for j, column in enumerate(slot.T)]
                 for slot in objects[:, :count].transpose(1, 0, 2)]
-        return dict(caption=caption, scene_desc=scene_desc)[name](rows)
+        return [dict(caption=caption, scene_desc=scene_desc)[name](rows)] * len(index)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_the_folder(work):
             picture = fields.picture(name, one)
             assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
         assert all(np.isfinite(value(parts)) for parts in fields.score(name, raw, 'val', index).values())
-        fields.picture(name, fields.baseline(name))
+        fields.picture(name, fields.baseline(name, 'val', index)[0])
     objects, instance = np.load(work / 'data/scenes/val/raw_objects.npy'), np.load(work / 'data/scenes/val/raw_instance.npy')
     labels = np.load(work / 'data/scenes/val/raw_segmentation.npy')
     assert labels[0][instance[0] == 2][0] == 1 + objects[0, 1, 0] * 8 + objects[0, 1, 1]
