@@ -308,5 +308,5 @@ def main(*arguments, **overrides):
 if __name__ == '__main__':
     try:
         main(*sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f'error: {error}')

@@ -42,7 +42,7 @@ SETTINGS = dict(
     # length and batches
     max_iters=2000,           # optimizer steps
     batch_size=64,            # samples a step, over all micro-batches and processes
-    micro_batch_size=64,      # samples in one forward pass: lower it until the memory suffices, the result is the same
+    micro_batch_size=64,      # samples in one forward pass: lower it until the memory suffices
     # optimizer: Muon (torch.optim.Muon) for the hidden matrices, AdamW for embeddings, heads and vectors
     muon=True,                # False: AdamW for everything
     muon_learning_rate=0.02,  # of a matrix whose update has orthonormal rows or columns
@@ -604,5 +604,5 @@ def main(*arguments, **overrides):
 if __name__ == '__main__':
     try:
         main(*sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f'error: {error}')

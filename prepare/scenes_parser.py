@@ -20,6 +20,7 @@ from config import UserError
 from gpt import norm, rotary
 from prepare.image_tokenizers import Block, Config, ImageTokenizer, fit, ids_to_digits, to_network
 
+SETTINGS = dict(data='data/scenes', steps=2000, seed=0)  # of the probe, see main
 PATCH, CELL = 8, 4                                    # pixels: what the network reads as one vector, where it may see a centre
 CLASSES = dict(shape=3, color=8, material=2, size=2)  # the first columns of raw_objects
 RADIUS = 2.0                                          # pixels: how sharply a centre is to be located
@@ -144,7 +145,7 @@ def accuracy(parser, folder, field, patches_of):
 
 def main(*arguments, **overrides):
     """The gate of a data set: shape, colour, material and size as a probe reads them from rgb tokens, and from the pixels."""
-    settings = config.apply(config.read(arguments, overrides), dict(data='data/scenes', steps=2000, seed=0))
+    settings = config.apply(config.read(arguments, overrides), SETTINGS)
     folder = Path(settings['data'])
     tokenizer = ImageTokenizer.load(folder / 'rgb.pt')
     size, levels = tokenizer.config.size, tokenizer.levels
@@ -159,5 +160,5 @@ def main(*arguments, **overrides):
 if __name__ == '__main__':
     try:
         main(*sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f'error: {error}')

@@ -1,9 +1,17 @@
 """Settings: what is known is applied, what is not is named."""
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 
 import config
+import sample
 import train
 from config import UserError
+from prepare import scenes, scenes_parser
+
+README = Path(__file__).parent.parent / 'README.md'
 
 
 def settings_of(*arguments, **overrides):
@@ -63,3 +71,25 @@ def test_shipped_configs_are_valid():
     for path in train.Path(config.__file__).parent.glob('*.py'):
         if path.stem != '__init__':
             settings_of(str(path))
+
+
+COMMANDS = sorted(set(re.findall(r'^(?:.* && )?((?:python|torchrun) .*?)(?:  #.*)?(?:   .*)?$', README.read_text(), re.M)
+                      + re.findall(r'`(python [^`]*)`', README.read_text())))
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_the_readmes_commands_use_settings_that_exist(command, monkeypatch):
+    monkeypatch.chdir(README.parent)
+    words = shlex.split(command)
+    program = next(word for word in words if word.endswith('.py') or word.startswith('prepare.'))
+    assigned = config.read([word for word in words[words.index(program) + 1:]])
+    if program == 'train.py':
+        train.resolve(assigned)
+    else:
+        known = {'sample.py': sample.SETTINGS, 'prepare.scenes': scenes.SETTINGS,
+                 'prepare.scenes_parser': scenes_parser.SETTINGS}[program]
+        config.apply(assigned, known)
+
+
+def test_the_readme_has_commands():
+    assert len(COMMANDS) > 8

@@ -209,6 +209,9 @@ def test_faulty_settings(here, changes, message):
 def test_the_command_line_prints_one_line(here):
     done = subprocess.run([sys.executable, str(Path(train.__file__)), '--batchsize=3'], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "error: command line: unknown setting 'batchsize'; did you mean 'batch_size'?\n"
+    done = subprocess.run([sys.executable, str(Path(train.__file__)), '--model=fourm', '--dataset=scenes', '--out_dir=/dev/null/out'],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "error: [Errno 20] Not a directory: '/dev/null/out'\n"
 
 
 def test_other_data_than_the_runs_own(here):
