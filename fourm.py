@@ -219,7 +219,7 @@ class Head(nn.Module):
             if guidance != 1:
                 without = self.logits(h_without, d)
                 logits = without + guidance * (logits - without)
-            digit = sample_token(logits, temperature, top_k, top_p, generator)
+            digit = sample_token(logits, temperature, top_k, top_p, generator=generator)
             log_p = log_p + logits.log_softmax(-1).gather(-1, digit[..., None])[..., 0]
             ids = ids * level + digit
             h = self.tell(h, d, digit)

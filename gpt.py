@@ -6,7 +6,7 @@ a probability to every possible next one; it is trained to make the true next to
 its own predictions again and again. Attention is the only place where positions exchange information, and the mask
 that keeps it causal (no position sees its future) is what lets one pass train on all T positions at once.
 
-A batch is {'tokens': (B, T + 1) integers}: positions 0..T-1 are the input, positions 1..T the targets.
+A batch is {'tokens': (B, T + 1) integers}: positions 0..T-1 are the input, positions 1..T the targets; -1 is no token.
 
     python train.py config/gpt_shakespeare.py
     python sample.py --out_dir=out/gpt_shakespeare --prompt="ROMEO:"
@@ -22,24 +22,34 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
 class Config:
-    vocab_size: int = 65   # number of token ids; set by the data set
+    vocab_size: int = 65   # V, number of token ids; set by the data set
     block_size: int = 256  # T, the longest context in tokens
     n_layer: int = 6       # number of blocks
-    n_head: int = 4        # nh, attention heads a block; the head size is n_embd / n_head
+    n_head: int = 4        # nh, attention heads a block; the head size hd is n_embd / n_head
     n_embd: int = 256      # D, the width
     dropout: float = 0.0   # on the output of each residual branch; worth having once the data is seen many times
+    # what real weights need (prepare/smollm2.py) and models of our own may leave as it is
+    n_kv_head: int = 0           # heads of keys and values, each shared by n_head / n_kv_head query heads; 0 is n_head
+    mlp: str = 'relu2'           # or swiglu
+    mlp_width: int = 0           # hidden units of the MLP; 0 is 4 n_embd
+    qk_norm: bool = True         # normalise queries and keys
+    rope_theta: float = 10000.0  # the slowest rotary pair turns once in about 2 pi theta tokens
+    norm_eps: float = 1e-6       # of RMSNorm
+    tied: bool = False           # one matrix is both embedding and head
+    softcap: float = 0.0         # logits are kept within -softcap .. softcap; 0 lets them go where they like
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The core
 
-def norm(x):
+def norm(x, eps=1e-6):
     """RMSNorm without a gain: each vector along the last axis is scaled to mean square 1 (arXiv 1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),))
+    return F.rms_norm(x, (x.size(-1),), eps=eps)
 
 
 def rotary(coordinates, head_size, theta):
@@ -68,54 +78,69 @@ class Attention(nn.Module):
     """Multi-head attention (arXiv 1706.03762, section 3.2), the one core of all chapters: softmax(12 cos(q, k)) v.
 
     x (B, T, D) attends to itself, or, where `cross`, to a context (B, S, D). `causal` hides the future; without it every
-    token sees every other. No mask is ever passed in training, so that the fastest kernel always applies.
+    token sees every other. Training never passes a mask, so that the fastest kernel always applies. With fewer heads of keys
+    and values than of queries (arXiv 2305.13245) the cache of generation shrinks by the same factor.
     """
-    def __init__(self, n_embd, n_head, cross=False):
+    def __init__(self, n_embd, n_head, n_kv_head=0, cross=False, qk_norm=True):
         super().__init__()
+        n_kv_head = n_kv_head or n_head
         assert n_embd % (2 * n_head) == 0, f'n_embd={n_embd} must be a multiple of 2 * n_head={2 * n_head}'
-        self.n_head = n_head
+        assert n_head % n_kv_head == 0, f'n_head={n_head} must be a multiple of n_kv_head={n_kv_head}'
+        self.head_size, self.grouped, self.qk_norm = n_embd // n_head, n_kv_head < n_head, qk_norm
+        self.sizes = [n_embd, n_kv_head * self.head_size, n_kv_head * self.head_size]  # rows of queries, keys, values
         self.q = nn.Linear(n_embd, n_embd, bias=False) if cross else None
-        self.qkv = nn.Linear(n_embd, (2 if cross else 3) * n_embd, bias=False)  # one matmul; cross: keys and values
+        self.qkv = nn.Linear(n_embd, sum(self.sizes[cross:]), bias=False)  # one matmul; cross: keys and values
         self.out = nn.Linear(n_embd, n_embd, bias=False)
-        k = 0 if cross else n_embd  # keys start equal to queries: a token first looks at what is like it and near it
-        self.qkv.weight.data[k:k + n_embd] = (self.q if cross else self.qkv).weight.data[:n_embd]
         nn.init.zeros_(self.out.weight)  # a block starts as the identity
+        # keys start equal to queries: a token first looks at what is like it and near it
+        queries = (self.q if cross else self.qkv).weight.data[:n_embd].view(n_kv_head, -1, self.head_size, n_embd)
+        start = 0 if cross else n_embd
+        self.qkv.weight.data[start:start + self.sizes[1]] = queries[:, 0].flatten(0, 1)
 
     def heads(self, x):
-        return x.view(*x.shape[:2], self.n_head, -1).transpose(1, 2)  # (B, nh, T, hd)
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, nh, T, hd)
 
-    def forward(self, x, turn, context=None, context_turn=None, causal=False, cache=None):
-        """turn: (cos, sin) of x's places, context_turn of the context's; cache: keys and values so far, see `KVCache`."""
+    def forward(self, x, turn, context=None, context_turn=None, causal=False, mask=None, cache=None):
+        """turn: (cos, sin) of x's places, context_turn of the context's; mask and cache belong to generation, see `KVCache`."""
         if context is None:
-            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            q, k, v = self.qkv(x).split(self.sizes, dim=-1)
         else:
             q, (k, v) = self.q(x), self.qkv(context).chunk(2, dim=-1)
         q, k, v = self.heads(q), self.heads(k), self.heads(v)
-        q = rotate(norm(q), *turn)  # the norm keeps logits small whatever the learning rate (arXiv 2010.04245)
-        k = rotate(norm(k), *(turn if context is None else context_turn))
+        if self.qk_norm:  # keeps logits small whatever the learning rate (arXiv 2010.04245)
+            q, k = norm(q), norm(k)
+        q = rotate(q, *turn)
+        k = rotate(k, *(turn if context is None else context_turn))
         if cache is not None:
             k, v = cache.append(self, k, v)
         # normalised vectors have length sqrt(hd), so that 1 / sqrt(hd) would hold every logit below sqrt(hd): too flat to pick
         # one token among hundreds. This scale lets them reach 12 whatever the head size.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=12 / q.size(-1))  # (B, nh, T, hd)
+        scale = 12 / self.head_size if self.qk_norm else self.head_size ** -0.5
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=self.grouped)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class MLP(nn.Module):
-    """Two layers with ReLU^2 between them: sparse, and cheaper than a gated unit of equal quality (arXiv 2109.08668)."""
-    def __init__(self, n_embd):
+    """Two layers with ReLU^2 between them: sparse, and cheaper than a gated unit of equal quality (arXiv 2109.08668); or, for
+    weights that come with it, the gated SwiGLU (arXiv 2002.05202)."""
+    def __init__(self, n_embd, width=0, kind='relu2'):
         super().__init__()
-        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
-        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
+        assert kind in ('relu2', 'swiglu'), f'mlp={kind!r} must be relu2 or swiglu'
+        width, self.gated = width or 4 * n_embd, kind == 'swiglu'
+        self.up = nn.Linear(n_embd, 2 * width if self.gated else width, bias=False)  # gated: the gate's rows come first
+        self.down = nn.Linear(width, n_embd, bias=False)
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
+        if self.gated:
+            gate, x = self.up(x).chunk(2, dim=-1)
+            return self.down(F.silu(gate) * x)
         return self.down(F.relu(self.up(x)).square())
 
 
-def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Divides logits (..., V) by the temperature, then hides all but the top_k largest, then all but the nucleus: the
-    fewest tokens that hold top_p of the probability (arXiv 1904.09751). top_k = 0 and top_p = 1 hide nothing."""
+def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Divides logits (..., V) by the temperature, then hides all but the top_k largest; all but the nucleus, the fewest tokens
+    that hold top_p of the probability (arXiv 1904.09751); and all below min_p of the likeliest one's (2407.01082)."""
     logits = logits.float() / temperature
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
@@ -123,14 +148,17 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
         ordered, index = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of all likelier tokens: 0 for the first
         logits = logits.masked_fill((before >= top_p).gather(-1, index.argsort(-1)), -torch.inf)
+    if min_p > 0:
+        p = logits.softmax(-1)
+        logits = logits.masked_fill(p < min_p * p.amax(-1, keepdim=True), -torch.inf)
     return logits
 
 
-def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
     """Draws ids (...) from logits (..., V); temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = filter_logits(logits, temperature, top_k, top_p).softmax(-1)
+    p = filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
     return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
 
 
@@ -141,28 +169,65 @@ class Block(nn.Module):
     """Look around (attention), then think (MLP); both add to the residual stream."""
     def __init__(self, config):
         super().__init__()
-        self.attention = Attention(config.n_embd, config.n_head)
-        self.mlp = MLP(config.n_embd)
+        self.attention = Attention(config.n_embd, config.n_head, config.n_kv_head, qk_norm=config.qk_norm)
+        self.mlp = MLP(config.n_embd, config.mlp_width, config.mlp)
         self.dropout = nn.Dropout(config.dropout)
+        self.eps = config.norm_eps
 
-    def forward(self, x, turn, cache=None):
-        causal = x.size(1) > 1  # one token at a time sees the whole cache: full attention
-        x = x + self.dropout(self.attention(norm(x), turn, causal=causal, cache=cache))
-        return x + self.dropout(self.mlp(norm(x)))
+    def forward(self, x, turn, causal=True, mask=None, cache=None):
+        x = x + self.dropout(self.attention(norm(x, self.eps), turn, causal=causal, mask=mask, cache=cache))
+        return x + self.dropout(self.mlp(norm(x, self.eps)))
 
 
 class KVCache:
-    """Keys and values of all layers for up to T positions, so that each new token costs one position's work."""
-    def __init__(self, length):
-        self.length, self.filled, self.store = length, 0, {}
+    """Keys and values of all layers for up to `length` positions, so that each new token costs one position's work.
+
+    Prompts of different lengths are filled up in front with -1, which no token sees: rotary angles count differences only,
+    so that it does not matter where in the cache a text begins.
+    """
+    def __init__(self, length, ragged=False):
+        self.length, self.ragged, self.filled, self.store, self.valid = length, ragged, 0, {}, None
 
     def append(self, layer, k, v):
+        """Adds k and v (B, nkv, T, hd) of one layer; returns all of its keys and values so far."""
         if layer not in self.store:
-            B, nh, _, hd = k.shape
-            self.store[layer] = k.new_empty(2, B, nh, self.length, hd)
+            B, n, _, hd = k.shape
+            self.store[layer] = k.new_empty(2, B, n, self.length, hd)
         store, end = self.store[layer], self.filled + k.size(2)
         store[0, :, :, self.filled:end], store[1, :, :, self.filled:end] = k, v
-        return store[:, :, :, :end]  # keys (B, nh, end, hd) and values
+        return store[:, :, :, :end]  # keys (B, nkv, end, hd) and values
+
+    def mask(self, tokens):
+        """(causal, mask) for attention from these new tokens (B, T) to themselves and all before; a mask, (B or 1, 1, T, end)
+        with True for what is seen, only where neither causal nor full attention says the same."""
+        T, start = tokens.size(1), self.filled
+        if not self.ragged and (start == 0 or T == 1):
+            return start == 0 and T > 1, None
+        place = torch.arange(start + T, device=tokens.device)
+        seen = place <= place[start:, None]  # (T, end)
+        if self.ragged:
+            self.valid = tokens >= 0 if start == 0 else torch.cat((self.valid, tokens >= 0), 1)  # (B, end)
+            seen = seen & self.valid[:, None] | (place == place[start:, None])  # each sees itself: no row without a key
+        return False, seen.view(-1, 1, T, start + T)
+
+
+def cross_entropy(x, head, targets, softcap=0.0, most=2 ** 24):
+    """The sum of -ln p(target) in nats over rows x (R, D) with a head (V, D); targets (R,), -1 is none.
+
+    At most `most` logits exist at a time: where R x V is more, rows are taken in chunks, whose logits are thrown away and
+    computed anew in the backward pass. A vocabulary of 64k so needs megabytes where it took gigabytes.
+    """
+    def nll(x, targets):
+        return F.cross_entropy(cap(F.linear(x, head), softcap), targets, ignore_index=-1, reduction='sum')
+    rows = max(1, most // len(head))
+    if len(x) <= rows:
+        return nll(x, targets)
+    return sum(checkpoint(nll, *part, use_reentrant=False) for part in zip(x.split(rows), targets.split(rows)))
+
+
+def cap(logits, softcap):
+    """Logits in float32, where softcap > 0 bent smoothly into -softcap .. softcap (arXiv 2408.00118, section 2)."""
+    return softcap * torch.tanh(logits.float() / softcap) if softcap else logits.float()
 
 
 class GPT(nn.Module):
@@ -172,19 +237,28 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        nn.init.zeros_(self.head.weight)  # the first loss is ln(V), exactly
-        turn = rotary(torch.arange(config.block_size)[:, None], config.n_embd // config.n_head, theta=10000)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+            nn.init.normal_(self.head.weight, std=0.02)  # as in GPT-2: first logits near 0
+        else:
+            nn.init.zeros_(self.head.weight)  # the first loss is ln(V), exactly
+        turn = rotary(torch.arange(config.block_size)[:, None], config.n_embd // config.n_head, config.rope_theta)
         self.register_buffer('turn', torch.stack(turn), persistent=False)  # (2, T, hd / 2)
 
     def trunk(self, tokens, cache=None):
+        """tokens (B, T) -> (B, T, D), what the head reads; with a cache they follow what is in it."""
         start = cache.filled if cache else 0
-        cos, sin = self.turn[:, start:start + tokens.size(1)]
-        x = norm(self.embedding(tokens))  # (B, T, D)
+        causal, mask = cache.mask(tokens) if cache else (True, None)
+        turn = self.turn[:, start:start + tokens.size(1)]
+        x = self.embedding(tokens.clamp(min=0))  # (B, T, D)
         for block in self.blocks:
-            x = block(x, (cos, sin), cache)
+            x = block(x, turn, causal, mask, cache)
         if cache:
             cache.filled += tokens.size(1)
-        return norm(x)
+        return norm(x, self.config.norm_eps)
+
+    def logits(self, x):
+        return cap(self.head(x), self.config.softcap)
 
     @staticmethod
     def draw(batch, generator, shared):
@@ -194,27 +268,41 @@ class GPT(nn.Module):
     def forward(self, batch):
         """batch['tokens'] (B, T + 1) -> the mean of -ln p(next token) in nats, and its sum and count as a log."""
         tokens = batch['tokens'].long()
-        logits = self.head(self.trunk(tokens[:, :-1])).float()  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        count = loss.new_tensor(tokens[:, 1:].numel())
-        return loss, {'loss': torch.stack((loss.detach() * count, count)), 'tokens': torch.stack((count, count / count))}
+        x, targets = self.trunk(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        total, count = cross_entropy(x, self.head.weight, targets, self.config.softcap), (targets >= 0).sum()
+        logs = {'loss': torch.stack((total.detach(), count)), 'tokens': torch.stack((count, count / count))}
+        return total / count, logs
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-        """Continues each row of tokens (B, T0 >= 1) by max_new_tokens; returns (B, T0 + max_new_tokens).
+    def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None, chunk=1024):
+        """Continues each row of tokens (B, T0 >= 1), -1 in front of shorter ones; yields the next token of each row, (B,), up to
+        max_new_tokens times. A row that has drawn the token `end` gets -1 from then on; when all have, it stops.
 
-        When the context is full it starts anew from its last half, so that the cache stays valid at fixed positions.
+        When the context is full it starts anew from its last half, so that the cache stays valid at fixed positions. Prompts
+        are read in chunks, since what attention needs for a chunk grows with its length.
         """
-        T = self.config.block_size
+        T, ended = self.config.block_size, tokens.new_zeros(len(tokens), dtype=torch.bool)
         fresh = tokens[:, -T:] if tokens.size(1) < T else tokens[:, -(T // 2):]  # what the model has yet to read
-        cache = KVCache(T)
+        cache = KVCache(T, bool((fresh < 0).any()))
         for _ in range(max_new_tokens):
             if cache.filled + fresh.size(1) > T:
-                cache, fresh = KVCache(T), tokens[:, -(T // 2):]
-            logits = self.head(self.trunk(fresh, cache)[:, -1])  # (B, V)
-            fresh = sample_token(logits, temperature, top_k, top_p, generator)[:, None]
+                fresh = tokens[:, -(T // 2):]
+                cache = KVCache(T, bool((fresh < 0).any()))
+            for part in fresh.split(chunk, dim=1):
+                x = self.trunk(part, cache)
+            drawn = sample_token(self.logits(x[:, -1]), temperature, top_k, top_p, min_p, generator)  # (B,)
+            drawn = drawn.masked_fill(ended, -1)
+            yield drawn
+            ended |= drawn == end
+            if end >= 0 and ended.all():
+                return
+            fresh = drawn[:, None]
             tokens = torch.cat((tokens, fresh), dim=1)
-        return tokens
+
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None, chunk=1024):
+        """All that `stream` yields, behind the prompts: (B, T0 + n), n <= max_new_tokens."""
+        new = list(self.stream(tokens, max_new_tokens, temperature, top_k, top_p, min_p, end, generator, chunk))
+        return torch.cat((tokens, torch.stack(new, dim=1)), dim=1) if new else tokens
 
 
 Model = GPT

@@ -265,8 +265,8 @@ def write_texts(model, fields, settings):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def fields_of(folder):
-    """The data set's own decoder and judge, from prepare/NAME.py."""
-    return importlib.import_module(f'prepare.{Path(folder).name}').Fields(folder)
+    """The data set's own decoder and judge, from the prepare module that made it."""
+    return importlib.import_module(f'prepare.{read_meta(folder)["prepare"]}').Fields(folder)
 
 
 def draw(model, folder, meta, path):

@@ -155,11 +155,12 @@ def compile_blocks(model, device):
 # Data
 
 def read_meta(folder):
-    """data/NAME/meta.json: kind ('rows' or 'stream'), fields {name: vocabulary size}, the model settings that it decides."""
+    """data/NAME/meta.json: kind ('rows' or 'stream'), the module in prepare/ that made it, fields {name: vocabulary size}, the model
+    settings that it decides."""
     path = Path(folder, 'meta.json')
     try:
         meta = json.loads(path.read_text())
-        assert meta['kind'] in ('rows', 'stream') and meta['fields'] and meta['config'] is not None
+        assert meta['kind'] in ('rows', 'stream') and meta['prepare'] and meta['fields'] and meta['config'] is not None
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f'{path}: not the description of a data set ({type(error).__name__}); delete {folder} and run '
                         f'python -m prepare.{Path(folder).name}')

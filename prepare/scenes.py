@@ -12,9 +12,10 @@ The data set `scenes`: CLEVR-like pictures with exact ground truth in six modali
     caption       "a large red metal sphere, a small blue rubber cube and a large gray metal cylinder", from left to right
 
 Besides the tokens (FIELD.npy) the folder keeps what they were made from (raw_FIELD.npy, raw_instance.npy, the objects' attributes
-and positions in raw_objects.npy), the tokenizers and the parser that reads objects back from any picture.
-`Fields` decodes, draws and scores tokens for sample.py.
+and positions in raw_objects.npy), the tokenizers and, once scores have been asked for, the parser that reads objects back from
+any picture. `Fields` decodes, draws and scores tokens for sample.py.
 """
+import functools
 import json
 import re
 import sys
@@ -172,8 +173,17 @@ class Fields:
         self.folder = Path(folder)
         self.tokenizers = {name: image_tokenizers.ImageTokenizer.load(self.folder / f'{name}.pt') for name in IMAGES}
         self.encodings = {name: load_words(self.folder / f'{name}.json') for name in TEXTS}
-        self.parser = scenes_parser.Parser.load(self.folder / 'parser.pt')
         self.size = self.tokenizers['rgb'].config.size
+
+    @functools.cached_property
+    def parser(self):
+        """The judge of pictures; trained, in about a minute, when the first score asks for it: training needs none."""
+        path = self.folder / 'parser.pt'
+        if not path.is_file():
+            torch.manual_seed(0)
+            new = scenes_parser.Parser(self.size)
+            scenes_parser.train_parser(self.folder, new, 'raw_rgb', scenes_parser.pixel_patches).save(path)
+        return scenes_parser.Parser.load(path)
 
     def load(self, split, name):
         path = self.folder / split / f'{name}.npy'
@@ -313,7 +323,7 @@ def main(*arguments, **overrides):
         pictures = hashes if split == 'val' else pictures
         write(folder / split, arrays)
 
-    meta = dict(kind='rows', fields={}, config={}, quality={}, settings=settings)
+    meta = dict(kind='rows', prepare='scenes', fields={}, config={}, quality={}, settings=settings)
     entries = []
     for name in IMAGES:
         tokenizer, quality = image_tokenizers.train_field(folder, name, size, settings['seed'])
@@ -331,9 +341,6 @@ def main(*arguments, **overrides):
             write(folder / split, {name: encode_rows(encoding, texts, length)})
         meta['fields'][name] = encoding.n_vocab
         entries.append(f'{name}:{encoding.n_vocab}:{length}')
-    torch.manual_seed(settings['seed'])
-    parser = scenes_parser.train_parser(folder, scenes_parser.Parser(size), 'raw_rgb', scenes_parser.pixel_patches, settings['seed'])
-    parser.save(folder / 'parser.pt')
     meta['config']['modalities'] = ' '.join(entries)
     (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
 

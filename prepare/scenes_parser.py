@@ -74,8 +74,8 @@ class Parser(nn.Module):
             parser = cls(saved['size'])
             parser.load_state_dict(saved['weights'])
         except Exception as error:  # the unpickler fails in many ways
-            raise UserError(f'{path}: missing, truncated or not a parser ({type(error).__name__}); delete {path.parent} '
-                            'to make it anew')
+            raise UserError(f'{path}: missing, truncated or not a parser ({type(error).__name__}); delete it to train it '
+                            'anew')
         return parser.eval()
 
 

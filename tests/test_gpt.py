@@ -3,43 +3,46 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from gpt import GPT, Attention, Config, filter_logits, rotary, rotate, sample_token
+from gpt import GPT, MLP, Attention, Config, KVCache, cross_entropy, filter_logits, rotary, rotate, sample_token
 
 
 def written_out(layer, x, turn, context=None, context_turn=None, causal=False):
     """Attention by the formula, one head and one query at a time."""
-    D, nh = x.size(-1), layer.n_head
-    hd = D // nh
+    D, hd = x.size(-1), layer.head_size
     source = x if context is None else context
     q, kv = (layer.q(x), layer.qkv(source)) if context is not None else (layer.qkv(x)[..., :D], layer.qkv(x)[..., D:])
+    k, v = kv.chunk(2, -1)
+    group = D // k.size(-1)  # query heads for each head of keys and values
     out = torch.zeros_like(x)
     for b in range(x.size(0)):
-        for h in range(nh):
-            part = slice(h * hd, (h + 1) * hd)
-            k, v = kv[b, :, part], kv[b, :, D:][:, part]
+        for h in range(D // hd):
+            part, shared = slice(h * hd, (h + 1) * hd), slice(h // group * hd, (h // group + 1) * hd)
 
             def turned(vector, at):
-                vector = vector / (vector.square().mean() + torch.finfo(vector.dtype).eps).sqrt()
+                if layer.qk_norm:
+                    vector = vector / (vector.square().mean() + 1e-6).sqrt()
                 z = torch.complex(vector[:hd // 2], vector[hd // 2:]) * torch.complex(*at)
                 return torch.cat((z.real, z.imag))
             place = context_turn if context is not None else turn
-            keys = torch.stack([turned(k[j], (place[0][j], place[1][j])) for j in range(len(k))])
+            keys = torch.stack([turned(key, at) for key, at in zip(k[b, :, shared], zip(*place))])
             for i in range(x.size(1)):
                 query = turned(q[b, i, part], (turn[0][i], turn[1][i]))
-                logits = 12 * keys @ query / hd
+                logits = keys @ query * (12 / hd if layer.qk_norm else hd ** -0.5)
                 if causal:
                     logits = logits[:i + 1]
-                out[b, i, part] = logits.softmax(0) @ v[:len(logits)]
+                out[b, i, part] = logits.softmax(0) @ v[b, :len(logits), shared]
     return layer.out(out)
 
 
-@pytest.mark.parametrize('cross, causal', [(False, False), (False, True), (True, False)])
-def test_core_against_softmax(cross, causal):
+@pytest.mark.parametrize('cross, causal, n_kv_head, qk_norm', [
+    (False, False, 0, True), (False, True, 0, True), (True, False, 0, True), (False, True, 2, True), (False, True, 1, False)])
+def test_core_against_softmax(cross, causal, n_kv_head, qk_norm):
     torch.manual_seed(0)
-    layer = Attention(16, 2, cross=cross).double()
+    layer = Attention(32, 4, n_kv_head, cross, qk_norm).double()
     torch.nn.init.normal_(layer.out.weight)
-    x, context = torch.randn(2, 5, 16).double(), torch.randn(2, 7, 16).double() if cross else None
+    x, context = torch.randn(2, 5, 32).double(), torch.randn(2, 7, 32).double() if cross else None
     turn, context_turn = ([t.double() for t in rotary(torch.rand(n, 2) * 9, 8, 100)] for n in (5, 7))
     results = []
     for function in (layer, lambda *a, **k: written_out(layer, *a, **k)):
@@ -50,6 +53,14 @@ def test_core_against_softmax(cross, causal):
         results.append((y, inputs.grad, layer.qkv.weight.grad.clone()))
     for fast, slow in zip(*results):
         torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
+
+
+def test_swiglu():
+    mlp = MLP(8, 12, 'swiglu')
+    torch.nn.init.normal_(mlp.down.weight)
+    x = torch.randn(3, 8)
+    gate, up = mlp.up.weight[:12], mlp.up.weight[12:]
+    torch.testing.assert_close(mlp(x), (F.silu(x @ gate.T) * (x @ up.T)) @ mlp.down.weight.T)
 
 
 def test_rotary_depends_on_differences_alone():
@@ -72,6 +83,9 @@ def test_first_loss_is_ln_v():
     model = GPT(Config(vocab_size=50304, n_layer=1, n_embd=32, block_size=8))
     loss, logs = model({'tokens': torch.randint(50304, (2, 9))})
     assert loss.item() == pytest.approx(math.log(50304), abs=1e-4) and logs['tokens'][0] == 16
+    tied = GPT(Config(vocab_size=50304, n_layer=1, n_embd=32, block_size=8, tied=True))
+    assert tied({'tokens': torch.randint(50304, (2, 9))})[0].item() == pytest.approx(math.log(50304), abs=0.1)
+    assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in tied.parameters()) == 50304 * 32
 
 
 def test_no_position_sees_its_future():
@@ -84,18 +98,89 @@ def test_no_position_sees_its_future():
     assert not torch.allclose(a[:, 7:], b[:, 7:])
 
 
-def test_generate_equals_the_uncached_reference():
+def reference(model, start, n, end=-1):
+    """Greedy generation without a cache, each row by itself, its padding cut off; and the logits of the first new tokens."""
+    T, rows, first = model.config.block_size, [], []
+    fresh = start[:, -T:] if start.size(1) < T else start[:, -(T // 2):]
+    for tokens in fresh:
+        context, new, room = tokens, [], T - len(tokens)
+        for _ in range(n):
+            if room < 0:  # all rows of a batch start anew together, from what fills the last half of the context
+                context = torch.cat((tokens, torch.tensor(new)))[-(T // 2):]
+                room = T - len(context)
+            if end in new:
+                new.append(-1)
+            else:
+                logits = model.logits(model.trunk(context[context >= 0][None]))[0, -1]
+                first += [logits] if not new else []
+                new.append(logits.argmax().item())
+            context, room = torch.cat((context, torch.tensor(new[-1:]))), room - 1
+        rows.append(new)
+    return torch.tensor(rows), torch.stack(first)
+
+
+@pytest.mark.parametrize('changes', [{}, dict(n_kv_head=1), dict(mlp='swiglu', qk_norm=False, tied=True, softcap=5.0)])
+@pytest.mark.parametrize('length', [1, 5, 12, 20])
+def test_generate_equals_the_uncached_reference(length, changes):
     """Also far beyond block_size, where the cache is refilled from the last half of the context."""
-    model, T = small(), 12
-    for length in (1, 5, 12, 20):
-        start = torch.randint(11, (3, length))
-        tokens, context = start, start[:, -T:] if length < T else start[:, -(T // 2):]
-        for _ in range(30):
-            if context.size(1) > T:
-                context = tokens[:, -(T // 2):]
-            token = model.head(model.trunk(context))[:, -1].argmax(-1, keepdim=True)
-            tokens, context = torch.cat((tokens, token), 1), torch.cat((context, token), 1)
-        assert torch.equal(model.generate(start, 30, temperature=0), tokens)
+    model, start = small(**changes), torch.randint(11, (3, length))
+    assert torch.equal(model.generate(start, 30, temperature=0)[:, length:], reference(model, start, 30)[0])
+
+
+@torch.no_grad()
+def test_prompts_of_different_lengths_and_chunks():
+    model, start = small(n_kv_head=1), torch.randint(11, (3, 9))
+    start[0, :4] = start[2, :8] = -1
+    expected, logits = reference(model, start, 25)
+    assert torch.equal(model.generate(start, 25, temperature=0)[:, 9:], expected)
+    for chunk in (1, 2, 4, 9):
+        assert torch.equal(model.generate(start, 25, temperature=0, chunk=chunk)[:, 9:], expected)
+        cache = KVCache(12, ragged=True)
+        for part in start.split(chunk, 1):
+            x = model.trunk(part, cache)
+        torch.testing.assert_close(model.logits(x[:, -1]), logits, rtol=1e-4, atol=1e-4)
+    full = start.clamp(min=0)
+    for chunk in (2, 5):  # without padding no row needs a mask of its own
+        assert torch.equal(model.generate(full, 25, temperature=0, chunk=chunk), model.generate(full, 25, temperature=0))
+
+
+def test_rows_end_by_themselves():
+    model, start = small(), torch.randint(11, (4, 3))
+    free = model.generate(start, 20, temperature=0)[:, 3:]
+    end = free[0, 5].item()
+    new = model.generate(start, 20, temperature=0, end=end)[:, 3:]
+    assert torch.equal(new, reference(model, start, 20, end)[0][:, :new.size(1)])
+    assert all(row[row.tolist().index(end) + 1:].eq(-1).all() for row in new if end in row)
+    alone = model.generate(start[:1], 20, temperature=0, end=end)
+    assert alone[0, -1] == end and alone.size(1) == 3 + free[0].tolist().index(end) + 1  # stops when every row has ended
+    assert torch.equal(torch.stack(list(model.stream(start, 20, temperature=0, end=end)), 1), new)
+    assert torch.equal(model.generate(start, 0), start)
+
+
+def test_chunked_cross_entropy_has_the_same_gradient():
+    x, head, targets = torch.randn(50, 8), torch.randn(300, 8), torch.randint(300, (50,))
+    targets[::7] = -1
+    results = []
+    for most in (2 ** 24, 300 * 7, 1):
+        a, b = x.clone().requires_grad_(), head.clone().requires_grad_()
+        loss = cross_entropy(a, b, targets, softcap=3.0, most=most)
+        loss.backward()
+        results.append((loss, a.grad, b.grad))
+    logits = 3 * torch.tanh(x @ head.T / 3)
+    expected = -logits.log_softmax(-1)[targets >= 0, targets[targets >= 0]].sum()
+    for loss, *gradients in results:
+        torch.testing.assert_close(loss, expected)
+        for one, other in zip(gradients, results[0][1:]):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_targets_that_are_none_do_not_count():
+    model = small()
+    tokens = torch.randint(11, (1, 13))
+    short = torch.cat((tokens[:, :8], torch.full((1, 5), -1)), 1)
+    (a, logs), (b, _) = model({'tokens': short}), model({'tokens': tokens[:, :8]})
+    torch.testing.assert_close(a, b)
+    assert logs['loss'][1] == logs['tokens'][0] == 7
 
 
 def test_filters():
@@ -103,7 +188,9 @@ def test_filters():
     assert filter_logits(logits, top_k=2).isfinite().tolist() == [[False, True, True, False]]
     assert filter_logits(logits, top_p=0.65).isfinite().tolist() == [[False, True, True, False]]
     assert filter_logits(logits, top_p=0.01).isfinite().tolist() == [[False, True, False, False]]
+    assert filter_logits(logits, min_p=0.6).isfinite().tolist() == [[False, True, True, False]]
     assert filter_logits(logits, temperature=0.1, top_p=0.9).isfinite().sum() == 1  # temperature first
+    assert filter_logits(logits, temperature=9.0, min_p=0.6).isfinite().all()
     assert sample_token(logits, temperature=0) == 1
     drawn = sample_token(logits.expand(20000, -1), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(drawn.bincount() / 20000, logits[0].exp(), atol=0.02, rtol=0)

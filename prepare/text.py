@@ -1,0 +1,167 @@
+"""
+Your own text as one long run of tokens: a file, or all text files of a folder.
+
+    python -m prepare.text --input=notes.txt --out=data/notes                       one token a character
+    python -m prepare.text --input=folder --encoding=bpe --vocab_size=4096 --out=data/folder
+    python train.py config/gpt_shakespeare.py --dataset=folder --out_dir=out/folder
+
+    characters  the text's own alphabet; no end token, documents follow each other directly
+    bpe         byte-pair encoding with vocab_size tokens, trained on the first 20 million characters
+    gpt2        the 50,257 tokens of GPT-2
+    smollm2     the 49,152 tokens of SmolLM2, to train its weights further
+
+Byte-pair encodings put an end token after each document (each file). The last val_share of all tokens is for validation.
+The packing here, and `Fields`, which turns prompts into ids and ids into text, serve all data sets that are plain text.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import config
+from config import UserError
+from prepare.text_tokenizers import Characters, gpt2_encoding, load_encoding, save_encoding, train_bpe
+
+SETTINGS = dict(input='', encoding='characters', vocab_size=4096, out='data/text', val_share=0.1)
+SUFFIXES = ('.txt', '.md', '.rst', '.tex')  # of a folder; a file of your choice may have any
+ENCODINGS = ('characters', 'bpe', 'gpt2', 'smollm2')
+BPE_SAMPLE = 20_000_000  # characters
+
+
+class Fields:
+    """The folder as sample.py sees it. `end` is the id of the end token, None where there is none."""
+    def __init__(self, folder):
+        self.encoding = load_encoding(Path(folder, 'encoding.json'))
+        self.end = self.encoding.eot_token
+
+    def encode(self, text):
+        """Text -> ids (T,); raises UserError at a character that the alphabet lacks."""
+        return torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.long)
+
+    def decode(self, ids):
+        """A list of ids -> text, without end tokens and places that hold none (-1)."""
+        return self.encoding.decode([i for i in ids if i >= 0 and i != self.end])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From documents to a folder: only one document at a time is in memory
+
+def make_encoding(name, documents, vocab_size):
+    """The encoding of this name: Characters or a tiktoken.Encoding. documents: an iterator of strings."""
+    if name == 'characters':
+        alphabet = set()
+        for document in documents:
+            alphabet.update(document)
+        return Characters(sorted(alphabet))
+    if name == 'bpe':
+        return train_bpe(first(documents, BPE_SAMPLE), vocab_size)
+    if name == 'gpt2':
+        return gpt2_encoding()
+    if name == 'smollm2':
+        from prepare import smollm2
+        return smollm2.encoding()
+    raise UserError(f'encoding={name!r}: choose one of {", ".join(ENCODINGS)}')
+
+
+def first(documents, size):
+    """The first `size` characters of the documents."""
+    for document in documents:
+        yield document[:size]
+        size -= len(document)
+        if size <= 0:
+            return
+
+
+def pieces(document, size=1 << 20):
+    """The document in pieces of about `size` characters, cut before a single white space between words: no token crosses."""
+    start = 0
+    while start < len(document):
+        cut = re.compile(r'(?<=\S)[ \n](?=\S)').search(document, start + size)
+        end = cut.start() if cut else len(document)
+        yield document[start:end]
+        start = end
+
+
+def pack(path, encoding, documents):
+    """Encodes documents one after the other into a file, an end token after each; returns it as a mapped array (T,)."""
+    dtype = np.min_scalar_type(encoding.n_vocab - 1)
+    end = [] if encoding.eot_token is None else [encoding.eot_token]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'wb') as file:
+        for document in tqdm(documents, desc='encode', unit='document'):
+            for piece in pieces(document):
+                np.array(encoding.encode_ordinary(piece), dtype).tofile(file)
+            np.array(end, dtype).tofile(file)
+    return np.memmap(path, dtype, mode='r')
+
+
+def write(folder, encoding, splits, meta):
+    """The data folder: splits {'train': (T,), 'val': (T,)}, the encoding, and what `meta` adds to meta.json."""
+    (folder / 'meta.json').unlink(missing_ok=True)
+    for split, tokens in splits.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        np.save(folder / split / 'tokens.npy', tokens)
+    save_encoding(folder / 'encoding.json', encoding)
+    sizes, sample = {split: len(tokens) for split, tokens in splits.items()}, splits['val'][:1_000_000].tolist()
+    bytes_per_token = len(Fields(folder).decode(sample).encode()) / len(sample)  # a loss in nats / ln 2 / this: bits a byte
+    meta = dict(kind='stream', fields=dict(tokens=encoding.n_vocab), config=dict(vocab_size=encoding.n_vocab), sizes=sizes,
+                bytes_per_token=bytes_per_token) | meta
+    (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
+    print(f'{folder}: {encoding.n_vocab:,} symbols; {sizes["train"]:,} tokens for training, {sizes["val"]:,} for validation, '
+          f'of {bytes_per_token:.2f} bytes each')
+
+
+def write_split(folder, encoding, documents, val_share, meta):
+    """`write` for one run of documents, the last val_share of which is for validation. Raises UserError where it is too short."""
+    tokens = pack(folder / 'tokens.tmp', encoding, documents)
+    cut = int(len(tokens) * (1 - val_share))
+    if not 0 < cut < len(tokens):
+        raise UserError(f'val_share={val_share} of {len(tokens)} tokens leaves nothing for training or validation')
+    write(folder, encoding, dict(train=tokens[:cut], val=tokens[cut:]), meta)
+    (folder / 'tokens.tmp').unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Your own files
+
+def find_files(path):
+    """A file itself, or a folder's text files, those of its folders included, in sorted order. Raises UserError at none."""
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob('*') if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise UserError(f'{path}: neither a file nor a folder with text files ({", ".join("*" + suffix for suffix in SUFFIXES)})')
+    return files
+
+
+def read_files(files):
+    """The text of each file. Raises UserError where one is empty or not UTF-8."""
+    for file in files:
+        try:
+            text = file.read_text(encoding='utf-8-sig')  # a byte order mark at the start is none of the text
+        except UnicodeDecodeError as error:
+            raise UserError(f'{file}: not UTF-8 text ({error}); convert it, or leave it out')
+        if not text.strip():
+            raise UserError(f'{file}: holds no text; leave it out')
+        yield text
+
+
+def main(*arguments, **overrides):
+    settings = config.apply(config.read(arguments, overrides), SETTINGS)
+    if not settings['input']:
+        raise UserError('which text? python -m prepare.text --input=FILE_OR_FOLDER --encoding=characters --out=data/text')
+    files = find_files(Path(settings['input']))
+    encoding = make_encoding(settings['encoding'], read_files(files), settings['vocab_size'])
+    meta = dict(prepare='text', encoding=settings['encoding'], settings=settings)
+    write_split(Path(settings['out']), encoding, read_files(files), settings['val_share'], meta)
+
+
+if __name__ == '__main__':
+    try:
+        main(*sys.argv[1:])
+    except (UserError, OSError) as error:
+        sys.exit(f'error: {error}')

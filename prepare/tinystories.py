@@ -1,0 +1,53 @@
+"""
+TinyStories (Eldan and Li, arXiv 2305.07759): 2.7 million short stories in the words of a small child, written by GPT-4.
+
+    python -m prepare.tinystories                                         4,096 tokens of byte-pair encoding, trained here
+    python -m prepare.tinystories --encoding=gpt2 --n_stories=100000      GPT-2's 50,257 tokens; fewer stories for training
+
+Two public files, 2.2 GB and 22 MB, are downloaded once into the cache folder NANO_CACHE, or found there. The stories follow each
+other in one run of tokens, an end token after each.
+"""
+import sys
+from itertools import islice
+from pathlib import Path
+
+import config
+from config import UserError
+from prepare.download import download
+from prepare.text import Fields, make_encoding, pack, write  # Fields: what sample.py looks for here
+from prepare.text_tokenizers import END
+
+URL = 'https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/'
+FILES = dict(train='TinyStoriesV2-GPT4-train.txt', val='TinyStoriesV2-GPT4-valid.txt')
+SETTINGS = dict(encoding='bpe', vocab_size=4096, n_stories=0, out='data/tinystories')  # 0: all
+
+
+def stories(path):
+    """The stories of a file one by one, without the white space around them."""
+    rest = ''
+    with open(path, encoding='utf-8') as file:
+        while block := file.read(1 << 20):
+            *whole, rest = (rest + block).split(END)
+            yield from filter(None, map(str.strip, whole))
+    if rest.strip():
+        yield rest.strip()
+
+
+def main(*arguments, **overrides):
+    settings = config.apply(config.read(arguments, overrides), SETTINGS)
+    if settings['encoding'] not in ('bpe', 'gpt2') or settings['n_stories'] < 0:
+        raise UserError('encoding must be bpe or gpt2, n_stories at least 0 (all)')
+    folder, paths = Path(settings['out']), {split: download(URL + name, name) for split, name in FILES.items()}
+    encoding = make_encoding(settings['encoding'], stories(paths['train']), settings['vocab_size'])
+    documents = dict(train=islice(stories(paths['train']), settings['n_stories'] or None), val=stories(paths['val']))
+    splits = {split: pack(folder / f'{split}.tmp', encoding, documents[split]) for split in FILES}
+    write(folder, encoding, splits, dict(prepare='tinystories', encoding=settings['encoding'], settings=settings))
+    for split in FILES:
+        (folder / f'{split}.tmp').unlink()
+
+
+if __name__ == '__main__':
+    try:
+        main(*sys.argv[1:])
+    except (UserError, OSError) as error:
+        sys.exit(f'error: {error}')

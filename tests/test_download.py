@@ -1,0 +1,164 @@
+"""Downloads, from a local server that misbehaves on demand."""
+import hashlib
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+
+from config import UserError
+from prepare import download as module
+from prepare.download import download
+
+CONTENT = bytes(range(256)) * 4096  # 1 MiB
+SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves server.files. The next of server.faults, if any, is how this request goes wrong: a status, or 'cut' halfway."""
+    def do_GET(self):
+        server, name = self.server, self.path.lstrip('/')
+        server.ranges.append(self.headers['Range'])
+        fault = server.faults.pop(0) if server.faults else None
+        if name.startswith('linked/'):  # as the Hub does: the hash stands in the redirection
+            return self.head(302, {'Location': f'/{name[7:]}', 'X-Linked-Etag': f'"{server.etag}"'})
+        if isinstance(fault, int) or name not in server.files:
+            return self.head(fault or 404, {})
+        content, start = server.files[name], 0
+        if server.knows_ranges:
+            start = int(re.fullmatch(r'bytes=(\d+)-', self.headers['Range'])[1])
+            if start >= len(content):
+                return self.head(416, {'Content-Range': f'bytes */{len(content)}'})
+        body = content[start:]
+        self.head(206 if server.knows_ranges else 200, {'Content-Length': len(body)})
+        self.wfile.write(body[:len(body) // 2] if fault == 'cut' else body)
+
+    def head(self, status, headers):
+        self.send_response(status)
+        for name, value in ({'Content-Length': 0} | headers).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The server, its address as .url, and an empty cache folder as .cache."""
+    httpd = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    httpd.files, httpd.faults, httpd.ranges, httpd.etag, httpd.knows_ranges = {'file.bin': CONTENT}, [], [], SHA256, True
+    httpd.url, httpd.cache = f'http://127.0.0.1:{httpd.server_port}/', tmp_path / 'cache'
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv('NANO_CACHE', str(httpd.cache))
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+    monkeypatch.setattr(module, 'PAUSES', (0, 0, 0))
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def leave_part(server, content):
+    server.cache.mkdir()
+    (server.cache / 'file.bin.part').write_bytes(content)
+
+
+@pytest.mark.parametrize('digest', ['', SHA256, SHA256.upper(), MD5])
+def test_fetched_once(server, digest):
+    for _ in range(2):
+        path = download(server.url + 'file.bin', 'folder/file.bin', digest)
+        assert path == server.cache / 'folder/file.bin' and path.read_bytes() == CONTENT
+    assert server.ranges == ['bytes=0-'] and [path] == list(path.parent.iterdir())
+
+
+def test_goes_on_where_it_stopped(server):
+    leave_part(server, CONTENT[:1000])
+    assert download(server.url + 'file.bin', 'file.bin', SHA256).read_bytes() == CONTENT
+    assert server.ranges == ['bytes=1000-']
+
+
+def test_cut_stream(server):
+    server.faults = ['cut', 'cut']
+    assert download(server.url + 'file.bin', 'file.bin').read_bytes() == CONTENT
+    assert server.ranges == ['bytes=0-', f'bytes={len(CONTENT) // 2}-', f'bytes={len(CONTENT) * 3 // 4}-']
+
+
+def test_server_without_ranges_starts_anew(server):
+    server.knows_ranges, server.faults = False, ['cut']
+    leave_part(server, CONTENT[:1000])
+    assert download(server.url + 'file.bin', 'file.bin').read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize('part', [CONTENT, CONTENT + b'too long'])
+def test_complete_or_too_long_part(server, part):
+    leave_part(server, part)
+    assert download(server.url + 'file.bin', 'file.bin', SHA256).read_bytes() == CONTENT
+    assert len(server.ranges) == (1 if part == CONTENT else 2)
+
+
+def test_empty_file(server):
+    server.files['file.bin'] = b''
+    assert download(server.url + 'file.bin', 'file.bin').read_bytes() == b''
+
+
+def test_server_recovers(server):
+    server.faults = [500, 503, 429]
+    assert download(server.url + 'file.bin', 'file.bin').read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize('faults, reason', [
+    ([404], 'HTTP 404'), ([500] * 4, 'HTTP 500'), (['cut'] * 4, 'ChunkedEncodingError')])
+def test_given_up(server, faults, reason):
+    server.faults = list(faults)
+    with pytest.raises(UserError) as error:
+        download(server.url + 'file.bin', 'file.bin')
+    url, path = server.url + 'file.bin', server.cache / 'file.bin'
+    assert str(error.value) == f'{url} cannot be had ({reason}); run this again to go on with it, or copy the file to {path}'
+    assert len(server.ranges) == len(faults)
+    assert download(server.url + 'file.bin', 'file.bin', SHA256).read_bytes() == CONTENT
+
+
+def test_nobody_listens(server):
+    with pytest.raises(UserError, match=r'cannot be had \(ConnectionError\); run this again .* copy the file to '):
+        download('http://127.0.0.1:9/file.bin', 'file.bin')
+
+
+@pytest.mark.parametrize('digest', [SHA256, MD5, ''])
+def test_wrong_content_is_not_kept(server, digest):
+    server.files['file.bin'] = b'damaged'
+    url = server.url + ('file.bin' if digest else 'linked/file.bin')
+    found = hashlib.new('md5' if digest == MD5 else 'sha256', b'damaged').hexdigest()
+    with pytest.raises(UserError, match=f'file.bin: .* is {found}, expected {digest or SHA256}; the download has been deleted'):
+        download(url, 'file.bin', digest)
+    assert not list(server.cache.iterdir())
+    server.files['file.bin'] = CONTENT
+    assert download(url, 'file.bin', digest).read_bytes() == CONTENT
+
+
+def test_damaged_part_costs_one_failure(server):
+    leave_part(server, b'damaged')
+    with pytest.raises(UserError, match='run this again'):
+        download(server.url + 'file.bin', 'file.bin', SHA256)
+    assert download(server.url + 'file.bin', 'file.bin', SHA256).read_bytes() == CONTENT
+
+
+def test_wrong_file_in_the_cache(server):
+    server.cache.mkdir()
+    (server.cache / 'file.bin').write_bytes(b'mine')
+    with pytest.raises(UserError, match=f'file.bin: sha256 is .*, expected {SHA256}; delete it and run this again'):
+        download(server.url + 'file.bin', 'file.bin', SHA256)
+    assert (server.cache / 'file.bin').read_bytes() == b'mine' and not server.ranges
+
+
+def test_hash_told_by_the_server():
+    def answer(tag):
+        return SimpleNamespace(headers={'X-Linked-Etag': tag}, history=[])
+    assert module.told_digest(answer(f'"{SHA256}"')) == SHA256
+    assert module.told_digest(answer(f'"{SHA256[:40]}"')) == module.told_digest(answer('')) == ''  # 40 digits: not of the content
+
+
+def test_cache_folder_is_a_file(server):
+    server.cache.write_text('')
+    with pytest.raises(UserError, match='file.bin cannot be written .*; make room, or set NANO_CACHE to another folder'):
+        download(server.url + 'file.bin', 'file.bin')

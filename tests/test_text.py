@@ -1,0 +1,192 @@
+"""Text data sets: encodings, packing, bad input, TinyStories from a local server."""
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import regex
+from hypothesis import given, settings, strategies as st
+
+from config import UserError
+from prepare import shakespeare, text, text_tokenizers, tinystories
+from prepare.text import Fields, first, pieces
+from prepare.text_tokenizers import END, GPT2_PATTERN, Characters, load_encoding, merge, save_encoding, train_bpe
+from tests.test_download import server  # noqa: F401, a fixture
+
+CORPUS = "the cat sat on the mat; the cats' hats aaaa aaa aaaaa banana bandana 2026\n\n  the end, said the élan. " * 3
+BPE = train_bpe([CORPUS], 330)
+
+
+def naive_merges(corpus, n):
+    """The first n merges, each by counting all pairs of all words anew."""
+    counts, merges = Counter(regex.findall(GPT2_PATTERN, corpus)), []
+    words = {word: list(word.encode()) for word in counts}
+    for _ in range(n):
+        pairs = Counter()
+        for word, ids in words.items():
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] += counts[word]
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        words = {word: merge(ids, best, 256 + len(merges)) for word, ids in words.items()}
+        merges.append(best)
+    return merges
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(['a', 'b', 'ab', 'aab', ' ', '\n', 'é']), min_size=8, max_size=60).map(''.join))
+def test_bpe_like_the_naive_one(corpus):
+    encoding = train_bpe([corpus], 280)
+    tokens = [bytes([i]) for i in range(256)]
+    for a, b in naive_merges(corpus, encoding.n_vocab - 257):
+        tokens.append(tokens[a] + tokens[b])
+    assert encoding._mergeable_ranks == {token: i for i, token in enumerate(tokens)}
+    assert encoding.eot_token == len(tokens)
+
+
+def test_bpe_compresses():
+    assert BPE.decode(BPE.encode_ordinary(' the')) == ' the' and len(BPE.encode_ordinary(' the')) == 1
+    assert train_bpe(['ab'], 1000).n_vocab == 258  # no more pairs than there are
+    with pytest.raises(UserError, match='vocab_size=256: byte-pair encoding needs at least 257'):
+        train_bpe([CORPUS], 256)
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_bpe_round_trip(any_text):
+    assert BPE.decode(BPE.encode_ordinary(any_text)) == any_text
+
+
+def test_special_tokens_in_user_text_are_text(tmp_path):
+    save_encoding(tmp_path / 'encoding.json', BPE)
+    fields = Fields(tmp_path)
+    ids = fields.encode(f'a{END}b').tolist()
+    assert fields.end == BPE.n_vocab - 1 and fields.end not in ids
+    assert fields.decode([*ids, fields.end, -1, *ids]) == f'a{END}b' * 2
+
+
+@settings(deadline=None)
+@given(st.text('aé \n', max_size=300), st.integers(1, 20))
+def test_pieces_do_not_change_the_tokens(document, size):
+    parts = list(pieces(document, size))
+    assert ''.join(parts) == document and all(parts)
+    assert [i for part in parts for i in BPE.encode_ordinary(part)] == BPE.encode_ordinary(document)
+
+
+def test_saved_encodings(tmp_path):
+    for encoding in (BPE, Characters('ab\n')):
+        save_encoding(tmp_path / 'encoding.json', encoding)
+        again = load_encoding(tmp_path / 'encoding.json')
+        assert again.n_vocab == encoding.n_vocab and again.eot_token == encoding.eot_token
+        assert again.encode_ordinary('ab\nba') == (ids := encoding.encode_ordinary('ab\nba')) and again.decode(ids) == 'ab\nba'
+    for broken in ('{"ranks"', '[]', '{}'):
+        (tmp_path / 'encoding.json').write_text(broken)
+        with pytest.raises(UserError, match='encoding.json: missing or no encoding'):
+            load_encoding(tmp_path / 'encoding.json')
+
+
+def test_first():
+    assert list(first(iter(['abc', 'def', 'ghi']), 5)) == ['abc', 'de']
+    assert list(first(iter(['abc', 'def', 'ghi']), 6)) == ['abc', 'def']
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Files in a folder of texts, and the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'in/deep').mkdir(parents=True)
+    for name, content in (('b.txt', 'second one'), ('a.MD', '\ufefffirst'), ('deep/c.txt', 'third\r\n'), ('image.png', '\x00')):
+        (tmp_path / 'in' / name).write_bytes(content.encode())
+    return tmp_path
+
+
+def stored(out):
+    """All tokens of a data folder, its Fields and its meta.json."""
+    tokens = [np.load(out / split / 'tokens.npy') for split in ('train', 'val')]
+    return np.concatenate(tokens), Fields(out), json.loads((out / 'meta.json').read_text())
+
+
+@pytest.mark.parametrize('encoding', ['bpe', 'gpt2', 'smollm2'])
+def test_a_folder_of_texts(folder, encoding, monkeypatch):
+    monkeypatch.setattr(text, 'gpt2_encoding', lambda: BPE)
+    monkeypatch.setattr('prepare.smollm2.encoding', lambda: BPE)
+    text.main('--input=in', f'--encoding={encoding}', '--vocab_size=265', '--out=data/mine', '--val_share=0.25')
+    tokens, fields, meta = stored(folder / 'data/mine')
+    places = np.flatnonzero(tokens == fields.end)
+    assert [fields.decode(part.tolist()) for part in np.split(tokens, places + 1)[:-1]] == ['first', 'second one', 'third\n']
+    assert places[-1] == len(tokens) - 1 and tokens.dtype == np.uint16
+    assert meta['kind'] == 'stream' and meta['prepare'] == 'text' and meta['encoding'] == encoding
+    assert meta['fields']['tokens'] == meta['config']['vocab_size'] == fields.end + 1
+    assert meta['sizes'] == dict(train=int(0.75 * len(tokens)), val=len(tokens) - int(0.75 * len(tokens)))
+    assert not list(folder.glob('data/mine/*.tmp'))
+
+
+def test_characters(folder):
+    text.main(input='in')
+    tokens, fields, meta = stored(folder / 'data/text')
+    assert fields.decode(tokens.tolist()) == 'firstsecond onethird\n' and fields.end is None and tokens.dtype == np.uint8
+    assert fields.encode('one').tolist() == [fields.encode(c).item() for c in 'one'] and fields.encode('').shape == (0,)
+    assert meta['bytes_per_token'] == 1
+    with pytest.raises(UserError, match="the character 'Z' is none of this text's; its alphabet is '\\\\n cdef"):
+        fields.encode('oZe')
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ([], 'which text\\? python -m prepare.text --input=FILE_OR_FOLDER'),
+    (['--input=nowhere'], 'nowhere: neither a file nor a folder with text files'),
+    (['--input=in/deep/none'], 'neither a file nor'),
+    (['--input=in', '--encoding=words'], "encoding='words': choose one of characters, bpe, gpt2, smollm2"),
+    (['--input=in', '--encoding=bpe', '--vocab_size=9'], 'vocab_size=9'),
+    (['--input=in', '--val_share=1'], 'val_share=1.0 of 21 tokens leaves nothing for training or validation'),
+    (['--input=in', '--vocabsize=9'], "unknown setting 'vocabsize'; did you mean 'vocab_size'"),
+    (['--input=empty.txt'], 'empty.txt: holds no text; leave it out'),
+    (['--input=latin.txt'], 'latin.txt: not UTF-8 text .*0xe9.*; convert it, or leave it out'),
+])
+def test_bad_input(folder, arguments, message):
+    (folder / 'empty.txt').write_text(' \n')
+    (folder / 'latin.txt').write_bytes('élan'.encode('latin-1'))
+    with pytest.raises(UserError, match=message):
+        text.main(*arguments)
+    assert not (folder / 'data/text/meta.json').exists()
+
+
+def test_shakespeare(folder, server, monkeypatch):  # noqa: F811
+    content = b'To be, or not to be'
+    server.files['input.txt'] = content
+    monkeypatch.setattr(shakespeare, 'URL', server.url + 'input.txt')
+    with pytest.raises(UserError, match='sha256 is .*, expected 86c4'):
+        shakespeare.main()
+    monkeypatch.setattr(shakespeare, 'SHA256', '')
+    shakespeare.main()
+    tokens, fields, meta = stored(folder / 'data/shakespeare')
+    assert fields.decode(tokens.tolist()) == content.decode() and meta['config'] == dict(vocab_size=len(set(content)))
+    assert meta['sizes'] == dict(train=17, val=2) and shakespeare.Fields is Fields
+
+
+def test_tinystories(folder, server, monkeypatch):  # noqa: F811
+    told = [f'Once upon a time, cat {i} saw a big dog.\nThey played all day.' for i in range(40)]
+    for name, part in zip(tinystories.FILES.values(), (told[:30], told[30:])):
+        server.files[name] = f'\n{END}\n'.join(part + ['\n']).encode()
+    monkeypatch.setattr(tinystories, 'URL', server.url)
+    tinystories.main('--vocab_size=300', '--n_stories=20')
+    fields = tinystories.Fields('data/tinystories')
+    for split, expected in (('train', told[:20]), ('val', told[30:])):
+        tokens = np.load(f'data/tinystories/{split}/tokens.npy')
+        parts = np.split(tokens, np.flatnonzero(tokens == fields.end) + 1)
+        assert [fields.decode(part.tolist()) for part in parts[:-1]] == expected and len(parts[-1]) == 0
+    meta = json.loads((folder / 'data/tinystories/meta.json').read_text())
+    assert meta['prepare'] == 'tinystories' and meta['config']['vocab_size'] == 300 and meta['bytes_per_token'] > 2
+    with pytest.raises(UserError, match='encoding must be bpe or gpt2'):
+        tinystories.main('--encoding=characters')
+
+
+def test_stories_across_blocks(tmp_path):
+    long = 'x' * (1 << 20)
+    (tmp_path / 'stories.txt').write_text(f'{long[:-5]}{END}a{END}\n\n{END}{long}b')  # the first end lies across two blocks
+    assert list(tinystories.stories(tmp_path / 'stories.txt')) == [long[:-5], 'a', long + 'b']
+
+
+def test_gpt2_from_the_cache(monkeypatch):
+    if not (text_tokenizers.cache_folder() / 'tiktoken').is_dir():
+        pytest.skip('GPT-2\'s two files are not in the cache')
+    encoding = text_tokenizers.gpt2_encoding()
+    assert encoding.n_vocab == 50257 and encoding.encode_ordinary('Hello world') == [15496, 995] and encoding.eot_token == 50256
