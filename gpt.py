@@ -274,6 +274,12 @@ class GPT(nn.Module):
         return total / count, logs
 
     @torch.no_grad()
+    def log_prob(self, tokens):
+        """ln p in nats of tokens[:, 1:], each given those before it: (B, T + 1) -> (B,)."""
+        logits = self.logits(self.trunk(tokens[:, :-1]))  # (B, T, V)
+        return -F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], ignore_index=-1, reduction='none').sum(1)
+
+    @torch.no_grad()
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None, chunk=1024):
         """Continues each row of tokens (B, T0 >= 1), -1 in front of shorter ones; yields the next token of each row, (B,), up to
         max_new_tokens times. A row that has drawn the token `end` gets -1 from then on; when all have, it stops.

@@ -7,12 +7,16 @@ One sampler for all chapters: draws what a trained model generates, and scores i
     python sample.py --out_dir=out/nano4m --given=rgb --image=FILE.png --target=depth,caption
     python sample.py --out_dir=out/nano4m --score=True                           every modality from every other, with ceilings
     python sample.py --out_dir=out/gpt_shakespeare --prompt="ROMEO:"
+    python sample.py --out_dir=out/gpt_mnist                                     ten digits of each class
+    python sample.py --out_dir=out/gpt_mnist --complete=0.5                      held-out digits, completed from their upper half
+    python sample.py --init_from=smollm2 --prompt="The capital of France is"
 
 A chain names what is given, then targets with optional steps and order (random, confidence, raster), each of which, once
 generated, conditions the next. Pictures are written as PNG into the run's folder, scores as scores.json; the path is printed.
 """
 import importlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -24,14 +28,15 @@ from tqdm import tqdm
 
 import config
 from config import UserError
-from train import autocast, check_data, find_device, find_dtype, load_model, read_meta, set_up
+from train import Data, autocast, check_data, find_device, find_dtype, find_weights, load_model, read_meta, set_up
 
 SETTINGS = dict(
     out_dir='out/nano4m',     # the run
+    init_from='',             # instead of a run: weights by name, 'smollm2'
     checkpoint='ckpt_last.pt',  # or ckpt_best.pt
     seed=0,
     device='auto', dtype='auto',
-    n=6,                      # scenes in a picture, or texts
+    n=0,                      # texts, or rows of a picture; 0 chooses: 1 text, 6 scenes, 10 digits a class
     split='val',              # held-out scenes
     # what to generate from what (nano4M)
     given='',                 # modalities given, e.g. rgb or caption,depth
@@ -41,15 +46,18 @@ SETTINGS = dict(
     image='',                 # a picture file of your own for the given rgb
     # how
     steps=0,                  # decoding steps of an image; 0 chooses these three for each target, see `manner`
-    temperature=-1.0,         # 0 takes the likeliest token; -1 chooses (0.8 in GPT)
+    temperature=math.nan,     # 0 takes the likeliest token; nan chooses (GPT: 0.8 for text, 1 for pictures)
     guidance=0.0,             # above 1 what is given counts for more than in training; 0 chooses
     top_k=0, top_p=1.0,
+    min_p=0.0,                # GPT
     order='random',           # random (ROAR), confidence (MaskGIT), raster
     schedule='linear',        # linear, cosine: how many tokens a step
-    prompt='\n',              # GPT: the text to go on with
+    prompt='',                # GPT: the text to go on with; '' is the beginning of a text
+    prompts='',               # GPT: a file with one prompt a line, all continued in one batch
     max_new_tokens=500,       # GPT
+    complete=0.0,             # GPT on pictures: the share of held-out pictures that is given
     score=False,              # compute and save the scores, of all pairs or those that given and target name
-    n_score=1000,             # held-out scenes to score on
+    n_score=1000,             # held-out scenes, or generated digits, to score
 )
 ORDERS = ('random', 'confidence', 'raster')
 
@@ -85,8 +93,11 @@ def manner(model, name, known, steps, settings):
     one, at once. Otherwise many are, and a picture's tokens have to agree with each other: a few at a time, drawn at random."""
     is_text = next(m.is_text for m in model.modalities if m.name == name)
     chosen = (1, 0.0, 1.0) if is_text or name != 'rgb' and 'rgb' in known else (8, 0.4, 2.0)
-    return (steps or chosen[0], settings['temperature'] if settings['temperature'] >= 0 else chosen[1],
-            settings['guidance'] or chosen[2])
+    return steps or chosen[0], chosen_temperature(settings, chosen[1]), settings['guidance'] or chosen[2]
+
+
+def chosen_temperature(settings, default):
+    return default if math.isnan(settings['temperature']) else settings['temperature']
 
 
 def generate(model, given, targets, settings, generator=None):
@@ -140,6 +151,7 @@ def save_grid(columns, path, scale=2):
 
 def draw_fourm(model, fields, settings, path, own=None):
     """The picture that the settings ask for; without given and target: each from rgb alone, and rgb from the caption."""
+    settings = settings | dict(n=settings['n'] or 6)
     index = np.arange(settings['n'])
     if settings['chain'] or settings['given'] or settings['target'] or own:
         chains = [parse_chain(settings, model)]
@@ -172,7 +184,7 @@ def own_input(model, fields, settings):
                             f'{"--image" if is_text else "--text"}; or give neither, for held-out scenes')
     if not own:
         raise UserError('--text and --image need --given=NAME, the modality that they are')
-    return {name: ids.repeat(settings['n'], 1) for name, ids in own.items()}
+    return {name: ids.repeat(settings['n'] or 6, 1) for name, ids in own.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,57 +264,156 @@ def table(scores):
 # ---------------------------------------------------------------------------------------------------------------------
 # GPT
 
-def write_texts(model, fields, settings):
-    """Continues the prompt n times and prints the texts."""
-    prompt = fields.encode(settings['prompt'])[None].repeat(settings['n'], 1)
+def sampler(model, settings, temperature, end=-1):
+    """model.stream's arguments after the tokens and their number."""
     generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
-    temperature = settings['temperature'] if settings['temperature'] >= 0 else 0.8
-    tokens = model.generate(prompt.to(model.turn.device), settings['max_new_tokens'], temperature, settings['top_k'],
-                            settings['top_p'], generator)
-    return [fields.decode(row) for row in tokens.tolist()]
+    return (chosen_temperature(settings, temperature), settings['top_k'], settings['top_p'], settings['min_p'], end, generator)
+
+
+def read_prompts(model, fields, settings):
+    """The prompts as rows of ids (B, T0), shorter ones filled up in front with -1."""
+    texts = [settings['prompt']] * (settings['n'] or 1)
+    if settings['prompts']:
+        texts = Path(settings['prompts']).read_text(encoding='utf-8').splitlines()
+    start = [fields.end] if fields.end is not None else fields.encode('\n').tolist()  # what stands before a text
+    prompts = [fields.encode(text).tolist() or start for text in texts]
+    if not prompts:
+        raise UserError(f'{settings["prompts"]}: no prompts; write one a line')
+    longest = max(map(len, prompts))
+    if longest > model.config.block_size:
+        raise UserError(f'the prompt has {longest} tokens, the context of this model holds {model.config.block_size}: shorten it')
+    return torch.tensor([[-1] * (longest - len(prompt)) + prompt for prompt in prompts])
+
+
+def write_texts(model, fields, settings):
+    """Continues the prompts and prints them; a single one appears as it is written. Returns the texts."""
+    tokens = read_prompts(model, fields, settings).to(model.turn.device)
+    device, alone = tokens.device, len(tokens) == 1
+    rows, waiting = tokens.tolist(), tokens[0].tolist()
+    with autocast(device, find_dtype(settings['dtype'], device)):
+        for new in model.stream(tokens, settings['max_new_tokens'], *sampler(model, settings, 0.8, -1 if fields.end is None else fields.end)):
+            for row, token in zip(rows, new.tolist()):
+                row.append(token)
+            waiting.append(rows[0][-1])
+            text = fields.decode(waiting)
+            if alone and not text.endswith('\ufffd'):  # else a token ended within a character: its other bytes are to come
+                print(text, end='', flush=True)
+                waiting = []
+    texts = [fields.decode(row) for row in rows]
+    print(fields.decode(waiting) if alone else '\n-----\n'.join(texts))
+    return texts
+
+
+def generate_pictures(model, settings, tokens):
+    """Rows of tokens (n, T0), the class and perhaps the first patches, completed to (n, 50)."""
+    device, rest = model.turn.device, model.config.block_size + 1 - tokens.shape[1]
+    with autocast(device, find_dtype(settings['dtype'], device)):
+        return model.generate(torch.as_tensor(tokens).long().to(device), rest, *sampler(model, settings, 1.0)).cpu()
+
+
+def draw_digits(model, fields, settings, path):
+    """Pictures of each class as columns; or, with `complete`, held-out ones: what is given, three completions, the truth."""
+    n = settings['n'] or 10
+
+    def pictures(tokens):
+        return list(np.repeat(fields.decode(tokens)[..., None], 3, -1))
+    if not settings['complete']:
+        drawn = pictures(generate_pictures(model, settings, np.repeat(np.arange(10), n)[:, None]))
+        columns = {name: drawn[i * n:i * n + n] for i, name in enumerate(fields.classes)}
+    else:
+        truth = fields.load('val', 'tokens')[:n, 0]
+        given = truth[:, :1 + round(settings['complete'] * 49)]
+        half = [np.where(known, picture, 128).astype(np.uint8) for picture, known in
+                zip(pictures(truth), pictures(np.pad(np.full_like(given, 25), ((0, 0), (0, 50 - given.shape[1])))))]  # 25: all white
+        columns = dict(given=half) | {f'drawn {i}': pictures(generate_pictures(model, settings | dict(seed=settings['seed'] + i), given))
+                                      for i in (1, 2, 3)} | dict(truth=pictures(truth))
+    save_grid(columns, path, scale=4)
+
+
+def score_gpt(model, fields, settings, folder, meta, path):
+    """The exact negative log-likelihood of the whole validation set, each token predicted once; of digits also what the judge says
+    of generated ones. Generation in tokens a second."""
+    data, device = Data(folder, 'val', meta, model.config.block_size), model.turn.device
+    dtype, nll = find_dtype(settings['dtype'], device), []
+    for ids in tqdm(np.array_split(np.arange(data.n), -(-data.n // 32)), desc='score', unit='batch'):
+        tokens = data.rows(ids)['tokens'].to(device)
+        with autocast(device, dtype):
+            nll.append(torch.stack((-model.log_prob(tokens), (tokens[:, 1:] >= 0).sum(1)), -1).cpu())
+    nll = torch.cat(nll)[:, None].double().numpy()  # (n, 1, 2): nats and tokens of each window or picture
+    scores = {'nats/token': bootstrap(nll) | dict(baseline=math.log(model.config.vocab_size))}
+    if meta['kind'] == 'stream':
+        scores['bits/byte'] = bootstrap(nll / [math.log(2), 1 / meta['bytes_per_token']]) | dict(baseline=8.0)
+    else:
+        scores['nats/image given the class'] = bootstrap(nll / [1, 49])
+        labels, started = np.arange(settings['n_score']) % 10, time.perf_counter()
+        tokens = torch.cat([generate_pictures(model, settings | dict(seed=settings['seed'] + i), part[:, None])
+                            for i, part in enumerate(np.array_split(labels, -(-len(labels) // 500)))])
+        rate = tokens[:, 1:].numel() / (time.perf_counter() - started)
+        for name, score in fields.score(fields.decode(tokens), labels).items():
+            scores[name] = (bootstrap(score.pop('parts')) if 'parts' in score else dict(low=score['value'], high=score['value'],
+                                                                                        n=len(labels))) | score
+        scores['generation, tokens/s'] = dict(value=rate, low=rate, high=rate, n=len(labels))
+    path.write_text(json.dumps(scores, indent=1))
+    print(f'{table(scores)}\nwrote {path}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def fields_of(folder):
+def fields_of(folder, meta):
     """The data set's own decoder and judge, from the prepare module that made it."""
-    return importlib.import_module(f'prepare.{read_meta(folder)["prepare"]}').Fields(folder)
+    return importlib.import_module(f'prepare.{meta["prepare"]}').Fields(folder)
 
 
 def draw(model, folder, meta, path):
     """What train.py draws at an evaluation: a picture at `path`, or a text beside it."""
-    fields = fields_of(folder)
+    fields = fields_of(folder, meta)
     if hasattr(model, 'modalities'):
         draw_fourm(model, fields, SETTINGS, path)
+    elif hasattr(fields, 'classes'):
+        draw_digits(model, fields, SETTINGS, path)
     else:
-        text = write_texts(model, fields, SETTINGS | dict(n=1, max_new_tokens=300))[0]
-        path.with_suffix('.txt').write_text(text)
-        print(text)
+        path.with_suffix('.txt').write_text(write_texts(model, fields, SETTINGS | dict(max_new_tokens=300))[0])
+
+
+def check(settings, model):
+    """Raises UserError where a setting has no meaning for this model."""
+    if settings['order'] not in ORDERS or settings['schedule'] not in ('linear', 'cosine'):
+        raise UserError(f'order is one of {", ".join(ORDERS)}, schedule linear or cosine')
+    if settings['n'] < 0 or settings['steps'] < 0 or settings['max_new_tokens'] < 1 or settings['n_score'] < 1:
+        raise UserError('n and steps must be at least 0, max_new_tokens and n_score at least 1')
+    if not 0 < settings['top_p'] <= 1 or not 0 <= settings['min_p'] <= 1 or settings['temperature'] < 0:
+        raise UserError('top_p must be in (0, 1], min_p in [0, 1], temperature at least 0')
+    most = getattr(model.config, 'vocab_size', None)
+    if settings['top_k'] < 0 or most and settings['top_k'] > most:
+        raise UserError(f'top_k={settings["top_k"]} must be 0 (all) to {most or "the size of the vocabulary"}')
+    if not 0 <= settings['complete'] < 1:
+        raise UserError(f'complete={settings["complete"]} must be at least 0 and below 1')
 
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
-    if settings['order'] not in ORDERS or settings['schedule'] not in ('linear', 'cosine'):
-        raise UserError(f'order is one of {", ".join(ORDERS)}, schedule linear or cosine')
-    if settings['n'] < 1 or settings['steps'] < 0 or not 0 < settings['top_p'] <= 1 or settings['top_k'] < 0:
-        raise UserError('n must be at least 1, steps at least 0, top_p in (0, 1], top_k at least 0')
     device = find_device(settings['device'])
     set_up(device)
-    out_dir = Path(settings['out_dir'])
-    model, checkpoint = load_model(out_dir / settings['checkpoint'])
+    path = find_weights(settings['init_from']) if settings['init_from'] else Path(settings['out_dir'], settings['checkpoint'])
+    model, checkpoint = load_model(path)
     model.to(device)
-    folder = Path('data', checkpoint['settings']['dataset'])
-    check_data(folder, read_meta(folder), checkpoint)
-    fields = fields_of(folder)
+    check(settings, model)
+    folder, meta, out_dir = Path('data', checkpoint['settings']['dataset']), checkpoint['meta'], path.parent
+    if not settings['init_from']:
+        check_data(folder, read_meta(folder), checkpoint)
+    fields = fields_of(folder, meta)
+    picture = out_dir / time.strftime('sample_%Y%m%d_%H%M%S.png')
     if not hasattr(model, 'modalities'):
         if settings['score']:
-            raise UserError(f'--score=True is for nano4M; {out_dir} holds a {checkpoint["settings"]["model"]}, whose score is its val_loss')
-        print('\n-----\n'.join(write_texts(model, fields, settings)))
+            score_gpt(model, fields, settings, folder, meta, out_dir / 'scores.json')
+        elif hasattr(fields, 'classes'):
+            draw_digits(model, fields, settings, picture)
+        else:
+            write_texts(model, fields, settings)
     elif settings['score']:
         score_fourm(model, fields, settings, out_dir / 'scores.json')
     else:
-        name = time.strftime('sample_%Y%m%d_%H%M%S.png')
-        draw_fourm(model, fields, settings, out_dir / name, own_input(model, fields, settings))
+        draw_fourm(model, fields, settings, picture, own_input(model, fields, settings))
 
 
 if __name__ == '__main__':

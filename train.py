@@ -37,7 +37,8 @@ SETTINGS = dict(
     model='gpt',              # the chapter: gpt, fourm
     dataset='shakespeare',    # data/NAME, made by prepare/NAME.py
     out_dir='',               # the run's folder; '' is out/CONFIGNAME
-    init_from='resume',       # 'resume' goes on with the run in out_dir if there is one; 'scratch' moves that one aside
+    init_from='resume',       # 'resume' goes on with the run in out_dir if there is one; 'scratch' moves that one aside; the name
+                              # or folder of another run (or 'smollm2'): a new run starts from its weights
     seed=0,                   # of the weights, the order of the data and all draws
     # length and batches
     max_iters=2000,           # optimizer steps
@@ -173,20 +174,26 @@ def prepare(dataset):
     if not Path('prepare', f'{dataset}.py').is_file() and not folder.is_dir():
         known = ', '.join(sorted(path.stem for path in Path('prepare').glob('*.py')))
         raise UserError(f'dataset={dataset!r}: there is neither {folder} nor prepare/{dataset}.py (there are {known})')
-    if not (folder / 'meta.json').is_file() and os.environ.get('RANK', '0') == '0':
-        print(f'{folder} is missing or incomplete: running python -m prepare.{dataset}', flush=True)
-        if subprocess.run([sys.executable, '-m', f'prepare.{dataset}']).returncode:
-            raise UserError(f'python -m prepare.{dataset} failed: see its message above')
-    while not (folder / 'meta.json').is_file():
-        time.sleep(1)
+    make_once(dataset, folder / 'meta.json')
     return folder, read_meta(folder)
+
+
+def make_once(name, path):
+    """Runs python -m prepare.NAME where the file that it writes last is missing."""
+    if not path.is_file() and os.environ.get('RANK', '0') == '0':
+        print(f'{path} is missing: running python -m prepare.{name}', flush=True)
+        if subprocess.run([sys.executable, '-m', f'prepare.{name}']).returncode:
+            raise UserError(f'python -m prepare.{name} failed: see its message above')
+    while not path.is_file():
+        time.sleep(1)
 
 
 class Data:
     """One split as memory-mapped arrays; sample(s) and their order follow from the seed alone.
 
-    rows: sample i is row i of each field. stream: one long run of tokens, cut into windows of T + 1; each epoch shifts the
-    grid of windows, so that every token gets to be predicted from every distance.
+    rows: sample i is row i of each field; where meta has `views`, it has so many pre-made variants along a second axis, of which
+    each epoch takes one, and evaluation the first. stream: one long run of tokens, cut into windows of T + 1; each epoch shifts
+    the grid of windows, so that every token gets to be predicted from every distance; in evaluation each is predicted once.
     """
     def __init__(self, folder, split, meta, block_size=0, seed=0):
         self.meta, self.block_size, self.seed, self.orders = meta, block_size, seed, {}
@@ -195,11 +202,12 @@ class Data:
         sizes = {name: len(array) for name, array in self.arrays.items()}
         if len(set(sizes.values())) > 1:
             raise UserError(f'{Path(folder, split)}: the fields differ in length ({sizes}); delete {folder} to make it anew')
-        self.n = sizes.popitem()[1]
-        if meta['kind'] == 'stream':
-            self.n = self.n // block_size - 2
+        self.length = self.n = sizes.popitem()[1]
+        if meta['kind'] == 'stream':  # room for the shift in training; the last window in evaluation may be filled in part
+            self.n = self.length // block_size - 1 if split == 'train' else -(-(self.length - 1) // block_size)
         if self.n < 1:
-            raise UserError(f'{Path(folder, split)}: too short for one sample of {block_size} tokens; lower block_size')
+            raise UserError(f'{Path(folder, split)}: {self.length} tokens are too few for a context of {block_size}: training takes '
+                            'twice as many; lower block_size, or give more text')
 
     @staticmethod
     def read(path, vocabulary):
@@ -212,26 +220,31 @@ class Data:
             raise UserError(f'{path}: token ids run from {low} to {high}, outside the vocabulary of {vocabulary}')
         return array
 
-    def rows(self, ids, shift=0):
-        """{field: (B, ...)} of the samples with these ids."""
+    def rows(self, ids, shift=0, view=0):
+        """{field: (B, ...)} of the samples with these ids; -1 stands after the end of a stream."""
         if self.meta['kind'] == 'rows':
-            return {name: torch.from_numpy(array[ids].astype(np.int64)) for name, array in self.arrays.items()}
-        index = shift + ids[:, None] * self.block_size + np.arange(self.block_size + 1)
-        return {name: torch.from_numpy(array[index].astype(np.int64)) for name, array in self.arrays.items()}
+            index = (ids, view) if 'views' in self.meta else ids
+            return {name: torch.from_numpy(array[index].astype(np.int64)) for name, array in self.arrays.items()}
+        index = shift + ids[:, None] * self.block_size + np.arange(self.block_size + 1)  # (B, T + 1)
+        over = index >= self.length
+        index[over] = 0
+        return {name: torch.from_numpy(np.where(over, -1, array[index].astype(np.int64))) for name, array in self.arrays.items()}
 
     def order(self, epoch):
-        """The epoch's permutation of sample ids, and the shift of a stream's windows."""
+        """The epoch's permutation of sample ids, the shift of a stream's windows, and the view of each sample."""
         if epoch not in self.orders:
             random = np.random.default_rng((self.seed, epoch))
-            self.orders = {epoch: (random.permutation(self.n), int(random.integers(max(1, self.block_size))))}
+            self.orders = {epoch: (random.permutation(self.n), int(random.integers(max(1, self.block_size))),
+                                   random.integers(self.meta.get('views', 1), size=self.n))}
         return self.orders[epoch]
 
     def take(self, start, count):
         """Samples start .. start + count - 1 of the endless run over all epochs; a batch may straddle two."""
         place, parts = np.arange(start, start + count), []
         for epoch in np.unique(place // self.n):
-            order, shift = self.order(epoch)
-            parts.append(self.rows(order[place[place // self.n == epoch] % self.n], shift))
+            order, shift, views = self.order(epoch)
+            ids = order[place[place // self.n == epoch] % self.n]
+            parts.append(self.rows(ids, shift, views[ids]))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -290,6 +303,14 @@ def read_checkpoint(path):
         raise UserError(f'{path}: truncated or not a checkpoint of this repository ({type(error).__name__}); '
                         'delete it, or use another one in its folder')
     return checkpoint
+
+
+def find_weights(name):
+    """The checkpoint of the run with this name or folder; weights that prepare/NAME.py fetches are fetched on their first use."""
+    path = Path(name if Path(name).is_dir() else f'out/{name}', 'ckpt_last.pt')
+    if not path.is_file() and Path('prepare', f'{name}.py').is_file():
+        make_once(name, path)
+    return path
 
 
 def check_data(folder, meta, checkpoint):
@@ -380,14 +401,17 @@ FREE = {'init_from', 'out_dir', 'max_iters', 'micro_batch_size', 'eval_interval'
         'wandb_log', 'device', 'dtype', 'compile', 'threads'}  # settings that may change when a run goes on
 
 
-def resolve(assigned):
-    """All settings (train.py's and the model's own, which have the names of its Config) and the chapter's module."""
+def resolve(assigned, source=None):
+    """All settings (train.py's and the model's own, which have the names of its Config) and the chapter's module. Where the run
+    starts from the weights of a checkpoint `source`, its sizes are the defaults."""
     chapters = sorted(path.stem for path in Path(__file__).parent.glob('*.py') if '\nModel = ' in path.read_text())
     name = assigned.get('model', (SETTINGS['model'],))[0]
     if name not in chapters:
         raise UserError(f'model={name!r}: choose one of {", ".join(chapters)}')
     chapter = importlib.import_module(name)
-    settings = config.apply(assigned, SETTINGS | dataclasses.asdict(chapter.Config()))
+    if source and source['settings']['model'] != name:
+        raise UserError(f'init_from names a run of model={source["settings"]["model"]!r}, not {name!r}')
+    settings = config.apply(assigned, SETTINGS | dataclasses.asdict(chapter.Config()) | (source['model_config'] if source else {}))
     for key in ('max_iters', 'batch_size', 'micro_batch_size', 'eval_interval', 'log_interval'):
         if settings[key] < 1:
             raise UserError(f'{key}={settings[key]}: must be at least 1')
@@ -408,6 +432,18 @@ def make_model(chapter, settings, meta, assigned):
         return chapter.Model(chapter.Config(**own))
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(f'model={settings["model"]!r} cannot be built: {error}')
+
+
+def load_weights(model, source, folder, meta):
+    """The weights of another run; its tokens must mean the same: made by the same encoding, or the same data."""
+    if meta.get('encoding', meta) != source['meta'].get('encoding', source['meta']):
+        raise UserError(f'{folder} has other tokens than the run that init_from names ({meta.get("encoding", "data of its own")}, not '
+                        f'{source["meta"].get("encoding", "these")}): make it with the same encoding')
+    try:
+        model.load_state_dict(source['weights'])
+    except RuntimeError as error:
+        raise UserError('the weights that init_from names are for other sizes: leave the model\'s settings out ('
+                        f'{str(error).splitlines()[1].strip()})')
 
 
 def start_or_resume(out_dir, settings, folder, meta, model, optimizers):
@@ -458,7 +494,9 @@ def prefetched(make, jobs, device):
 def main(*arguments, **overrides):
     """Trains as the config files and settings say; returns the last evaluation's values. Raises UserError."""
     assigned = config.read(arguments, overrides)
-    settings, chapter = resolve(assigned)
+    init_from = assigned.get('init_from', ('resume',))[0]
+    source = read_checkpoint(find_weights(init_from)) if init_from not in ('resume', 'scratch') else None
+    settings, chapter = resolve(assigned, source)
     files = [argument for argument in arguments if not argument.startswith('--')]
     out_dir = Path(settings['out_dir'] or Path('out', Path(files[-1]).stem if files else settings['model']))
     folder, meta = prepare(settings['dataset'])
@@ -479,6 +517,8 @@ def main(*arguments, **overrides):
                         f'processes: choose --micro_batch_size= so that their number is a multiple of {world}')
     torch.manual_seed(settings['seed'])
     raw_model = make_model(chapter, settings, meta, assigned)
+    if source:
+        load_weights(raw_model, source, folder, meta)
     block_size = settings.get('block_size', 0)
     train_data, val_data = (Data(folder, split, meta, block_size, settings['seed']) for split in ('train', 'val'))
     raw_model.to(device)

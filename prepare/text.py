@@ -13,6 +13,7 @@ Your own text as one long run of tokens: a file, or all text files of a folder.
 Byte-pair encodings put an end token after each document (each file). The last val_share of all tokens is for validation.
 The packing here, and `Fields`, which turns prompts into ids and ids into text, serve all data sets that are plain text.
 """
+import hashlib
 import json
 import re
 import sys
@@ -108,6 +109,8 @@ def write(folder, encoding, splits, meta):
     save_encoding(folder / 'encoding.json', encoding)
     sizes, sample = {split: len(tokens) for split, tokens in splits.items()}, splits['val'][:1_000_000].tolist()
     bytes_per_token = len(Fields(folder).decode(sample).encode()) / len(sample)  # a loss in nats / ln 2 / this: bits a byte
+    if meta['encoding'] in ('characters', 'bpe'):  # made for this text: others of the same name have other tokens
+        meta['encoding'] += '-' + hashlib.sha256((folder / 'encoding.json').read_bytes()).hexdigest()[:8]
     meta = dict(kind='stream', fields=dict(tokens=encoding.n_vocab), config=dict(vocab_size=encoding.n_vocab), sizes=sizes,
                 bytes_per_token=bytes_per_token) | meta
     (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
