@@ -1,0 +1,11 @@
+# GPT on Tiny Shakespeare at the budget of nanoGPT's CPU example: 0.80 M parameters, context 64, 12 windows a step.
+# 2,000 steps x 12 x 64 = 1.54 M characters, one and a half times the text.
+model = 'gpt'
+dataset = 'shakespeare'
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+batch_size = 12
+max_iters = 2000
+eval_interval = 2000

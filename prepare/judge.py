@@ -1,0 +1,174 @@
+"""
+The judge: a small convolutional classifier, trained on a data set's own pictures, and the scores that it gives to generated ones.
+
+No network is downloaded for it. Its distances therefore compare only with others by the same judge, and every score stands beside
+what real pictures reach (ceiling or floor) and what a blind generator reaches (baseline). There is one judge for each
+representation: 28x28 grey levels, and the 14x14 binary pictures that are MNIST's tokens.
+"""
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import UserError
+from prepare.image_tokenizers import fit
+
+
+def convolution(inputs, outputs, stride=1):
+    return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+class Judge(nn.Module):
+    """Pictures of `size` (14 or 28) pixels a side, uint8 -> one of 10 classes."""
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+        self.body = nn.Sequential(
+            *convolution(1, 16, stride=size // 14), *convolution(16, 16),              # (B, 16, 14, 14)
+            *convolution(16, 32, stride=2), *convolution(32, 32),                      # (B, 32, 7, 7)
+            *convolution(32, 64, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())     # (B, 64)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images):
+        """(B, H, W) uint8 tensor -> logits (B, 10), in float32 on every machine."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.head(self.body(images[:, None] / 255))
+
+    @torch.no_grad()
+    def features(self, images):
+        """(n, H, W) uint8 array -> (n, 64) float32 array: what the head sees, in which distances are measured."""
+        return torch.cat([self.body(part[:, None] / 255) for part in torch.tensor(images).split(1000)]).numpy()
+
+    @torch.no_grad()
+    def logits(self, images):
+        """(n, H, W) uint8 array -> (n, 10) float32 array."""
+        return self.head(torch.from_numpy(self.features(images))).numpy()
+
+    def save(self, path):
+        torch.save(dict(size=self.size, weights=self.state_dict()), path)
+
+    @classmethod
+    def load(cls, path):
+        try:
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+            judge = cls(saved['size'])
+            judge.load_state_dict(saved['weights'])
+        except Exception as error:  # the unpickler fails in many ways
+            raise UserError(f'{path}: missing, truncated or not a judge ({type(error).__name__}); delete {path.parent} '
+                            'to make it anew')
+        return judge.eval()
+
+
+def train_judge(images, labels, seed=0, steps=1500, batch_size=128):
+    """A judge trained on pictures (n, H, H) uint8 with labels (n,), each moved by up to H/14 pixels whenever it is seen."""
+    size, reach = images.shape[1], images.shape[1] // 14
+    padded = F.pad(torch.tensor(images), (reach,) * 4)
+    labels, place, random = torch.tensor(labels).long(), torch.arange(size), np.random.default_rng((seed, 7))
+
+    def batch_of():
+        ids = torch.from_numpy(random.integers(0, len(images), batch_size))
+        y, x = torch.from_numpy(random.integers(0, 2 * reach + 1, (2, batch_size, 1))) + place  # (B, H) each
+        return padded[ids[:, None, None], y[:, :, None], x[:, None, :]], labels[ids]
+
+    def loss_of(judge, images, labels):
+        return F.cross_entropy(judge(images), labels, label_smoothing=0.05)
+    torch.manual_seed(seed)
+    return fit(Judge(size), loss_of, batch_of, steps, f'judge {size}x{size}')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of a set of pictures, or of their features, against a set of real ones
+
+def frechet(a, b):
+    """Fréchet (2-Wasserstein) distance of the Gaussians fitted to features a (n, F) and b (m, F).
+
+    |mean difference|^2 + tr(A + B - 2 (A B)^1/2): Dowson & Landau, 1982; of pictures' features: Heusel et al., 1706.08500, eq. 6.
+    The trace of (A B)^1/2 is that of (A^1/2 B A^1/2)^1/2, which is symmetric. The fewer the samples, the larger it comes out:
+    compare only distances from equally many.
+    """
+    a, b = a.astype(float), b.astype(float)
+    A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(A)
+    root = vectors * values.clip(0) ** 0.5 @ vectors.T
+    cross = np.linalg.eigvalsh(root @ B @ root).clip(0) ** 0.5  # rounding leaves eigenvalues slightly below 0
+    return max(0.0, float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B) - 2 * cross.sum()))
+
+
+def to_rows(x):
+    """(n, ...) array or tensor -> (n, -1) float32 tensor."""
+    return torch.as_tensor(x).flatten(1).float()
+
+
+def neighbour(points, others, k):
+    """Distance (n,) from each of the points (n, ...) to the k-th nearest of the others (m, ...)."""
+    others = to_rows(others)
+    return torch.cat([torch.cdist(part, others).kthvalue(k, 1).values for part in to_rows(points).split(500)])
+
+
+def inside(points, centres, k):
+    """Which points (n, F) lie in the manifold of the centres (m, F): nearer to one of them than its own k-th neighbour is."""
+    radius, centres = neighbour(centres, centres, k + 1), to_rows(centres)  # + 1: the first neighbour is the point itself
+    return torch.cat([(torch.cdist(part, centres) <= radius).any(1) for part in to_rows(points).split(500)]).numpy()
+
+
+def precision_recall(real, fake, k=3):
+    """Which of the fakes (n,) look real, and which of the real ones (m,) the fakes can reach, from features (n, F) and (m, F).
+    Precision and recall are the means of these booleans (Kynkäänniemi et al., 1904.06991, eqs. 1 and 2)."""
+    return inside(fake, real, k), inside(real, fake, k)
+
+
+def distance_to(images, train):
+    """Squared distance (n,) of each picture to the nearest one in `train`, a list of arrays (m, H, W) uint8. Black against white
+    counts 1, so that between binary pictures it is the number of pixels that differ."""
+    return np.min([neighbour(images / np.float32(255), part / np.float32(255), 1).square().numpy() for part in train], 0)
+
+
+def independent_pixels(images, labels, wanted, seed=0):
+    """The blind generator: for each wanted label (n,) a picture that takes every pixel from another real picture of the class."""
+    random, out = np.random.default_rng((seed, 8)), np.zeros((len(wanted), *images.shape[1:]), np.uint8)
+    for label in np.unique(wanted):
+        own, place = images[labels == label], wanted == label
+        out[place] = np.take_along_axis(own, random.integers(0, len(own), out[place].shape), 0)
+    return out
+
+
+def score(judge, images, labels, held_out, truth, train, train_labels):
+    """What the judge says of pictures (n, H, H) uint8 made for labels (n,), beside what it says of as many real ones.
+
+    held_out (n, H, H) with labels truth (n,); train: a list of arrays (m, H, H), view 0 first, with labels (m,). Returns
+    {metric: dict(parts=(n, 1, 2) numerators and denominators, or value=float; baseline=float; ceiling= or floor=float)}:
+
+        accuracy       share in which the judge sees the label; ceiling: in the held-out pictures
+        precision      share that looks like a held-out picture; ceiling: of training pictures
+        recall         share of the held-out pictures that the samples can reach; ceiling: that training pictures can
+        frechet        distance to the held-out pictures; floor: of training pictures
+        copies         share that is a training picture, in any view; floor: of the held-out pictures
+        near_copies    share that is as near to a training picture as 1 in 20 held-out ones is; floor: of the held-out pictures
+
+    The baseline is the blind generator, independent_pixels. A ceiling is what real pictures reach, not a bound: the judge knows
+    the typical picture of a class best, and a generator that draws no other comes out above it. Raises UserError for fewer than
+    5 pictures.
+    """
+    n = len(images)
+    if n < 5:
+        raise UserError(f'{n} pictures are too few to score: give at least 5')
+    features, usual = judge.features(held_out), distance_to(held_out, train)
+    near = np.quantile(usual, 0.05)
+
+    def right(images, labels):
+        return judge.logits(images).argmax(1) == labels
+
+    def measure(images, labels, distance):
+        found = judge.features(images)
+        precision, recall = precision_recall(features, found)
+        return dict(accuracy=right(images, labels), precision=precision, recall=recall, frechet=frechet(features, found),
+                    copies=distance < 0.5, near_copies=distance <= near)  # 0.5: none, but for rounding
+    blind = independent_pixels(train[0], train_labels, labels)
+    blind = measure(blind, labels, distance_to(blind, train))
+    real = measure(train[0][:n], train_labels[:n], usual) | dict(accuracy=right(held_out, truth))
+    scores = {}
+    for name, hits in measure(images, labels, distance_to(images, train)).items():
+        value = dict(value=hits) if name == 'frechet' else dict(parts=np.stack((hits, np.ones(n)), -1)[:, None])
+        bound = 'ceiling' if name in ('accuracy', 'precision', 'recall') else 'floor'
+        scores[name] = value | {bound: float(np.mean(real[name])), 'baseline': float(np.mean(blind[name]))}
+    return scores

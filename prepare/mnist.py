@@ -1,0 +1,219 @@
+"""
+MNIST as pictures and as tokens: 28x28 handwritten digits, and the same in 14x14 binary pixels of which each 2x2 patch is a token.
+
+    python -m prepare.mnist                    60,000 digits to train on, 10,000 for validation
+    python -m prepare.mnist --subset=t10k      only the small files: 9,000 and 1,000, for slow links
+    python -m prepare.mnist --fashion=True     FashionMNIST (Xiao et al., 1708.07747), in data/fashion_mnist
+
+A row of tokens is the class (0..9), then 49 patches in raster order: 10 + the four bits of the patch, also in raster order, the
+first the most significant. So there are 26 different tokens. Training rows come in --views=8 views: 0 is the plain picture, the
+others are cropped and resized at random. Beside the tokens the folder keeps raw_image.npy (n, 28, 28), raw_label.npy (n,) and two
+judges (prepare/judge.py), one for each kind of picture. The files (LeCun et al., 1998) are downloaded once into the cache folder.
+"""
+import gzip
+import json
+import math
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import config
+from config import UserError
+from prepare import judge
+from prepare.download import download
+
+SETTINGS = dict(subset='', fashion=False, views=8, seed=0, out='')  # out: '' is data/mnist or data/fashion_mnist
+MNIST = 'https://ossci-datasets.s3.amazonaws.com/mnist/'
+FASHION = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/'
+DIGESTS = {
+    'train-images-idx3-ubyte.gz': '440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609',
+    'train-labels-idx1-ubyte.gz': '3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c',
+    't10k-images-idx3-ubyte.gz': '8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6',
+    't10k-labels-idx1-ubyte.gz': 'f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6',
+    'fashion/train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
+    'fashion/train-labels-idx1-ubyte.gz': '25c81989df183df01b3e8a0aad5dffbe',
+    'fashion/t10k-images-idx3-ubyte.gz': 'bef4ecab320f06d8554ea6380940ec79',
+    'fashion/t10k-labels-idx1-ubyte.gz': 'bb300cfdad3c16e7a12a480ee83cd310'}
+CLASSES = dict(mnist=list('0123456789'),
+               fashion_mnist='t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot'.split())
+JUDGES = {28: 'grey', 14: 'binary'}  # the two representations, by the side of a picture
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files
+
+def read_idx(path):
+    """A gzipped idx file of bytes: two zeros, the type (8), the number of axes, their lengths as big-endian int32, the values."""
+    try:
+        data = gzip.decompress(path.read_bytes())
+        assert data[:3] == b'\0\0\x08'
+        shape = np.frombuffer(data, '>u4', data[3], 4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+    except (OSError, EOFError, zlib.error, AssertionError, IndexError, ValueError) as error:
+        raise UserError(f'{path}: truncated or not a gzipped idx file ({type(error).__name__}); delete it and run this again')
+
+
+def read_part(part, fashion):
+    """Images (n, 28, 28) and labels (n,) of 'train' or 't10k'; FashionMNIST's files have the names of MNIST's."""
+    url, prefix = (FASHION, 'fashion/') if fashion else (MNIST, '')
+    names = f'{part}-images-idx3-ubyte.gz', f'{part}-labels-idx1-ubyte.gz'
+    paths = [download(url + name, prefix + name, DIGESTS[prefix + name]) for name in names]
+    images, labels = map(read_idx, paths)
+    if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
+        raise UserError(f'{paths[0]}: pictures {images.shape} do not belong to labels {labels.shape}; delete both files and run '
+                        'this again')
+    return images, labels
+
+
+def read_splits(settings):
+    """{'train': (images, labels), 'val': (images, labels)}"""
+    if settings['subset'] == 't10k':  # its second half was written by other people than its first: mix them
+        images, labels = read_part('t10k', settings['fashion'])
+        order = np.random.default_rng((settings['seed'], 0)).permutation(len(images))
+        cut = len(order) * 9 // 10
+        return {split: (images[ids], labels[ids]) for split, ids in (('train', order[:cut]), ('val', order[cut:]))}
+    try:
+        return {'train': read_part('train', settings['fashion']), 'val': read_part('t10k', settings['fashion'])}
+    except UserError as error:
+        raise UserError(f'{error}; or make the small data set: python -m prepare.mnist --subset=t10k'
+                        + ' --fashion=True' * settings['fashion'])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and tokens
+
+def halve(images):
+    """(n, 28, 28) -> (n, 14, 14) means of 2x2 pixels, float32."""
+    return images.reshape(-1, 14, 2, 14, 2).mean((2, 4), dtype=np.float32)
+
+
+def random_crops(images, random):
+    """(n, 28, 28) -> (n, 14, 14): a box of 0.9 to 1 of the area, 0.9 to 1.1 times as wide as high and inside the picture, at a
+    random place, stretched to 28x28 by bilinear interpolation and then halved, so that thin strokes survive."""
+    area, ratio = random.uniform(0.9, 1, len(images)), np.exp(random.uniform(math.log(0.9), math.log(1.1), len(images)))
+    size = np.minimum(np.sqrt([area * ratio, area / ratio]), 1)  # (2, n) width and height as shares of the picture
+    theta = np.zeros((len(images), 2, 3), np.float32)
+    theta[:, [0, 1], [0, 1]] = size.T
+    theta[:, :, 2] = (random.uniform(-1, 1, size.shape) * (1 - size)).T
+    grid = F.affine_grid(torch.from_numpy(theta), (len(images), 1, 28, 28), align_corners=False)
+    return halve(F.grid_sample(torch.tensor(images)[:, None].float(), grid, align_corners=False).numpy())
+
+
+def binary(images):
+    """(n, 28, 28) -> (n, 14, 14) uint8 of 0 and 255."""
+    return np.where(halve(images) > 127.5, 255, 0).astype(np.uint8)
+
+
+def to_tokens(images, labels):
+    """Pictures (n, 14, 14) of values 0..255, white above the middle, and labels (n,) -> (n, 50) uint8."""
+    bits = (images > 127.5).reshape(-1, 7, 2, 7, 2).swapaxes(2, 3).reshape(-1, 49, 4)
+    return np.column_stack((labels, 10 + bits @ [8, 4, 2, 1])).astype(np.uint8)
+
+
+def to_images(tokens):
+    """Tokens (n, 50), or (n, 49) without the class -> pictures (n, 14, 14) uint8 of 0 and 255. What is no patch (a class where a
+    patch belongs, as untrained models write) is black."""
+    tokens = np.asarray(tokens)[:, -49:].astype(int)
+    patches = np.where((tokens >= 10) & (tokens < 26), tokens - 10, 0)
+    bits = patches[..., None] >> np.arange(3, -1, -1) & 1  # (n, 49, 4)
+    return (255 * bits.reshape(-1, 7, 7, 2, 2).swapaxes(2, 3).reshape(-1, 14, 14)).astype(np.uint8)
+
+
+def view_tokens(images, labels, views, random):
+    """Pictures (n, 28, 28) -> tokens (n, views, 50): the plain picture, then random crops."""
+    return np.stack([to_tokens(random_crops(images, random) if view else halve(images), labels) for view in range(views)], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder as sample.py sees it
+
+class Fields:
+    """Decodes, encodes and scores the tokens of a data folder. Pictures are (n, H, H) uint8: H = 14 binary, H = 28 grey."""
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.classes = json.loads((self.folder / 'meta.json').read_text())['classes']  # ten names
+
+    def load(self, split, name):
+        path = self.folder / split / f'{name}.npy'
+        try:
+            return np.load(path, mmap_mode='r')
+        except (OSError, ValueError) as error:
+            raise UserError(f'{path}: missing or damaged ({error}); delete {self.folder} to make it anew')
+
+    def decode(self, tokens):
+        """Tokens (n, 50) or (n, 49), on the CPU -> binary pictures (n, 14, 14), see to_images."""
+        return to_images(tokens)
+
+    def encode(self, images, labels):
+        """Pictures (n, 14, 14) and labels (n,) -> tokens (n, 50) int64 tensor."""
+        return torch.from_numpy(to_tokens(images, labels)).long()
+
+    def read_image(self, path):
+        """A user's square picture file -> a binary picture (14, 14); one with a bright upper edge, ink on paper, is inverted."""
+        try:
+            image = Image.open(path).convert('L')
+        except OSError as error:
+            raise UserError(f'{path}: not a picture that Pillow can read ({error})')
+        if image.width != image.height:
+            raise UserError(f'{path}: {image.width}x{image.height} pixels; give a square picture (28x28 is best)')
+        pixels = np.asarray(image.convert('F').resize((14, 14), Image.BOX))
+        return np.where((255 - pixels if pixels[0].mean() > 127.5 else pixels) > 127.5, 255, 0).astype(np.uint8)
+
+    def real(self, split, size, view=0):
+        """The pictures (n, size, size) of a split."""
+        return to_images(self.load(split, 'tokens')[:, view]) if size == 14 else self.load(split, 'raw_image')
+
+    def score(self, images, labels, split='val'):
+        """{metric: dict} of pictures (n, H, H) uint8 made for labels (n,), as judge.score returns it; H chooses the judge. No
+        more are scored than the split has pictures, so that it is always one set against an equally large one. Raises ValueError
+        where H is neither 14 nor 28."""
+        size, n = images.shape[1], min(len(images), len(self.load(split, 'raw_label')))
+        if size not in JUDGES:
+            raise ValueError(f'pictures of {size} pixels a side: there are judges for {list(JUDGES)}')
+        views = self.load('train', 'tokens').shape[1] if size == 14 else 1
+        return judge.score(
+            judge.Judge.load(self.folder / f'judge_{JUDGES[size]}.pt'), images[:n], np.asarray(labels)[:n],
+            self.real(split, size)[:n], self.load(split, 'raw_label')[:n],
+            [self.real('train', size, view) for view in range(views)], self.load('train', 'raw_label'))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making it
+
+def main(*arguments, **overrides):
+    settings = config.apply(config.read(arguments, overrides), SETTINGS)
+    if settings['subset'] not in ('', 't10k') or settings['views'] < 1:
+        raise UserError(f'subset={settings["subset"]!r}, views={settings["views"]}: subset is t10k or empty, views at least 1')
+    kind = 'fashion_mnist' if settings['fashion'] else 'mnist'
+    folder = Path(settings['out'] or f'data/{kind}')
+    random = np.random.default_rng((settings['seed'], 1))
+    splits = read_splits(settings)
+    (folder / 'meta.json').unlink(missing_ok=True)  # an older one is not to vouch for these files
+    for split, (images, labels) in splits.items():
+        views = settings['views'] if split == 'train' else 1
+        parts = [view_tokens(images[i:i + 5000], labels[i:i + 5000], views, random) for i in range(0, len(images), 5000)]
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for name, array in dict(tokens=np.concatenate(parts), raw_image=images, raw_label=labels).items():
+            np.save(folder / split / f'{name}.npy', array)
+    quality = {}
+    for size, name in JUDGES.items():
+        (images, labels), (held_out, truth) = ((x if size == 28 else binary(x), y) for x, y in splits.values())
+        network = judge.train_judge(images, labels, settings['seed'])
+        network.save(folder / f'judge_{name}.pt')
+        quality[f'judge_{name}'] = float((network.logits(held_out).argmax(1) == truth).mean())
+        print(f'judge of {name} {size}x{size} pictures: {quality[f"judge_{name}"]:.1%} of {len(truth):,} held-out ones right')
+    meta = dict(kind='rows', fields=dict(tokens=26), views=settings['views'], config=dict(vocab_size=26, block_size=49),
+                prepare='mnist', classes=CLASSES[kind], quality=quality, settings=settings)
+    (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
+
+
+if __name__ == '__main__':
+    try:
+        main(*sys.argv[1:])
+    except (UserError, OSError) as error:
+        sys.exit(f'error: {error}')
