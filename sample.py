@@ -308,7 +308,7 @@ def generate_pictures(model, settings, tokens):
     """Rows of tokens (n, T0), the class and perhaps the first patches, completed to (n, 50)."""
     device, rest = model.turn.device, model.config.block_size + 1 - tokens.shape[1]
     with autocast(device, find_dtype(settings['dtype'], device)):
-        return model.generate(torch.as_tensor(tokens).long().to(device), rest, *sampler(model, settings, 1.0)).cpu()
+        return model.generate(torch.from_numpy(np.array(tokens, np.int64)).to(device), rest, *sampler(model, settings, 1.0)).cpu()
 
 
 def draw_digits(model, fields, settings, path):

@@ -120,7 +120,7 @@ def matmul_rate(device, dtype, seconds=0.5):
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     best, end = float('inf'), time.perf_counter() + seconds
     a @ b
-    while time.perf_counter() < end:
+    while best == float('inf') or time.perf_counter() < end:
         synchronize(device)
         start = time.perf_counter()
         a @ b

@@ -9,7 +9,7 @@ import config
 import sample
 import train
 from config import UserError
-from prepare import scenes, scenes_parser
+from prepare import mnist, scenes, scenes_parser, smollm2, text, tinystories
 
 README = Path(__file__).parent.parent / 'README.md'
 
@@ -86,8 +86,9 @@ def test_the_readmes_commands_use_settings_that_exist(command, monkeypatch):
     if program == 'train.py':
         train.resolve(assigned)
     else:
-        known = {'sample.py': sample.SETTINGS, 'prepare.scenes': scenes.SETTINGS,
-                 'prepare.scenes_parser': scenes_parser.SETTINGS}[program]
+        known = {'sample.py': sample.SETTINGS} | {
+            module.__name__: module.SETTINGS for module in (mnist, scenes, scenes_parser, smollm2, text, tinystories)}
+        known = known[program]
         config.apply(assigned, known)
 
 

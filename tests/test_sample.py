@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import sample
 import train
 from config import UserError
+from prepare import judge, mnist, text
+from tests.test_mnist import toy_digits
 from tests.test_train import TINY
 
 
@@ -78,6 +81,80 @@ def test_bootstrap():
     assert score['high'] - score['low'] == pytest.approx(2 * 1.96 * error, rel=0.15)
 
 
+GPT = dict(model='gpt', n_layer=1, n_head=2, n_embd=16, batch_size=4, max_iters=2, device='cpu', dtype='float32', compile=False)
+
+
+@pytest.fixture(scope='module')
+def text_run(work):
+    """A GPT that has seen a few steps of byte-pair tokens."""
+    Path('story.txt').write_text('The cat sat on the mat. Straße. ' * 300)
+    text.main(input='story.txt', encoding='bpe', vocab_size=280, out='data/story')
+    train.main(**GPT, dataset='story', block_size=16, out_dir='out/story')
+    return 'out/story'
+
+
+def test_texts(text_run, capsys):
+    assert Path(text_run, 'sample_000002.txt').exists()
+    capsys.readouterr()
+    sample.main(f'--out_dir={text_run}', '--prompt=The cat', '--max_new_tokens=40')
+    one = capsys.readouterr().out
+    assert one.startswith('The cat') and len(one) > 20
+    sample.main(f'--out_dir={text_run}', '--prompt=The cat', '--max_new_tokens=40', '--n=3')
+    assert capsys.readouterr().out.count('-----\nThe cat') == 2
+    Path('prompts.txt').write_text('The\nThe cat sat on the\n')
+    sample.main(f'--out_dir={text_run}', '--prompts=prompts.txt', '--max_new_tokens=5', '--temperature=0')
+    first, second = capsys.readouterr().out.split('\n-----\n')
+    for prompt, together in (('The', first), ('The cat sat on the', second)):
+        sample.main(f'--out_dir={text_run}', f'--prompt={prompt}', '--max_new_tokens=5', '--temperature=0')
+        assert capsys.readouterr().out.strip() == together.strip()
+
+
+def test_exact_score_of_a_text(text_run):
+    """Every token of the validation set but the first, once: as the loop's own val_loss, and by a sum over windows written out."""
+    sample.main(f'--out_dir={text_run}', '--score=True')
+    scores = json.loads(Path(text_run, 'scores.json').read_text())
+    model, checkpoint = train.load_model(Path(text_run, 'ckpt_last.pt'))
+    tokens = torch.from_numpy(np.load('data/story/val/tokens.npy').astype(np.int64))
+    total = 0
+    for start in range(0, len(tokens) - 1, 16):
+        window = tokens[start:start + 17]
+        logits = model.logits(model.trunk(window[None, :-1]))[0]
+        total -= logits.log_softmax(-1)[range(len(window) - 1), window[1:]].sum().item()
+    assert scores['nats/token']['value'] == pytest.approx(total / (len(tokens) - 1), rel=1e-4)
+    log = [json.loads(line) for line in Path(text_run, 'log.jsonl').read_text().splitlines()]
+    assert scores['nats/token']['value'] == pytest.approx(log[-1]['val_loss'], rel=1e-4)
+    assert scores['bits/byte']['value'] == pytest.approx(total / np.log(2) / len(text.Fields('data/story').decode(tokens.tolist())), rel=0.05)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--top_k=281'], 'top_k=281 must be 0 .all. to 278'),
+    (['--prompt=' + 'xyz' * 9], 'the prompt has 27 tokens, the context of this model holds 16: shorten it'),
+    (['--complete=1'], 'complete=1.0 must be at least 0 and below 1'),
+    (['--min_p=2'], r'min_p in \[0, 1\]'),
+])
+def test_faults_of_texts(text_run, arguments, message):
+    with pytest.raises(UserError, match=message):
+        sample.main(f'--out_dir={text_run}', *arguments)
+
+
+def test_digits(work, monkeypatch, capsys):
+    monkeypatch.setattr(mnist, 'read_part', lambda part, fashion: toy_digits(200 if part == 'train' else 60, len(part)))
+    monkeypatch.setattr(judge.train_judge, '__defaults__', (0, 5, 32))
+    mnist.main(views=2, out='data/toy_mnist')
+    train.main(**GPT, dataset='toy_mnist', out_dir='out/toy_mnist', pictures=False)
+    grid = draw('out/toy_mnist')
+    assert grid.size == (10 * 60 - 4, 18 + 2 * 60 - 4)
+    half = draw('out/toy_mnist', '--complete=0.5')
+    assert half.size == (5 * 60 - 4, 18 + 2 * 60 - 4)
+    given, truth = (np.asarray(half)[18:74, x:x + 56] for x in (0, 4 * 60))
+    known = given[..., 0] != 128
+    assert known[:24].all() and not known[32:].any() and (given[known] == truth[known]).all()
+    sample.main('--out_dir=out/toy_mnist', '--score=True', '--n_score=40')
+    scores = json.loads(Path('out/toy_mnist/scores.json').read_text())
+    assert scores['nats/image given the class']['value'] == pytest.approx(49 * scores['nats/token']['value'])
+    assert {'accuracy', 'frechet', 'generation, tokens/s'} <= scores.keys() and 'floor' in scores['frechet']
+
+
 @pytest.mark.parametrize('arguments, message', [
     (['--given=sound'], "there is no modality 'sound'; this model has rgb, depth"),
     (['--chain=rgb>rgb'], "'rgb' stands twice"),
@@ -89,7 +166,8 @@ def test_bootstrap():
     (['--given=caption', '--text=' + 'x' * 100], 'has 101 tokens with its end token, the modality holds 26'),
     (['--given=depth', '--image=own.png'], '--image gives the modality rgb'),
     (['--order=fast'], 'order is one of'),
-    (['--n=0'], 'must be at least 1'),
+    (['--n=-1'], 'n and steps must be at least 0'),
+    (['--temperature=-1'], 'temperature at least 0'),
     (['--checkpoint=ckpt_none.pt'], 'no such checkpoint'),
     (['--stepss=3'], "did you mean 'steps'"),
 ])

@@ -115,15 +115,68 @@ def test_finished_scratch_and_changed_settings(here, capsys):
     assert Path('out/a.1/ckpt_last.pt').exists() and weights('out/a')['place_embedding.weight'].shape[1] == 64
 
 
-def test_stream_windows():
-    """Every token but the ends is a target once an epoch; the grid moves from epoch to epoch."""
-    data = train.Data.__new__(train.Data)
-    data.meta, data.arrays, data.block_size, data.seed, data.orders = dict(kind='stream'), dict(tokens=np.arange(1000)), 10, 0, {}
-    data.n = 1000 // 10 - 2
+def save_data(folder, kind, train_array, val_array, **meta):
+    """A data folder of one field, tokens."""
+    for split, array in (('train', train_array), ('val', val_array)):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        np.save(folder / split / 'tokens.npy', array)
+    meta = dict(kind=kind, prepare='shakespeare', fields=dict(tokens=1000), config=dict(vocab_size=1000)) | meta
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    return meta
+
+
+def test_stream_windows(tmp_path):
+    """Every token but the ends is a target once an epoch, the grid moves from epoch to epoch; in evaluation every token is one."""
+    meta = save_data(tmp_path, 'stream', np.arange(1000), np.arange(96))
+    data = train.Data(tmp_path, 'train', meta, 10)
     first, second = data.take(0, data.n)['tokens'], data.take(data.n, data.n)['tokens']
-    assert first.shape == (98, 11) and len(first[:, 1:].unique()) == 980
+    assert first.shape == (99, 11) and len(first[:, 1:].unique()) == 990
     assert (first[:, 1:] - first[:, :-1] == 1).all() and set(first[:, 0].tolist()) != set(second[:, 0].tolist())
-    assert torch.equal(data.take(90, 16)['tokens'], torch.cat((first[90:], second[:8])))  # a batch that straddles epochs
+    assert torch.equal(data.take(90, 16)['tokens'], torch.cat((first[90:], second[:7])))  # a batch that straddles epochs
+    val = train.Data(tmp_path, 'val', meta, 10)
+    rows = val.rows(np.arange(val.n))['tokens']
+    assert rows[:, 1:][rows[:, 1:] >= 0].tolist() == list(range(1, 96)) and rows[-1].tolist() == [90, 91, 92, 93, 94, 95] + [-1] * 5
+    with pytest.raises(UserError, match='96 tokens are too few for a context of 96'):
+        save_data(tmp_path, 'stream', np.arange(96), np.arange(96))
+        train.Data(tmp_path, 'train', meta, 96)
+
+
+def test_views(tmp_path):
+    """One view a sample and epoch, the same for a resumed run; evaluation sees the first."""
+    array = np.arange(600).reshape(50, 4, 3)
+    meta = save_data(tmp_path, 'rows', array, array[:, :1], views=4)
+    data = train.Data(tmp_path, 'train', meta)
+    rows = torch.cat([data.take(50 * epoch, 50)['tokens'] for epoch in range(30)])
+    assert rows.shape == (1500, 3) and (rows[:, 1:] - rows[:, :-1] == 1).all()
+    assert all(sorted((rows[50 * e:50 * e + 50, 0] // 12).tolist()) == list(range(50)) for e in range(30))
+    assert (rows[:, 0] // 3 % 4).bincount().min() > 300
+    assert torch.equal(train.Data(tmp_path, 'train', meta).take(70, 9)['tokens'], rows[70:79])
+    assert torch.equal(train.Data(tmp_path, 'val', meta).rows(np.arange(50))['tokens'], torch.from_numpy(array[:, 0]))
+
+
+GPT = dict(model='gpt', dataset='toy', n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iters=3, device='cpu', compile=False,
+           dtype='float32', pictures=False)
+
+
+def test_a_run_from_another_runs_weights(here):
+    random = np.random.default_rng(0)
+    save_data(Path('data/toy'), 'stream', random.integers(0, 9, 500), random.integers(0, 9, 100), config=dict(vocab_size=9))
+    train.main(**GPT, out_dir='out/first')
+    first = weights('out/first')
+    train.main('--init_from=first', **(GPT | dict(max_iters=2, learning_rate=0.0, muon_learning_rate=0.0, out_dir='out/next')))
+    assert all(torch.equal(first[name], value) for name, value in weights('out/next').items())
+    sizes = {name: value for name, value in GPT.items() if name not in ('n_layer', 'n_head', 'n_embd', 'block_size')}
+    train.main(**sizes, init_from='out/first', out_dir='out/sizes')  # they come with the weights
+    assert train.read_checkpoint(Path('out/sizes/ckpt_last.pt'))['model_config']['n_embd'] == 16
+    with pytest.raises(UserError, match='the weights that init_from names are for other sizes'):
+        train.main(**(GPT | dict(n_embd=32)), init_from='first', out_dir='out/wider')
+    with pytest.raises(UserError, match='no such checkpoint'):
+        train.main(**GPT, init_from='nowhere', out_dir='out/nowhere')
+    with pytest.raises(UserError, match="init_from names a run of model='gpt', not 'fourm'"):
+        run('out/b', init_from='first')
+    save_data(Path('data/toy'), 'stream', random.integers(0, 9, 500), random.integers(0, 9, 100), config=dict(vocab_size=9), encoding='bpe')
+    with pytest.raises(UserError, match='data/toy has other tokens than the run that init_from names'):
+        train.main(**GPT, init_from='first', out_dir='out/other')
 
 
 def test_schedule():
