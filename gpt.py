@@ -13,7 +13,7 @@ A batch is {'tokens': (B, T + 1) integers}: positions 0..T-1 are the input, posi
 
 Paper: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). What changed since then and is used
 here: RMSNorm without gains (1910.07467), rotary positions (2104.09864), normalised queries and keys (2010.04245), ReLU^2
-(2109.08668), residual branches that start at zero (1901.09321), no biases.
+(2109.08668), residual branches that start at zero (1901.09321), token shift (2305.13048), no biases.
 
 `Attention`, `MLP`, `rotary` and `sample_token` are the core that every later chapter builds on.
 """
@@ -40,6 +40,7 @@ class Config:
     qk_norm: bool = True         # normalise queries and keys
     rope_theta: float = 10000.0  # the slowest rotary pair turns once in about 2 pi theta tokens
     norm_eps: float = 1e-6       # of RMSNorm
+    token_shift: bool = True     # each token also brings a share of its predecessor's embedding
     tied: bool = False           # one matrix is both embedding and head
     softcap: float = 0.0         # logits are kept within -softcap .. softcap; 0 lets them go where they like
 
@@ -186,7 +187,7 @@ class KVCache:
     so that it does not matter where in the cache a text begins.
     """
     def __init__(self, length, ragged=False):
-        self.length, self.ragged, self.filled, self.store, self.valid = length, ragged, 0, {}, None
+        self.length, self.ragged, self.filled, self.store, self.valid, self.last = length, ragged, 0, {}, None, None
 
     def append(self, layer, k, v):
         """Adds k and v (B, nkv, T, hd) of one layer; returns all of its keys and values so far."""
@@ -242,15 +243,30 @@ class GPT(nn.Module):
             nn.init.normal_(self.head.weight, std=0.02)  # as in GPT-2: first logits near 0
         else:
             nn.init.zeros_(self.head.weight)  # the first loss is ln(V), exactly
+        if config.token_shift:
+            self.shift = nn.Parameter(torch.zeros(config.n_embd))
         turn = rotary(torch.arange(config.block_size)[:, None], config.n_embd // config.n_head, config.rope_theta)
         self.register_buffer('turn', torch.stack(turn), persistent=False)  # (2, T, hd / 2)
+
+    def embed(self, tokens, cache=None):
+        """tokens (B, T) -> (B, T, D). With token shift (RWKV, arXiv 2305.13048, section 3.1) each brings a share of the embedding
+        before it, so that the first block already sees pairs of tokens, which a head would first have to learn to fetch."""
+        x = self.embedding(tokens.clamp(min=0))
+        if not self.config.token_shift:
+            return x
+        if cache and cache.ragged:
+            x = x * (tokens >= 0)[..., None]  # before a text there is nothing
+        before = cache.last if cache and cache.filled else torch.zeros_like(x[:, :1])
+        if cache:
+            cache.last = x[:, -1:]
+        return x + self.shift * torch.cat((before, x[:, :-1]), dim=1)
 
     def trunk(self, tokens, cache=None):
         """tokens (B, T) -> (B, T, D), what the head reads; with a cache they follow what is in it."""
         start = cache.filled if cache else 0
         causal, mask = cache.mask(tokens) if cache else (True, None)
         turn = self.turn[:, start:start + tokens.size(1)]
-        x = self.embedding(tokens.clamp(min=0))  # (B, T, D)
+        x = self.embed(tokens, cache)
         for block in self.blocks:
             x = block(x, turn, causal, mask, cache)
         if cache:

@@ -104,7 +104,7 @@ def read_config(path):
             vocab_size=llama['vocab_size'], block_size=llama['max_position_embeddings'], n_layer=llama['num_hidden_layers'],
             n_head=llama['num_attention_heads'], n_embd=llama['hidden_size'], n_kv_head=llama['num_key_value_heads'],
             mlp='swiglu', mlp_width=llama['intermediate_size'], qk_norm=False, rope_theta=float(llama['rope_theta']),
-            norm_eps=llama['rms_norm_eps'])
+            norm_eps=llama['rms_norm_eps'], token_shift=False)
         expected = LLAMA | {'head_dim': model_config.n_embd // model_config.n_head}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: not the description of a Llama ({type(error).__name__}: {error}); delete it and run this again')

@@ -119,7 +119,7 @@ def reference(model, start, n, end=-1):
     return torch.tensor(rows), torch.stack(first)
 
 
-@pytest.mark.parametrize('changes', [{}, dict(n_kv_head=1), dict(mlp='swiglu', qk_norm=False, tied=True, softcap=5.0)])
+@pytest.mark.parametrize('changes', [{}, dict(n_kv_head=1), dict(mlp='swiglu', qk_norm=False, tied=True, softcap=5.0, token_shift=False)])
 @pytest.mark.parametrize('length', [1, 5, 12, 20])
 def test_generate_equals_the_uncached_reference(length, changes):
     """Also far beyond block_size, where the cache is refilled from the last half of the context."""
