@@ -17,6 +17,7 @@ import time
 import torch
 
 import config
+import sample
 import train
 from config import UserError
 from gpt import GPT, Config, cross_entropy
@@ -88,14 +89,15 @@ def uncached(model, tokens, n):
 
 
 def bench_generation(settings, device):
-    """max_new_tokens in a context of 1,024, in bfloat16 where that is native."""
+    """max_new_tokens in a context of 1,024, as sample.py generates them."""
+    train.set_up(device, training=False)
     model, n = GPT(Config(vocab_size=65, block_size=1024, **sizes(settings))).to(device).eval(), settings['max_new_tokens']
     if n > 1023:
         raise UserError(f'max_new_tokens={n}: the context of this benchmark holds 1,024, of which one is the prompt')
     for parameter in model.parameters():  # zero-initialised outputs would make all tokens alike
         torch.nn.init.normal_(parameter, std=0.05)
     start = torch.zeros(1, 1, dtype=torch.long, device=device)
-    with train.autocast(device, train.find_dtype('auto', device)):
+    with sample.exact(dict(dtype='auto'), device):
         begin = time.perf_counter()
         slow = uncached(model, start, n)
         train.synchronize(device)
@@ -117,7 +119,9 @@ def gradient_of_head(chunked, settings, device, queue):
     targets = torch.randint(V, (settings['rows'],), device=device)
 
     def memory():
-        return torch.cuda.max_memory_allocated() if device.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if device.type == 'cuda':
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     before = memory()
 
     def step():

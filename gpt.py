@@ -321,7 +321,8 @@ class GPT(nn.Module):
             fresh = drawn[:, None]
             tokens = torch.cat((tokens, fresh), dim=1)
 
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None, chunk=1024):
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None,
+                 chunk=1024):
         """All that `stream` yields, behind the prompts: (B, T0 + n), n <= max_new_tokens."""
         new = list(self.stream(tokens, max_new_tokens, temperature, top_k, top_p, min_p, end, generator, chunk))
         return torch.cat((tokens, torch.stack(new, dim=1)), dim=1) if new else tokens

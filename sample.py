@@ -251,18 +251,29 @@ def score_fourm(model, fields, settings, path):
     print(f'wrote {path}')
 
 
+def alone(value, n):
+    """A score without an interval, in the form of the others."""
+    return dict(value=value, low=value, high=value, n=n)
+
+
 def table(scores):
     """scores.json as lines of text."""
-    lines = [f'{"":42}{"value":>9}{"95 % interval":>20}{"ceiling":>10}{"baseline":>10}']
+    lines = [f'{"":42}{"value":>9}{"95 % interval":>20}{"floor":>10}{"ceiling":>10}{"baseline":>10}']
     for name, score in scores.items():
         interval = f'{score["low"]:.4g} .. {score["high"]:.4g}'
-        bounds = ''.join(f'{score[key]:10.4g}' if key in score else f'{"":10}' for key in ('ceiling', 'baseline'))
+        bounds = ''.join(f'{score[key]:10.4g}' if key in score else f'{"":10}' for key in ('floor', 'ceiling', 'baseline'))
         lines.append(f'{name:42}{score["value"]:9.4g}{interval:>20}{bounds}')
     return '\n'.join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # GPT
+
+def exact(settings, device):
+    """Autocast for a GPT: float32 on a CPU unless asked otherwise; one token at a time has no use for faster matrix products."""
+    cpu = settings['dtype'] == 'auto' and device.type == 'cpu'
+    return autocast(device, torch.float32 if cpu else find_dtype(settings['dtype'], device))
+
 
 def sampler(model, settings, temperature, end=-1):
     """model.stream's arguments after the tokens and their number."""
@@ -288,10 +299,10 @@ def read_prompts(model, fields, settings):
 def write_texts(model, fields, settings):
     """Continues the prompts and prints them; a single one appears as it is written. Returns the texts."""
     tokens = read_prompts(model, fields, settings).to(model.turn.device)
-    device, alone = tokens.device, len(tokens) == 1
+    device, alone, end = tokens.device, len(tokens) == 1, -1 if fields.end is None else fields.end
     rows, waiting = tokens.tolist(), tokens[0].tolist()
-    with autocast(device, find_dtype(settings['dtype'], device)):
-        for new in model.stream(tokens, settings['max_new_tokens'], *sampler(model, settings, 0.8, -1 if fields.end is None else fields.end)):
+    with exact(settings, device):
+        for new in model.stream(tokens, settings['max_new_tokens'], *sampler(model, settings, 0.8, end)):
             for row, token in zip(rows, new.tolist()):
                 row.append(token)
             waiting.append(rows[0][-1])
@@ -307,8 +318,9 @@ def write_texts(model, fields, settings):
 def generate_pictures(model, settings, tokens):
     """Rows of tokens (n, T0), the class and perhaps the first patches, completed to (n, 50)."""
     device, rest = model.turn.device, model.config.block_size + 1 - tokens.shape[1]
-    with autocast(device, find_dtype(settings['dtype'], device)):
-        return model.generate(torch.from_numpy(np.array(tokens, np.int64)).to(device), rest, *sampler(model, settings, 1.0)).cpu()
+    with exact(settings, device):
+        tokens = torch.from_numpy(np.array(tokens, np.int64)).to(device)
+        return model.generate(tokens, rest, *sampler(model, settings, 1.0)).cpu()
 
 
 def draw_digits(model, fields, settings, path):
@@ -316,28 +328,29 @@ def draw_digits(model, fields, settings, path):
     n = settings['n'] or 10
 
     def pictures(tokens):
-        return list(np.repeat(fields.decode(tokens)[..., None], 3, -1))
-    if not settings['complete']:
-        drawn = pictures(generate_pictures(model, settings, np.repeat(np.arange(10), n)[:, None]))
-        columns = {name: drawn[i * n:i * n + n] for i, name in enumerate(fields.classes)}
-    else:
+        return np.repeat(fields.decode(tokens)[..., None], 3, -1)  # (n, 14, 14, 3)
+    if settings['complete']:
         truth = fields.load('val', 'tokens')[:n, 0]
-        given = truth[:, :1 + round(settings['complete'] * 49)]
-        half = [np.where(known, picture, 128).astype(np.uint8) for picture, known in
-                zip(pictures(truth), pictures(np.pad(np.full_like(given, 25), ((0, 0), (0, 50 - given.shape[1])))))]  # 25: all white
-        columns = dict(given=half) | {f'drawn {i}': pictures(generate_pictures(model, settings | dict(seed=settings['seed'] + i), given))
-                                      for i in (1, 2, 3)} | dict(truth=pictures(truth))
+        length = 1 + round(settings['complete'] * 49)
+        known = np.where(np.arange(50) < length, 25, 10) * np.ones_like(truth)  # white patches where the picture is given
+        columns = {'given': np.where(pictures(known), pictures(truth), 128).astype(np.uint8)}
+        for i in (1, 2, 3):
+            again = settings | dict(seed=settings['seed'] + i)
+            columns[f'drawn {i}'] = pictures(generate_pictures(model, again, truth[:, :length]))
+        columns['truth'] = pictures(truth)
+    else:
+        drawn = pictures(generate_pictures(model, settings, np.repeat(np.arange(10), n)[:, None]))
+        columns = dict(zip(fields.classes, drawn.reshape(10, n, *drawn.shape[1:])))
     save_grid(columns, path, scale=4)
 
 
 def score_gpt(model, fields, settings, folder, meta, path):
-    """The exact negative log-likelihood of the whole validation set, each token predicted once; of digits also what the judge says
-    of generated ones. Generation in tokens a second."""
-    data, device = Data(folder, 'val', meta, model.config.block_size), model.turn.device
-    dtype, nll = find_dtype(settings['dtype'], device), []
+    """The exact negative log-likelihood of the whole validation set, each token predicted once; of digits also what the judge
+    says of generated ones, and how fast they were generated."""
+    data, device, nll = Data(folder, 'val', meta, model.config.block_size), model.turn.device, []
     for ids in tqdm(np.array_split(np.arange(data.n), -(-data.n // 32)), desc='score', unit='batch'):
         tokens = data.rows(ids)['tokens'].to(device)
-        with autocast(device, dtype):
+        with exact(settings, device):
             nll.append(torch.stack((-model.log_prob(tokens), (tokens[:, 1:] >= 0).sum(1)), -1).cpu())
     nll = torch.cat(nll)[:, None].double().numpy()  # (n, 1, 2): nats and tokens of each window or picture
     scores = {'nats/token': bootstrap(nll) | dict(baseline=math.log(model.config.vocab_size))}
@@ -350,9 +363,8 @@ def score_gpt(model, fields, settings, folder, meta, path):
                             for i, part in enumerate(np.array_split(labels, -(-len(labels) // 500)))])
         rate = tokens[:, 1:].numel() / (time.perf_counter() - started)
         for name, score in fields.score(fields.decode(tokens), labels).items():
-            scores[name] = (bootstrap(score.pop('parts')) if 'parts' in score else dict(low=score['value'], high=score['value'],
-                                                                                        n=len(labels))) | score
-        scores['generation, tokens/s'] = dict(value=rate, low=rate, high=rate, n=len(labels))
+            scores[name] = (bootstrap(score.pop('parts')) if 'parts' in score else alone(score.pop('value'), len(labels))) | score
+        scores['generation, tokens/s'] = alone(rate, len(labels))
     path.write_text(json.dumps(scores, indent=1))
     print(f'{table(scores)}\nwrote {path}')
 
@@ -393,7 +405,7 @@ def check(settings, model):
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     device = find_device(settings['device'])
-    set_up(device)
+    set_up(device, training=False)
     path = find_weights(settings['init_from']) if settings['init_from'] else Path(settings['out_dir'], settings['checkpoint'])
     model, checkpoint = load_model(path)
     model.to(device)
