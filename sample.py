@@ -285,7 +285,10 @@ def read_prompts(model, fields, settings):
     """The prompts as rows of ids (B, T0), shorter ones filled up in front with -1."""
     texts = [settings['prompt']] * (settings['n'] or 1)
     if settings['prompts']:
-        texts = Path(settings['prompts']).read_text(encoding='utf-8').splitlines()
+        try:
+            texts = Path(settings['prompts']).read_text(encoding='utf-8').splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f'{settings["prompts"]}: not UTF-8 text ({error}); write one prompt a line')
     start = [fields.end] if fields.end is not None else fields.encode('\n').tolist()  # what stands before a text
     prompts = [fields.encode(text).tolist() or start for text in texts]
     if not prompts:
@@ -387,8 +390,8 @@ def draw(model, folder, meta, path):
         path.with_suffix('.txt').write_text(write_texts(model, fields, SETTINGS | dict(max_new_tokens=300))[0])
 
 
-def check(settings, model):
-    """Raises UserError where a setting has no meaning for this model."""
+def check(settings, model, fields):
+    """Raises UserError where a setting has no meaning, or none for this model."""
     if settings['order'] not in ORDERS or settings['schedule'] not in ('linear', 'cosine'):
         raise UserError(f'order is one of {", ".join(ORDERS)}, schedule linear or cosine')
     if settings['n'] < 0 or settings['steps'] < 0 or settings['max_new_tokens'] < 1 or settings['n_score'] < 1:
@@ -400,6 +403,11 @@ def check(settings, model):
         raise UserError(f'top_k={settings["top_k"]} must be 0 (all) to {most or "the size of the vocabulary"}')
     if not 0 <= settings['complete'] < 1:
         raise UserError(f'complete={settings["complete"]} must be at least 0 and below 1')
+    kind = 'nano4M' if hasattr(model, 'modalities') else 'pictures' if hasattr(fields, 'classes') else 'text'
+    for name, belongs in dict(given='nano4M', target='nano4M', chain='nano4M', text='nano4M', image='nano4M', guidance='nano4M',
+                              steps='nano4M', prompt='text', prompts='text', complete='pictures').items():
+        if settings[name] != SETTINGS[name] and kind != belongs:
+            raise UserError(f'{name} is for models of {belongs}, this one is of {kind}: leave it out')
 
 
 def main(*arguments, **overrides):
@@ -409,11 +417,11 @@ def main(*arguments, **overrides):
     path = find_weights(settings['init_from']) if settings['init_from'] else Path(settings['out_dir'], settings['checkpoint'])
     model, checkpoint = load_model(path)
     model.to(device)
-    check(settings, model)
     folder, meta, out_dir = Path('data', checkpoint['settings']['dataset']), checkpoint['meta'], path.parent
     if not settings['init_from']:
         check_data(folder, read_meta(folder), checkpoint)
     fields = fields_of(folder, meta)
+    check(settings, model, fields)
     picture = out_dir / time.strftime('sample_%Y%m%d_%H%M%S.png')
     if not hasattr(model, 'modalities'):
         if settings['score']:

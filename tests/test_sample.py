@@ -25,9 +25,9 @@ def pictures(out_dir):
     return set(Path(out_dir).glob('sample_*.png'))
 
 
-def draw(out_dir, *arguments):
+def draw(out_dir, *arguments, steps=2):
     before = pictures(out_dir)
-    sample.main(f'--out_dir={out_dir}', '--n=2', '--steps=2', *arguments)
+    sample.main(f'--out_dir={out_dir}', '--n=2', f'--steps={steps}', *arguments)
     new, = pictures(out_dir) - before
     picture = Image.open(new)
     new.unlink()
@@ -130,9 +130,12 @@ def test_exact_score_of_a_text(text_run):
     (['--top_k=281'], 'top_k=281 must be 0 .all. to 278'),
     (['--prompt=' + 'xyz' * 9], 'the prompt has 27 tokens, the context of this model holds 16: shorten it'),
     (['--complete=1'], 'complete=1.0 must be at least 0 and below 1'),
+    (['--complete=0.5'], 'complete is for models of pictures, this one is of text'),
+    (['--prompts=latin.txt'], 'latin.txt: not UTF-8 text'),
     (['--min_p=2'], r'min_p in \[0, 1\]'),
 ])
 def test_faults_of_texts(text_run, arguments, message):
+    Path('latin.txt').write_bytes(b'caf\xe9')
     with pytest.raises(UserError, match=message):
         sample.main(f'--out_dir={text_run}', *arguments)
 
@@ -142,9 +145,9 @@ def test_digits(work, monkeypatch, capsys):
     monkeypatch.setattr(judge.train_judge, '__defaults__', (0, 5, 32))
     mnist.main(views=2, out='data/toy_mnist')
     train.main(**GPT, dataset='toy_mnist', out_dir='out/toy_mnist', pictures=False)
-    grid = draw('out/toy_mnist')
+    grid = draw('out/toy_mnist', steps=0)
     assert grid.size == (10 * 60 - 4, 18 + 2 * 60 - 4)
-    half = draw('out/toy_mnist', '--complete=0.5')
+    half = draw('out/toy_mnist', '--complete=0.5', steps=0)
     assert half.size == (5 * 60 - 4, 18 + 2 * 60 - 4)
     given, truth = (np.asarray(half)[18:74, x:x + 56] for x in (0, 4 * 60))
     known = given[..., 0] != 128
