@@ -26,6 +26,7 @@ SETTINGS = dict(
     part='all',               # training, generation, cross_entropy
     device='auto',
     n_layer=6, n_head=4, n_embd=256,
+    n_kv_head=0,              # fewer heads of keys and values make the cache smaller; 0 is n_head
     block_size=256,           # context of the training step
     batch_size=16,
     max_new_tokens=1000,      # generated in a context of 1,024
@@ -52,7 +53,7 @@ def report(name, seconds, tokens, against):
 
 
 def sizes(settings):
-    return {name: settings[name] for name in ('n_layer', 'n_head', 'n_embd')}
+    return {name: settings[name] for name in ('n_layer', 'n_head', 'n_embd', 'n_kv_head')}
 
 
 def bench_training(settings, device):
