@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import bench
 import config
 import sample
 import train
@@ -86,7 +87,7 @@ def test_the_readmes_commands_use_settings_that_exist(command, monkeypatch):
     if program == 'train.py':
         train.resolve(assigned)
     else:
-        known = {'sample.py': sample.SETTINGS} | {
+        known = {'sample.py': sample.SETTINGS, 'bench.py': bench.SETTINGS} | {
             module.__name__: module.SETTINGS for module in (mnist, scenes, scenes_parser, smollm2, text, tinystories)}
         known = known[program]
         config.apply(assigned, known)
