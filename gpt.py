@@ -304,7 +304,7 @@ class GPT(nn.Module):
         are read in chunks, since what attention needs for a chunk grows with its length.
         """
         T, ended = self.config.block_size, tokens.new_zeros(len(tokens), dtype=torch.bool)
-        fresh = tokens[:, -T:] if tokens.size(1) < T else tokens[:, -(T // 2):]  # what the model has yet to read
+        fresh = tokens if tokens.size(1) <= T else tokens[:, -(T // 2):]  # what the model has yet to read
         cache = KVCache(T, bool((fresh < 0).any()))
         for _ in range(max_new_tokens):
             if cache.filled + fresh.size(1) > T:

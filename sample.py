@@ -289,8 +289,7 @@ def read_prompts(model, fields, settings):
             texts = Path(settings['prompts']).read_text(encoding='utf-8').splitlines()
         except UnicodeDecodeError as error:
             raise UserError(f'{settings["prompts"]}: not UTF-8 text ({error}); write one prompt a line')
-    start = [fields.end] if fields.end is not None else fields.encode('\n').tolist()  # what stands before a text
-    prompts = [fields.encode(text).tolist() or start for text in texts]
+    prompts = [fields.encode(text).tolist() or [fields.start] for text in texts]
     if not prompts:
         raise UserError(f'{settings["prompts"]}: no prompts; write one a line')
     longest = max(map(len, prompts))

@@ -80,10 +80,10 @@ def encoding(path=None):
 
 
 class Fields:
-    """Text -> ids (T,), a list of ids -> text; `end` is the id after each document. There is no data folder to read."""
+    """Text -> ids (T,), a list of ids -> text; `end` is the id after each document, and so the `start` of the next. There is no data folder to read."""
     def __init__(self, folder=None):
         self.encoding = encoding()
-        self.end = self.encoding.eot_token
+        self.start = self.end = self.encoding.eot_token
 
     def encode(self, text):
         return torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.long)

@@ -34,10 +34,12 @@ BPE_SAMPLE = 20_000_000  # characters
 
 
 class Fields:
-    """The folder as sample.py sees it. `end` is the id of the end token, None where there is none."""
+    """The folder as sample.py sees it. `end` is the id of the end token, None where there is none; `start` is what stands before a
+    text: that token, or a line's end, or, in a text without lines, any character."""
     def __init__(self, folder):
         self.encoding = load_encoding(Path(folder, 'encoding.json'))
         self.end = self.encoding.eot_token
+        self.start = self.encoding.ids.get('\n', 0) if self.end is None else self.end
 
     def encode(self, text):
         """Text -> ids (T,); raises UserError at a character that the alphabet lacks."""

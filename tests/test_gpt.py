@@ -101,7 +101,7 @@ def test_no_position_sees_its_future():
 def reference(model, start, n, end=-1):
     """Greedy generation without a cache, each row by itself, its padding cut off; and the logits of the first new tokens."""
     T, rows, first = model.config.block_size, [], []
-    fresh = start[:, -T:] if start.size(1) < T else start[:, -(T // 2):]
+    fresh = start if start.size(1) <= T else start[:, -(T // 2):]
     for tokens in fresh:
         context, new, room = tokens, [], T - len(tokens)
         for _ in range(n):

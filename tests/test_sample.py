@@ -109,6 +109,16 @@ def test_texts(text_run, capsys):
         assert capsys.readouterr().out.strip() == together.strip()
 
 
+def test_a_text_without_lines(work, capsys):
+    """Its alphabet has no line's end to begin with; training draws all the same."""
+    Path('flat.txt').write_text('abcab' * 100)
+    text.main(input='flat.txt', out='data/flat')
+    train.main(**GPT, dataset='flat', block_size=8, out_dir='out/flat')
+    assert Path('out/flat/sample_000002.txt').exists()
+    sample.main('--out_dir=out/flat', '--prompt=ab', '--max_new_tokens=5')
+    assert len(capsys.readouterr().out.split('\n')[-2]) == 7
+
+
 def test_exact_score_of_a_text(text_run):
     """Every token of the validation set but the first, once: as the loop's own val_loss, and by a sum over windows written out."""
     sample.main(f'--out_dir={text_run}', '--score=True')
