@@ -228,6 +228,24 @@ def test_schedule():
     assert rates[0] == 0.1 and rates[9] == 1 and rates[50] == 1 and rates[75] == pytest.approx(0.55) and rates[100] == 0.1
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_muon_against_pytorchs(monkeypatch, dtype):
+    """The same steps, up to the rounding of bfloat16, in which PyTorch's computes."""
+    monkeypatch.setattr(train, 'find_dtype', lambda name, device: dtype)
+    start = [torch.randn(shape) for shape in ((24, 8), (8, 24), (12, 12))]
+    ours, theirs = ([torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    optimizers = (train.Muon(ours, 0.1, 0.9, 0.01), torch.optim.Muon(theirs, 0.1, momentum=0.9, weight_decay=0.01))
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = b.grad = torch.randn(a.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, before in zip(ours, theirs, start):
+        assert (a - b).norm() < 0.02 * (b - before).norm()
+    values = torch.linalg.svdvals(train.orthogonal(torch.randn(8, 24), dtype).float())
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
 def test_muon_gets_the_hidden_matrices_alone():
     import fourm
     model = fourm.FourM(fourm.Config(n_embd=32, n_head=2))
