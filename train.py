@@ -176,9 +176,10 @@ def read_meta(folder):
 def prepare(dataset):
     """Makes data/NAME on the first run; under torchrun process 0 does and the others wait for meta.json, written last."""
     folder = Path('data', dataset)
-    if not Path('prepare', f'{dataset}.py').is_file() and not folder.is_dir():
-        known = ', '.join(sorted(path.stem for path in Path('prepare').glob('*.py')))
-        raise UserError(f'dataset={dataset!r}: there is neither {folder} nor prepare/{dataset}.py (there are {known})')
+    known = sorted(path.stem for path in Path('prepare').glob('*.py') if '__main__' in path.read_text())
+    if dataset not in known and not (folder / 'meta.json').is_file():
+        raise UserError(f'dataset={dataset!r}: there is neither {folder}/meta.json nor a script prepare/{dataset}.py (there are '
+                        f'{", ".join(known)})')
     make_once(dataset, folder / 'meta.json')
     return folder, read_meta(folder)
 
@@ -189,6 +190,8 @@ def make_once(name, path):
         print(f'{path} is missing: running python -m prepare.{name}', flush=True)
         if subprocess.run([sys.executable, '-m', f'prepare.{name}']).returncode:
             raise UserError(f'python -m prepare.{name} failed: see its message above')
+        if not path.is_file():
+            raise UserError(f'python -m prepare.{name} does not make {path}: is {name!r} what you meant?')
     while not path.is_file():
         time.sleep(1)
 
