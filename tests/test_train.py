@@ -52,7 +52,7 @@ def test_a_run_and_its_folder(here):
     assert [line['step'] for line in steps] == [1, 2, 3, 4, 5, 6]
     assert {'tokens', 'seconds', 'lr', 'grad_norm', 'tokens_per_second', 'mfu', 'data_wait'} <= steps[0].keys()
     assert 0 < steps[-1]['mfu'] < 1 and steps[-1]['tokens'] > steps[0]['tokens'] > 0
-    assert {path.name for path in Path('out/a').iterdir()} == {'log.jsonl', 'ckpt_last.pt', 'ckpt_best.pt'}
+    assert {path.name for path in Path('out/a').iterdir()} == {'log.jsonl', 'ckpt_last.pt', 'ckpt_best.pt', 'lock'}
 
 
 def test_resume_is_bit_identical(here):
@@ -183,6 +183,24 @@ def test_mean_of_the_weights(here):
     run('out/whole', ema=0.9, decay=1e-9)
     whole, parts = (train.read_checkpoint(Path(f'out/{name}/ckpt_last.pt'))['ema'] for name in ('whole', 'parts'))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_muon_is_torchs(dtype, monkeypatch):
+    """Three steps on matrices of two shapes: to bfloat16's rounding the same, whichever format its products are in."""
+    monkeypatch.setattr(train, 'find_dtype', lambda name, device: dtype)
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((32, 96), (32, 96), (64, 16))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    mine = train.Muon(ours, lr=0.02, momentum=0.9, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn='original')
+    for step in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        mine.step(), reference.step()
+    for a, b in zip(ours, theirs):
+        assert (a - b).norm() < 0.02 * 0.02 * 3 * min(a.shape) ** 0.5  # 2 % of three steps of length sqrt(rank) * 0.02
 
 
 def test_follow():
