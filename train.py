@@ -476,7 +476,7 @@ FREE = {'init_from', 'out_dir', 'max_iters', 'micro_batch_size', 'eval_interval'
 def resolve(assigned, source=None):
     """All settings (train.py's and the model's own, which have the names of its Config) and the chapter's module. Where the run
     starts from the weights of a checkpoint `source`, its sizes are the defaults."""
-    chapters = sorted(path.stem for path in Path(__file__).parent.glob('*.py') if '\nModel = ' in path.read_text())
+    chapters = sorted(path.stem for path in Path(__file__).resolve().parent.glob('*.py') if '\nModel = ' in path.read_text())
     name = assigned.get('model', (SETTINGS['model'],))[0]
     if name not in chapters:
         raise UserError(f'model={name!r}: choose one of {", ".join(chapters)}')

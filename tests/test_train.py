@@ -245,6 +245,36 @@ def test_stopped_by_a_signal(here):
         assert log == [{name: line[name] for name in kept if name in line} for line in lines(out_dir)]
 
 
+def test_scitas(here):
+    """The batch script against stand-ins of SLURM's commands: two processes, saved and queued again at USR1, finished by the same."""
+    (here / 'bin').mkdir()
+    stubs = dict(scontrol='[ "$1" = requeue ] && echo "$2" > requeued || echo localhost', srun="""
+        shift; pids=(); trap 'kill -USR1 "${pids[@]}"' USR1
+        for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & pids+=($!); done
+        wait "${pids[@]}"; wait "${pids[@]}" """)
+    for name, body in stubs.items():
+        (here / 'bin' / name).write_text(f'#!/usr/bin/env bash\n{body}\n')
+        (here / 'bin' / name).chmod(0o755)
+    (here / 'train.py').symlink_to(train.__file__)
+    environment = {name: value for name, value in os.environ.items() if name != 'WANDB_MODE'} | dict(
+        PATH=f'{here}/bin:{Path(sys.executable).parent}:{os.environ["PATH"]}', SLURM_JOB_NODELIST='localhost', SLURM_JOB_ID='19612',
+        OMP_NUM_THREADS='1', USER='student')
+    settings = TINY | dict(out_dir='out/a', max_iters=400, eval_interval=20, log_interval=2)
+    job = ['bash', 'config/scitas.sbatch', *(f'--{name}={value}' for name, value in settings.items())]
+    process = subprocess.Popen(job, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not Path('out/a/ckpt_last.pt').exists():
+        time.sleep(0.02)
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGUSR1)
+    printed = process.communicate(timeout=60)
+    step = train.read_checkpoint(Path('out/a/ckpt_last.pt'))['step']
+    assert process.returncode == 0 and Path('requeued').read_text() == '19612\n', printed
+    assert f'stopped by signal after step {step}' in printed[0] and 20 <= step < 400
+    done = subprocess.run([*job, f'--max_iters={step + 2}'], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and f'{step + 2} steps' in done.stdout, done.stderr[-500:]
+    assert subprocess.run(['bash', 'config/scitas.sbatch'], capture_output=True).returncode == 2
+
+
 def test_two_signals_end_it_at_once(tmp_path):
     with contextlib.ExitStack() as stack:
         asked = train.listen(stack)
