@@ -155,19 +155,19 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return logits
 
 
-def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
-    """Draws ids (...) from logits (..., V); temperature 0 takes the likeliest."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
-    return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
-
-
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """The law that `sample_token` draws from: logits (..., V) -> (..., V)."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
     return filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
+
+
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
+    """Draws ids (...) from logits (..., V); temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = probabilities(logits, temperature, top_k, top_p, min_p)
+    return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
 
 
 def accept(p, q, guesses, generator=None):
@@ -354,8 +354,7 @@ class GPT(nn.Module):
                   ahead=4):
         """As `stream` for a single row, tokens (1, T0), and with the same law, in fewer passes: a small GPT, `draft`, guesses `ahead`
         tokens one by one; one pass of this model, which costs little more than for one token, says which of them to keep."""
-        law, T, models = (temperature, top_k, top_p, min_p), self.config.block_size, (draft, self)
-        left = max_new_tokens
+        law, T, left = (temperature, top_k, top_p, min_p), self.config.block_size, max_new_tokens
         context, caches = tokens if tokens.size(1) <= T else tokens[:, -(T // 2):], (KVCache(T), KVCache(T))
         while left > 0:
             if context.size(1) > T:  # starts anew at the same places as `stream`
@@ -370,8 +369,9 @@ class GPT(nn.Module):
             p = probabilities(self.logits(x), *law)  # (n + 1, V)
             new = accept(p, torch.cat(q) if q else p[:0], context[0, known:], generator)
             context, left = torch.cat((context[:, :known], new[None]), dim=1), left - len(new)
-            for model, cache in zip(models, caches):  # forget the guesses that were not kept
-                cache.rewind(min(cache.filled, context.size(1) - 1))
+            for model, cache in zip((draft, self), caches):  # forget the guesses that were not kept
+                cache.filled = min(cache.filled, context.size(1) - 1)
+                cache.last = model.embedding(context[:, cache.filled - 1:cache.filled])  # for the token shift
             for token in new.split(1):
                 yield token
                 if token == end:

@@ -18,6 +18,7 @@ import importlib
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ SETTINGS = dict(
     prompt='',                # GPT: the text to go on with; '' is the beginning of a text
     prompts='',               # GPT: a file with one prompt a line, all continued in one batch
     max_new_tokens=500,       # GPT
+    draft='',                 # GPT: the run of a small model on the same data, whose guesses make a single text faster, not other
     complete=0.0,             # GPT on pictures: the share of held-out pictures that is given
     score=False,              # compute and save the scores, of all pairs or those that given and target name
     n_score=1000,             # held-out scenes, or generated digits, to score
@@ -61,7 +63,8 @@ SETTINGS = dict(
 ORDERS = ('random', 'confidence', 'raster')
 BELONGS = dict(  # the chapters that a setting means something to; to all, where it is not named
     given='fourm', target='fourm', chain='fourm', text='fourm', image='fourm', guidance='fourm', steps='fourm', order='fourm',
-    schedule='fourm', min_p='gpt', prompt='gpt', prompts='gpt', max_new_tokens='gpt', complete='gpt')
+    schedule='fourm', min_p='gpt', prompt='gpt', prompts='gpt', max_new_tokens='gpt', draft='gpt',
+    complete='gpt')
 
 
 def chosen_temperature(settings, default):
@@ -100,15 +103,30 @@ def read_prompts(model, fields, settings):
     return torch.tensor([[-1] * (longest - len(prompt)) + prompt for prompt in prompts])
 
 
+def read_draft(model, fields, settings):
+    """The small GPT of another run, whose tokens have to mean the same."""
+    draft, checkpoint = load_model(find_weights(settings['draft']))
+    if chapter_of(draft) != 'gpt' or draft.config.block_size < model.config.block_size:
+        raise UserError(f'draft={settings["draft"]!r}: must be a GPT with a context of at least {model.config.block_size} tokens')
+    theirs = fields_of(Path('data', checkpoint['settings']['dataset']), checkpoint['meta'])
+    if [theirs.decode([i]) for i in range(draft.config.vocab_size)] != [fields.decode([i]) for i in range(model.config.vocab_size)]:
+        raise UserError(f'draft={settings["draft"]!r} has other tokens than this run: train it on the same data')
+    return draft.to(model.turn.device)
+
+
 def write_texts(model, fields, settings):
     """Continues the prompts and prints them; a single one appears as it is written. Returns the texts."""
     if settings['complete']:
         raise UserError('complete is for models of pictures, this one is of text: leave it out')
     tokens = read_prompts(model, fields, settings).to(model.turn.device)
     device, alone, end = tokens.device, len(tokens) == 1, -1 if fields.end is None else fields.end
-    rows, waiting = tokens.tolist(), tokens[0].tolist()
+    rows, waiting, stream = tokens.tolist(), tokens[0].tolist(), model.stream
+    if settings['draft']:
+        if not alone:
+            raise UserError('draft makes a single text faster: leave it out, or give one prompt and no n')
+        stream = partial(model.speculate, read_draft(model, fields, settings))
     with exact(settings, device):
-        for new in model.stream(tokens, settings['max_new_tokens'], *sampler(model, settings, 0.8, end)):
+        for new in stream(tokens, settings['max_new_tokens'], *sampler(model, settings, 0.8, end)):
             for row, token in zip(rows, new.tolist()):
                 row.append(token)
             waiting.append(rows[0][-1])
@@ -154,8 +172,8 @@ def draw_gpt(model, fields, settings, path):
     """Pictures at `path`, or texts on the screen; returns these."""
     if not hasattr(fields, 'classes'):
         return write_texts(model, fields, settings)
-    if settings['prompt'] or settings['prompts']:
-        raise UserError('prompt and prompts are for models of text, this one is of pictures: leave them out')
+    if settings['prompt'] or settings['prompts'] or settings['draft']:
+        raise UserError('prompt, prompts and draft are for models of text, this one is of pictures: leave them out')
     draw_digits(model, fields, settings, path)
 
 
