@@ -62,18 +62,20 @@ def make_data(chapter, meta):
     (folder / 'meta.json').write_text(json.dumps(meta | dict(prepare='none')))
 
 
-def start(chapter, out_dir):
+def start(chapter, out_dir, environment={}, **changes):
     """The run as a process; forked, so that nothing has to be imported again, but with signals and files of its own."""
-    process = multiprocessing.get_context('fork').Process(target=as_a_program, args=(chapter, out_dir))
+    process = multiprocessing.get_context('fork').Process(target=as_a_program, args=(chapter, out_dir, environment, changes))
     process.start()
     return process
 
 
-def as_a_program(chapter, out_dir):
+def as_a_program(chapter, out_dir, environment, changes):
     sys.stdout = sys.stderr = open(os.devnull, 'w')
+    os.environ |= environment
     train.matmul_rate = lambda device, dtype: 1e9  # half a second of each start
+    settings = RUN | CASES[chapter][1] | dict(model=chapter, dataset=chapter, out_dir=out_dir) | changes
     try:
-        stopped = train.main(**RUN, **CASES[chapter][1], model=chapter, dataset=chapter, out_dir=out_dir).get('stopped')
+        stopped = train.main(**settings).get('stopped')
     except KeyboardInterrupt:
         os._exit(99)
     os._exit(128 + stopped if stopped else 0)
@@ -136,8 +138,7 @@ def main(*arguments, **overrides):
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            chapters = [chapter for chapter in CASES if Path(train.__file__).with_name(f'{chapter}.py').is_file()]
-            whole = {}
+            chapters, whole = list(CASES), {}
             for chapter in chapters:
                 make_data(chapter, CASES[chapter][0])
                 began, process = time.monotonic(), start(chapter, f'out/{chapter}')
