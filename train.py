@@ -235,9 +235,11 @@ class Data:
     def read(path, vocabulary):
         try:
             array = np.load(path, mmap_mode='r')
-        except (OSError, ValueError) as error:
-            raise UserError(f'{path}: missing or damaged ({error}); delete {path.parent.parent} to make it anew')
-        low, high = array.min(initial=0), array.max(initial=0)
+            low, high = array.min(initial=0), array.max(initial=0)
+            assert array.ndim and array.dtype.kind in 'iuf', f'not an array of numbers: {array.dtype}'
+        except Exception as error:  # NumPy fails in many ways
+            raise UserError(f'{path}: missing or damaged ({str(error) or type(error).__name__}); delete {path.parent.parent} to make '
+                            'it anew')
         if vocabulary and (low < -1 or high >= vocabulary):  # -1 marks the places after the end of a text
             raise UserError(f'{path}: token ids run from {low} to {high}, outside the vocabulary of {vocabulary}')
         if not np.isfinite(low + high):  # of real numbers
