@@ -386,8 +386,10 @@ def check(settings, model):
         raise UserError(f'order is one of {", ".join(ORDERS)}, schedule linear or cosine')
     if settings['n'] < 0 or settings['steps'] < 0 or settings['max_new_tokens'] < 1 or settings['n_score'] < 1:
         raise UserError('n and steps must be at least 0, max_new_tokens and n_score at least 1')
-    if not 0 < settings['top_p'] <= 1 or not 0 <= settings['min_p'] <= 1 or settings['temperature'] < 0:
-        raise UserError('top_p must be in (0, 1], min_p in [0, 1], temperature at least 0')
+    if not 0 < settings['top_p'] <= 1 or not 0 <= settings['min_p'] <= 1:
+        raise UserError('top_p must be in (0, 1], min_p in [0, 1]')
+    if settings['temperature'] != 0 and settings['temperature'] < 1e-6:  # nan, to be chosen, is not
+        raise UserError(f'temperature={settings["temperature"]} must be 0, which takes the likeliest token, or at least 1e-6')
     most = getattr(model.config, 'vocab_size', None)
     if settings['top_k'] < 0 or most and settings['top_k'] > most:
         raise UserError(f'top_k={settings["top_k"]} must be 0 (all) to {most or "the size of the vocabulary"}')

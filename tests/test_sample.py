@@ -199,7 +199,8 @@ def test_digits(work, monkeypatch, capsys):
     (['--given=depth', '--image=own.png'], '--image gives the modality rgb'),
     (['--order=fast'], 'order is one of'),
     (['--n=-1'], 'n and steps must be at least 0'),
-    (['--temperature=-1'], 'temperature at least 0'),
+    (['--temperature=-1'], 'temperature=-1.0 must be 0'),
+    (['--temperature=1e-44'], 'or at least 1e-6'),
     (['--checkpoint=ckpt_none.pt'], 'no such checkpoint'),
     (['--stepss=3'], "did you mean 'steps'"),
 ])
