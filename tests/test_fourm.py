@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourm import Config, FourM, Modality, budget_keys, digits_of, draw_masks, log_dirichlet, smallest
+from fourm import Config, FourM, Modality, budget_keys, draw_masks, log_dirichlet, smallest
 
 SPEC = 'rgb:4*4*3:2x3 depth:7:3x3 caption:12:8'
 
@@ -146,13 +146,6 @@ def test_same_seeds_same_batch_and_k_from_shared():
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
-def test_digits():
-    levels = [4, 5, 3]
-    digits = torch.stack(digits_of(torch.arange(60), levels), -1)
-    assert torch.equal(digits @ torch.tensor([15, 3, 1]), torch.arange(60))
-    assert (digits < torch.tensor(levels)).all() and len(digits.unique(dim=0)) == 60
-
-
 def test_first_loss_is_ln_v():
     model = small()
     _, logs = model(model.draw(fake_batch(model, 32), *generators(0)))
@@ -270,7 +263,7 @@ def slow_generate(model, given, m, steps, order, random, longest):
     return [known.get(p, -1) for p in places]
 
 
-@pytest.mark.parametrize('order', ['random', 'confidence', 'raster'])
+@pytest.mark.parametrize('order', ['random', 'confidence', 'raster', 'halton'])
 @pytest.mark.parametrize('steps', [1, 2, 4, 9, 100])
 def test_generate_equals_the_slow_reference(order, steps):
     model = lively(small())

@@ -1,0 +1,9 @@
+model = 'maskgit'
+dataset = 'mnist'
+n_layer = 4
+n_head = 6
+n_embd = 192
+batch_size = 64
+max_iters = 1800
+learning_rate = 6e-3
+eval_interval = 600
