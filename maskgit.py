@@ -2,10 +2,10 @@
 Chapter 2. MaskGIT: an encoder-only Transformer that fills in hidden tokens, and generates by filling in a few at a time.
 
 Some tokens of a sample are replaced by a learned mask token; the model, in which every place sees every other, is trained to
-tell what was there. How many are hidden is drawn anew for each sample, from one to all. So the same model can go on from any state
-between an empty picture and a finished one: to generate, start with everything hidden, predict all places at once, keep some of the
-tokens drawn, and predict again. Eight such steps may do what takes a GPT one step a token; and since any tokens may be given,
-in-painting, out-painting and the filling of a gap in a text need nothing new.
+tell what was there. How many are hidden is drawn anew for each sample, from one to all, so that the same model can go on from
+any state between an empty picture and a finished one. To generate, start with everything hidden, predict all places at once, keep
+some of the tokens drawn, and predict again: eight such steps may do what takes a GPT one step a token. And since any tokens may
+be given, in-painting, out-painting and filling a gap in a text need nothing new.
 
 A batch is {'tokens': (B, T) integers}: the last N of a row are the sample, -1 is no token. Where there are classes, the first
 of the row is the sample's class. A text is N tokens cut from a stream, so that there is no padding.
@@ -13,9 +13,9 @@ of the row is the sample's class. A text is N tokens cut from a stream, so that 
     python train.py config/maskgit_mnist.py
     python sample.py --out_dir=out/maskgit_mnist --order=halton --steps=16
 
-Papers: MaskGIT (Chang et al., 2202.04200); the likelihood bound: autoregressive diffusion (Hoogeboom et al., 2110.02037) and masked
-diffusion (Shi et al., 2406.04329); the Halton order (Besnier et al., 2503.17076). What differs: the blocks are those of chapter 1;
-codes of many digits are embedded and predicted digit by digit.
+Papers: MaskGIT (Chang et al., 2202.04200); the likelihood bound: autoregressive diffusion (Hoogeboom et al., 2110.02037), masked
+diffusion (Shi et al., 2406.04329); the Halton order (Besnier et al., 2503.17076). What differs: the blocks are those of chapter
+1; codes of many digits are embedded and predicted digit by digit.
 
 `unmask`, the one decoding loop, and `Head` serve chapter 3 as well.
 """
@@ -64,27 +64,27 @@ LAWS = dict(uniform=(uniform, uniform), cosine=(cosine, arccos), arccos=(arccos,
 
 
 def hide(present, u, noise, law):
-    """Which tokens to hide, (B, N) booleans: a share of those present (B, N) that u (B, 1) in [0, 1) decides, at least one and at
-    most all of them; those whose noise (B, N) is smallest."""
+    """Which tokens to hide, (B, N) booleans: of those present (B, N) a share that u (B, 1) in [0, 1) decides, one at least; those
+    whose noise (B, N) is smallest."""
     count = (LAWS[law][0](u) * present.sum(1, keepdim=True)).ceil().clamp(min=1)
     return present & (noise.masked_fill(~present, torch.inf).argsort(-1).argsort(-1) < count)
 
 
 def hide_in_pairs(present, law, generator):
-    """Masks (B, N) for a batch, in complementary pairs: what one sample hides its neighbour shows (but for one token, since each
-    hides some), and where one hides much the other hides little. So every batch asks for the same number of tokens, under the uniform
-    law, every place is asked for once a pair, and the mask ratios of a batch are spread evenly."""
+    """Masks (B, N) for a batch, in complementary pairs: under the uniform law one sample hides what its neighbour shows, and one
+    place more, since each must hide some. So each pair asks for every place and each batch for the same number of tokens. Mask
+    ratios are spread evenly over the batch (Kingma et al., 2107.00630, appendix I): the loss varies less from step to step."""
     B, N = present.shape
     pairs = -(-B // 2)
-    u = (torch.rand(1, generator=generator) + torch.arange(pairs) / pairs).remainder(1)  # (Kingma et al., 2107.00630, appendix I)
+    u = (torch.rand(1, generator=generator) + torch.arange(pairs) / pairs).remainder(1)
     draws = torch.cat((u[:, None], torch.rand(pairs, N, generator=generator)), 1)
     draws = torch.stack((draws, 1 - draws), 1).flatten(0, 1)[:B]  # (B, 1 + N)
     return hide(present, draws[:, :1], draws[:, 1:], law)
 
 
 def law_weight(mask, present, law):
-    """(B,): how much rarer a mask of this size is under the law than under the uniform one, by which a loss is to be multiplied so
-    that its mean is the uniform law's: 1 / n over the probability of hiding k of n tokens."""
+    """What a sample's loss is to be multiplied by, (B,), so that its mean is that of the uniform law: how much likelier a mask of
+    this size is there, 1 / n over the law's probability of hiding k of n tokens."""
     k, n = mask.sum(1).float(), present.sum(1).float()
     back = LAWS[law][1]
     return 1 / (n * (back((k - 1) / n) - back(k / n)).clamp(min=1e-9))
@@ -97,9 +97,9 @@ ORDERS, SCHEDULES = ('confidence', 'random', 'raster', 'halton'), ('cosine', 'li
 
 
 def filled_after(total, steps, schedule):
-    """How many of `total` (B, 1) tokens are filled after each step: (B, steps), the last one all, each more than the one before (as
-    long as there are any left). cosine fills few first (MaskGIT, section 3.3), linear as evenly as whole numbers allow,
-    constant the same number each time for as long as that goes."""
+    """How many of `total` (B, 1) tokens are filled after each step: (B, steps), all after the last, at least one a step while
+    any are left. cosine fills few first (MaskGIT, section 3.3), linear as evenly as whole numbers allow, constant the same number each
+    time for as long as that goes."""
     step = torch.arange(1, steps + 1, device=total.device)
     if schedule == 'cosine':
         filled = (total * (1 - torch.cos(math.pi / 2 * step.double() / steps)) - 1e-9).ceil().long()
@@ -109,8 +109,8 @@ def filled_after(total, steps, schedule):
 
 
 def halton_rank(grid):
-    """The rank (N,) of each place of a grid (rows, columns), or (length,) of a text, in the order in which the Halton sequence visits
-    them: each place far from those just before (2503.17076, section 3.2)."""
+    """The rank (N,) of each place of a grid (rows, columns), or (length,) of a text, in the order in which the Halton sequence
+    visits them: each far from those just before, so that tokens of one step depend little on each other (2503.17076, 3.2)."""
     N, number = math.prod(grid), torch.arange(16 * math.prod(grid)) + 1
     cell = torch.zeros_like(number)
     for base, size in zip((2, 3), grid):
@@ -126,11 +126,10 @@ def halton_rank(grid):
 def unmask(tokens, predict, grid, steps, order='halton', schedule='cosine', choice_temperature=0.0, generator=None):
     """Fills the unknown tokens, -1 in tokens (B, N), in so many steps; yields the tokens (B, N) after each.
 
-    predict(tokens, progress): draws a token for each place and returns them with their ln p, (B, N) each; progress is the
-    share of the steps already done. Which of them are kept: the likeliest ones (confidence: MaskGIT, with Gumbel noise of
-    choice_temperature that fades out), or those whose turn it is: random (as in MAR, 2406.11838), raster, halton. Known
-    tokens never change. A sample with fewer unknown tokens than steps is finished sooner. Raises ValueError where nothing is unknown,
-    or fewer tokens than steps.
+    predict(tokens, progress) draws a token for each place and returns them with their ln p, (B, N) each; progress is the share of
+    the steps already done. Which are kept: the likeliest ones (confidence: MaskGIT, with Gumbel noise of choice_temperature that
+    fades out), or those whose turn it is: random (as in MAR, 2406.11838), raster, halton. Known tokens never change. A sample
+    with fewer unknown tokens than others is finished sooner. Raises ValueError where nothing is unknown, or less than steps.
     """
     total = (tokens < 0).sum(1, keepdim=True)  # (B, 1)
     if order not in ORDERS or schedule not in SCHEDULES:
@@ -276,8 +275,8 @@ class MaskGIT(nn.Module):
 
     @torch.no_grad()
     def draw(self, batch, generator, shared):
-        """Hides tokens and classes. Returns tokens (B, N), -1 where hidden; rows (R,), their places among the B * N; ids (R,), what
-        was there; weight (R,) and bound_weight (R,), see forward; classes (B,) and which to drop (B,) in training."""
+        """Hides tokens. Returns tokens (B, N), -1 where hidden; rows (R,), their places among the B * N; ids (R,), what was
+        there; weight (R,) and bound_weight (R,), see forward; classes (B,) and which of them to drop (B,) in training."""
         tokens = batch['tokens'][:, -self.N:]  # (B, N)
         present = tokens >= 0
         mask = hide_in_pairs(present, self.config.law, generator)
@@ -292,8 +291,8 @@ class MaskGIT(nn.Module):
         return drawn
 
     def forward(self, batch):
-        """A drawn batch -> the loss in nats a hidden token, and logs: loss, and bound, the same under the uniform law: times N it
-        is a bound on -ln p of a sample (2110.02037, equation 5)."""
+        """A drawn batch -> the loss in nats a hidden token, and logs: loss, and bound, which is the uniform law's loss whatever
+        the law: times N it bounds -ln p of a sample (see log_prob_bound)."""
         tokens, classes = batch['tokens'], batch.get('classes')
         if self.config.n_classes and self.training:  # as dropout
             classes = classes.masked_fill(batch['drop'], self.config.n_classes)
@@ -306,8 +305,8 @@ class MaskGIT(nn.Module):
 
     @torch.no_grad()
     def log_prob_bound(self, tokens, classes=None, draws=16, generator=None):
-        """An upper bound on -ln p(tokens | class) in nats, (B,): the mean over so many masks, their sizes one in each of `draws` equal
-        parts of 1..N. Its expectation is the mean over all orders in which the tokens could be told one by one."""
+        """An upper bound on -ln p(tokens | class) in nats, (B,): the mean over `draws` masks, whose sizes are spread evenly.
+        Its expectation is what it costs to tell the tokens one by one, averaged over all orders (2110.02037, section 3)."""
         present, total = tokens >= 0, 0
         for i in range(draws):
             u, noise = (torch.rand(len(tokens), n, generator=generator).to(tokens.device) for n in (1, self.N))
@@ -332,8 +331,8 @@ class MaskGIT(nn.Module):
         if config.n_classes and (classes is None or classes.min() < 0 or classes.max() >= config.n_classes):
             raise ValueError(f'each sample needs a class from 0 to {config.n_classes - 1}')
         if guidance != 1 and not (config.n_classes and config.label_dropout):
-            raise ValueError(f'guidance={guidance}: this model has not learnt to draw without a class (n_classes={config.n_classes}, '
-                             f'label_dropout={config.label_dropout}); leave guidance at 1')
+            raise ValueError(f'guidance={guidance}: this model has not learnt to draw without a class '
+                             f'(n_classes={config.n_classes}, label_dropout={config.label_dropout}); leave guidance at 1')
 
         def between(start, end, progress):
             return start + (end - start) * progress * steps / max(1, steps - 1)
