@@ -132,9 +132,10 @@ def unmask(tokens, predict, grid, steps, order='halton', schedule='cosine', choi
     with fewer unknown tokens than others is finished sooner. Raises ValueError where nothing is unknown, or less than steps.
     """
     total = (tokens < 0).sum(1, keepdim=True)  # (B, 1)
+    most = int(total.max())
     if order not in ORDERS or schedule not in SCHEDULES:
         raise ValueError(f'order is one of {", ".join(ORDERS)}, schedule one of {", ".join(SCHEDULES)}')
-    if not 1 <= steps <= (most := int(total.max())):
+    if not 1 <= steps <= most:
         raise ValueError(f'steps={steps}: there are {most} tokens to fill, and each step fills at least one' if most else
                          'nothing to fill: all tokens are given')
     turn = torch.rand(tokens.shape, generator=generator, device=tokens.device) if order == 'random' else (

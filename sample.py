@@ -549,7 +549,7 @@ def check(settings, model):
     if not 0 <= settings['complete'] < 1:
         raise UserError(f'complete={settings["complete"]} must be at least 0 and below 1')
     for name, chapters in BELONGS.items():
-        if settings[name] != SETTINGS[name] and chapter_of(model) not in chapters.split():
+        if settings[name] not in [SETTINGS[name]] and chapter_of(model) not in chapters.split():  # in: nan is itself
             raise UserError(f'{name} is a setting of {chapters.replace(" ", ", ")}, this run is of {chapter_of(model)}: leave it out')
 
 

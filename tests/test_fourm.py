@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourm import Config, FourM, Modality, budget_keys, draw_masks, log_dirichlet, smallest
+from maskgit import halton_rank
 
 SPEC = 'rgb:4*4*3:2x3 depth:7:3x3 caption:12:8'
 
@@ -257,7 +258,8 @@ def slow_generate(model, given, m, steps, order, random, longest):
             left = [p for p in places if p not in known]
             found = dict(zip(places, answers()))
             now = math.ceil(len(unknown) * (step + 1) / steps) - (len(unknown) - len(left))
-            key = {'raster': lambda p: p, 'confidence': lambda p: found[p][1], 'random': lambda p: random[p - places[0]]}[order]
+            key = {'raster': lambda p: p, 'confidence': lambda p: found[p][1], 'random': lambda p: random[p - places[0]],
+                   'halton': lambda p: halton_rank(m.grid)[p - places[0]]}[order]
             for place in sorted(left, key=key)[:now]:
                 known[place] = found[place][0]
     return [known.get(p, -1) for p in places]
