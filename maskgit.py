@@ -98,8 +98,8 @@ ORDERS, SCHEDULES = ('confidence', 'random', 'raster', 'halton'), ('cosine', 'li
 
 def filled_after(total, steps, schedule):
     """How many of `total` (B, 1) tokens are filled after each step: (B, steps), all after the last, at least one a step while
-    any are left. cosine fills few first (MaskGIT, section 3.3), linear as evenly as whole numbers allow, constant the same number each
-    time for as long as that goes."""
+    any are left. cosine fills few first (MaskGIT, section 3.3), linear as evenly as whole numbers allow, constant the same
+    number each time for as long as that goes."""
     step = torch.arange(1, steps + 1, device=total.device)
     if schedule == 'cosine':
         filled = (total * (1 - torch.cos(math.pi / 2 * step.double() / steps)) - 1e-9).ceil().long()
@@ -126,10 +126,11 @@ def halton_rank(grid):
 def unmask(tokens, predict, grid, steps, order='halton', schedule='cosine', choice_temperature=0.0, generator=None):
     """Fills the unknown tokens, -1 in tokens (B, N), in so many steps; yields the tokens (B, N) after each.
 
-    predict(tokens, progress) draws a token for each place and returns them with their ln p, (B, N) each; progress is the share of
-    the steps already done. Which are kept: the likeliest ones (confidence: MaskGIT, with Gumbel noise of choice_temperature that
-    fades out), or those whose turn it is: random (as in MAR, 2406.11838), raster, halton. Known tokens never change. A sample
-    with fewer unknown tokens than others is finished sooner. Raises ValueError where nothing is unknown, or less than steps.
+    predict(tokens, progress) draws a token for each place and returns them with their ln p, (B, N) each; progress goes from 0 at
+    the first step to 1 at the last. Which are kept: the likeliest ones (confidence: MaskGIT, with Gumbel noise of
+    choice_temperature that fades out), or those whose turn it is: random (as in MAR, 2406.11838), raster, halton. Known tokens
+    never change. A sample with fewer unknown tokens than others is finished sooner. Raises ValueError where there are fewer
+    unknown tokens than steps, or none.
     """
     total = (tokens < 0).sum(1, keepdim=True)  # (B, 1)
     most = int(total.max())
@@ -141,12 +142,13 @@ def unmask(tokens, predict, grid, steps, order='halton', schedule='cosine', choi
     turn = torch.rand(tokens.shape, generator=generator, device=tokens.device) if order == 'random' else (
         halton_rank(grid).to(tokens.device) if order == 'halton' else torch.arange(tokens.size(1), device=tokens.device))
     for step, filled in enumerate(filled_after(total, steps, schedule).unbind(1)):
-        drawn, log_p = predict(tokens, step / steps)
+        progress = step / max(1, steps - 1)
+        drawn, log_p = predict(tokens, progress)
         if order == 'confidence':
             turn = -log_p
             if choice_temperature:
                 gumbel = -torch.empty_like(log_p).exponential_(generator=generator).log()
-                turn = turn - choice_temperature * (1 - (step + 1) / steps) * gumbel
+                turn = turn - choice_temperature * (1 - progress) * gumbel
         unknown = tokens < 0
         now = filled[:, None] - (total - unknown.sum(1, keepdim=True))  # tokens of this step, a sample
         rank = torch.where(unknown, turn.float(), torch.inf).argsort(-1).argsort(-1)
@@ -292,8 +294,8 @@ class MaskGIT(nn.Module):
         return drawn
 
     def forward(self, batch):
-        """A drawn batch -> the loss in nats a hidden token, and logs: loss, and bound, which is the uniform law's loss whatever
-        the law: times N it bounds -ln p of a sample (see log_prob_bound)."""
+        """A drawn batch -> the loss in nats a hidden token, and logs: loss; bound, which is the uniform law's loss whatever the
+        law, and times N bounds -ln p of a sample (see log_prob_bound); pooled, the mean over the hidden tokens of all samples."""
         tokens, classes = batch['tokens'], batch.get('classes')
         if self.config.n_classes and self.training:  # as dropout
             classes = classes.masked_fill(batch['drop'], self.config.n_classes)
@@ -301,8 +303,9 @@ class MaskGIT(nn.Module):
         nll, B = self.head(h, batch['ids']), torch.tensor(len(tokens), device=h.device)
         loss, bound = (nll * batch['weight']).sum(), (nll.detach() * batch['bound_weight']).sum()
         count = (tokens >= 0).sum() + len(nll)
+        pooled = nll.detach().sum(), torch.tensor(len(nll), device=h.device)
         return loss, dict(loss=torch.stack((loss.detach() * B, B)), bound=torch.stack((bound * B, B)),
-                          tokens=torch.stack((count, torch.ones_like(count))))
+                          pooled=torch.stack(pooled), tokens=torch.stack((count, torch.ones_like(count))))
 
     @torch.no_grad()
     def log_prob_bound(self, tokens, classes=None, draws=16, generator=None):
@@ -331,12 +334,12 @@ class MaskGIT(nn.Module):
             raise ValueError(f'a history of {size:,} tokens would fill {size >> 27} GiB: ask for it with fewer samples or steps')
         if config.n_classes and (classes is None or classes.min() < 0 or classes.max() >= config.n_classes):
             raise ValueError(f'each sample needs a class from 0 to {config.n_classes - 1}')
-        if guidance != 1 and not (config.n_classes and config.label_dropout):
+        if not {guidance, guidance_start} <= {1, None} and not (config.n_classes and config.label_dropout):
             raise ValueError(f'guidance={guidance}: this model has not learnt to draw without a class '
                              f'(n_classes={config.n_classes}, label_dropout={config.label_dropout}); leave guidance at 1')
 
         def between(start, end, progress):
-            return start + (end - start) * progress * steps / max(1, steps - 1)
+            return start + (end - start) * progress
 
         def predict(tokens, progress):
             s = between(guidance if guidance_start is None else guidance_start, guidance, progress)

@@ -513,8 +513,10 @@ def score_fourm(model, fields, settings, data, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # All chapters
 
-DRAW = dict(gpt=draw_gpt, maskgit=draw_maskgit, fourm=draw_fourm)  # (model, fields, settings, path of a picture): writes it, or returns texts
-SCORE = dict(gpt=score_gpt, maskgit=score_maskgit, fourm=score_fourm)  # (model, fields, settings, validation data, path of scores.json)
+# (model, fields, settings, path of a picture): writes it, or returns texts
+DRAW = dict(gpt=draw_gpt, maskgit=draw_maskgit, fourm=draw_fourm)
+# (model, fields, settings, validation data, path of scores.json)
+SCORE = dict(gpt=score_gpt, maskgit=score_maskgit, fourm=score_fourm)
 
 
 def chapter_of(model):
