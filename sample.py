@@ -258,9 +258,8 @@ def draw_pictures(model, fields, settings, path):
     classes = torch.arange(model.config.n_classes).repeat_interleave(n) if model.config.n_classes else None
     scale = max(1, 60 // pictures_of(model, fields, empty).shape[1])
     if settings['show'] == 'gif':
-        states = fill(model, settings, empty.repeat(len(classes) if model.config.n_classes else n * n, 1), classes, history=True)
-        columns = n if n * n >= states.shape[1] else model.config.n_classes
-        frames = [tile(pictures_of(model, fields, tokens), n if classes is None else columns) for tokens in states]
+        states = fill(model, settings, empty.repeat(n * (model.config.n_classes or n), 1), classes, history=True)
+        frames = [tile(pictures_of(model, fields, tokens), n) for tokens in states]  # a row a class
         return save_gif(frames, path.with_suffix('.gif'), scale)
     if not settings['complete'] and settings['show'] == 'grid':
         drawn = pictures_of(model, fields, fill(model, settings, empty.repeat(n * (model.config.n_classes or 6), 1), classes))

@@ -209,6 +209,19 @@ def test_scores_of_masked_digits(masked_digits, monkeypatch):
         assert Path(masked_digits, f'sweep_{order}.png').exists()
 
 
+def test_masked_scenes(work):
+    """Codes of four digits, no classes, and so nothing to be guided by or to swap."""
+    train.main(**(GPT | dict(model='maskgit')), dataset='scenes', out_dir='out/masked_scenes')
+    assert Image.open('out/masked_scenes/sample_000002.png').size == (6 * 68 - 4, 18 + 10 * 68 - 4)
+    assert draw('out/masked_scenes', '--complete=0.5').size == (5 * 68 - 4, 18 + 2 * 68 - 4)
+    sample.main('--out_dir=out/masked_scenes', '--score=True')
+    scores = json.loads(Path('out/masked_scenes/scores.json').read_text())
+    assert scores['nats/image, at most']['value'] < 64 * np.log(65536) + 1
+    for argument, message in (('--guidance=2', 'has not learnt to draw without a class'), ('--show=swap', 'needs a model of classes')):
+        with pytest.raises(UserError, match=message):
+            sample.main('--out_dir=out/masked_scenes', argument)
+
+
 def test_masked_texts(text_run, capsys):
     train.main(**(GPT | dict(model='maskgit')), dataset='story', block_size=16, out_dir='out/masked_story')
     assert Path('out/masked_story/sample_000002.txt').exists()
