@@ -11,7 +11,7 @@ A batch is {'tokens': (B, T) integers}: the last N of a row are the sample, -1 i
 of the row is the sample's class. A text is N tokens cut from a stream, so that there is no padding.
 
     python train.py config/maskgit_mnist.py
-    python sample.py --out_dir=out/maskgit_mnist --order=halton --steps=16
+    python sample.py --out_dir=out/maskgit_mnist --order=random --steps=16
 
 Papers: MaskGIT (Chang et al., 2202.04200); the likelihood bound: autoregressive diffusion (Hoogeboom et al., 2110.02037), masked
 diffusion (Shi et al., 2406.04329); the Halton order (Besnier et al., 2503.17076). What differs: the blocks are those of chapter
@@ -123,7 +123,7 @@ def halton_rank(grid):
     return first.argsort(stable=True).argsort()
 
 
-def unmask(tokens, predict, grid, steps, order='halton', schedule='cosine', choice_temperature=0.0, generator=None):
+def unmask(tokens, predict, grid, steps, order='random', schedule='cosine', choice_temperature=0.0, generator=None):
     """Fills the unknown tokens, -1 in tokens (B, N), in so many steps; yields the tokens (B, N) after each.
 
     predict(tokens, progress) draws a token for each place and returns them with their ln p, (B, N) each; progress goes from 0 at
@@ -321,7 +321,7 @@ class MaskGIT(nn.Module):
         return total
 
     @torch.no_grad()
-    def generate(self, tokens, classes=None, steps=8, temperature=1.0, temperature_end=None, top_k=0, top_p=1.0, order='halton',
+    def generate(self, tokens, classes=None, steps=8, temperature=1.0, temperature_end=None, top_k=0, top_p=1.0, order='random',
                  schedule='cosine', guidance=1.0, guidance_start=None, choice_temperature=0.0, generator=None, history=False):
         """Fills what is unknown, -1, in tokens (B, N), for classes (B,): see `unmask`. Returns (B, N), or, with `history`, all
         states from the given one on, (steps + 1, B, N).

@@ -55,7 +55,7 @@ SETTINGS = dict(
     guidance=0.0,             # above 1 what is given counts for more than in training; 0 chooses
     top_k=0, top_p=1.0,
     min_p=0.0,                # GPT
-    order='',                 # random (ROAR), confidence (MaskGIT), raster, halton; '' is random (nano4M) or halton (MaskGIT)
+    order='random',           # random (ROAR), confidence (MaskGIT), raster, halton
     schedule='',              # linear, cosine, constant: how many tokens a step; '' is linear (nano4M) or cosine (MaskGIT)
     temperature_end=math.nan,  # MaskGIT: of the last step; nan is that of the first
     guidance_start=math.nan,  # MaskGIT: guidance of the first step; nan is that of the last
@@ -209,15 +209,14 @@ def fill(model, settings, tokens, classes=None, history=False):
     two tokens."""
     device, most = model.turn.device, int((tokens < 0).sum(1).max())
     steps = settings['steps'] or min(16 if len(model.grid) == 2 else -(-most // 2), most)
-    first, last, start = (None if math.isnan(settings[name]) else settings[name]
-                          for name in ('temperature', 'temperature_end', 'guidance_start'))
+    end, start = (None if math.isnan(settings[name]) else settings[name] for name in ('temperature_end', 'guidance_start'))
     try:
         with exact(settings, device):
-            return model.generate(tokens.to(device), None if classes is None else classes.to(device), steps,
-                                  1.0 if first is None else first, last, settings['top_k'], settings['top_p'],
-                                  settings['order'] or 'halton', settings['schedule'] or 'cosine', settings['guidance'] or 1.0,
-                                  start, settings['choice_temperature'],
-                                  torch.Generator(device).manual_seed(settings['seed']), history).cpu()
+            return model.generate(
+                tokens.to(device), None if classes is None else classes.to(device), steps, chosen_temperature(settings, 1.0), end,
+                settings['top_k'], settings['top_p'], settings['order'], settings['schedule'] or 'cosine',
+                settings['guidance'] or 1.0, start, settings['choice_temperature'],
+                torch.Generator(device).manual_seed(settings['seed']), history).cpu()
     except ValueError as error:
         raise UserError(str(error))
 
@@ -332,10 +331,10 @@ def read_floors(path):
 
 
 def score_samples(model, fields, settings, path):
-    """The judge's scores of n_score pictures for each order, or the one that is set, and number of steps."""
+    """The judge's scores of n_score pictures for each order and number of steps, or, where steps are set, for these and the order."""
     classes, scores = torch.arange(settings['n_score']) % model.config.n_classes, {}
     sweep = [settings['steps']] if settings['steps'] else [steps for steps in SWEEP if steps <= model.N]
-    for order in [settings['order']] if settings['order'] else ORDERS:
+    for order in [settings['order']] if settings['steps'] else ORDERS:
         columns = {}
         for steps in tqdm(sweep, desc=order, unit='sweep'):
             again, started = settings | dict(order=order, steps=steps), time.perf_counter()
@@ -368,7 +367,7 @@ def parse_chain(settings, model):
         steps, order = (rest + [''] * 2)[:2] if len(rest) < 3 else ('?', '')
         if (steps and not steps.isdecimal()) or (order and order not in ORDERS):
             raise UserError(f'target {entry!r}: write name:steps:order with a number of steps and one of {", ".join(ORDERS)}')
-        targets.append((name, int(steps or settings['steps']), order or settings['order'] or 'random'))  # 0 steps: chosen by `manner`
+        targets.append((name, int(steps or settings['steps']), order or settings['order']))  # 0 steps: chosen by `manner`
     for name in given + [name for name, *_ in targets]:
         if name not in names:
             raise UserError(f'there is no modality {name!r}; this model has {", ".join(names)}')
@@ -430,10 +429,9 @@ def draw_fourm(model, fields, settings, path):
     else:
         names = [m.name for m in model.modalities]
         first = names[0]
-        how = settings['steps'], settings['order'] or 'random'
-        chains = [([first], [(name, *how)]) for name in names[1:]]
+        chains = [([first], [(name, settings['steps'], settings['order'])]) for name in names[1:]]
         if 'caption' in names[1:]:
-            chains.append((['caption'], [(first, *how)]))
+            chains.append((['caption'], [(first, settings['steps'], settings['order'])]))
     columns = {}
     for given, targets in chains:
         columns |= columns_for(model, fields, settings, given, targets, index, own)
@@ -500,7 +498,7 @@ def score_fourm(model, fields, settings, data, path):
         for part in np.array_split(index, max(1, len(index) // 250)):
             given = {a: read_ids(fields, a, split, part)}
             generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
-            ids = generate(model, given, [(b, settings['steps'], settings['order'] or 'random')], settings, generator)[b]
+            ids = generate(model, given, [(b, settings['steps'], settings['order'])], settings, generator)[b]
             parts.append(fields.score(b, fields.decode(b, ids), split, part))
         for key in parts[0]:
             scores[f'{a}>{b}/{key}'] = bootstrap(np.concatenate([part[key] for part in parts])) | bounds[b][key]
@@ -536,7 +534,7 @@ def draw(model, folder, meta, path):
 
 def check(settings, model):
     """Raises UserError where a setting has no meaning, or none for this model."""
-    for name, known in dict(order=('', *ORDERS), schedule=('', *SCHEDULES), shape=SHAPES, show=('grid', 'gif', 'swap')).items():
+    for name, known in dict(order=ORDERS, schedule=('', *SCHEDULES), shape=SHAPES, show=('grid', 'gif', 'swap')).items():
         if settings[name] not in known:
             raise UserError(f'{name} is one of {", ".join(filter(None, known))}')
     if settings['n'] < 0 or settings['steps'] < 0 or min(settings[name] for name in ('max_new_tokens', 'n_score', 'gap')) < 1:
