@@ -1,11 +1,12 @@
 """
-What the parts of chapter 1 cost on this machine, each beside the plain way to do the same.
+What the parts of chapters 1 and 2 cost on this machine, each beside the plain way to do the same.
 
     python bench.py                           all of it, about five minutes on two CPU cores
-    python bench.py --part=generation         training, generation or cross_entropy
+    python bench.py --part=generation         training, generation, unmasking or cross_entropy
 
 Training: a step of the GPT of config/gpt_shakespeare.py, float32 and eager against bfloat16 and compiled. Generation: with a KV
-cache against running the whole context for every token, and by batch. Cross-entropy: a large vocabulary with all logits at once
+cache against running the whole context for every token, and by batch. Unmasking: pictures of 49 tokens by MaskGIT in 8 steps
+against a GPT of the same size with its cache. Cross-entropy: a large vocabulary with all logits at once
 against chunks of rows. Times are medians; both sides are checked to compute the same thing.
 """
 import multiprocessing
@@ -17,13 +18,14 @@ import time
 import torch
 
 import config
+import maskgit
 import sample
 import train
 from config import UserError
 from gpt import GPT, Config, cross_entropy
 
 SETTINGS = dict(
-    part='all',               # training, generation, cross_entropy
+    part='all',               # training, generation, unmasking, cross_entropy
     device='auto',
     n_layer=6, n_head=4, n_embd=256,
     n_kv_head=0,              # fewer heads of keys and values make the cache smaller; 0 is n_head
@@ -111,6 +113,24 @@ def bench_generation(settings, device):
             report(f'generation, batch {batch}, KV cache', took, batch * n, seconds / n)
 
 
+def bench_unmasking(settings, device):
+    """Pictures of 7x7 tokens, one and 64 at once. A GPT takes 49 steps and computes each token once; MaskGIT takes 8 steps and
+    computes all tokens in each: 8 times the work in a sixth of the steps."""
+    train.set_up(device, training=False)
+    own = {name: settings[name] for name in ('n_layer', 'n_head', 'n_embd')}
+    gpt = GPT(Config(vocab_size=26, block_size=49, **own)).to(device).eval()
+    masked = maskgit.MaskGIT(maskgit.Config(vocab_size=26, grid='7x7', n_classes=10, **own)).to(device).eval()
+    with sample.exact(dict(dtype='auto'), device):
+        for batch in (1, 64):
+            start = torch.zeros(batch, 1, dtype=torch.long, device=device)
+            hidden = torch.full((batch, 49), -1, device=device)
+            slow = median_seconds(lambda: gpt.generate(start, 49), device, settings['repeats'])
+            report(f'pictures, batch {batch}, GPT, 49 steps, KV cache', slow, batch * 49, slow / (batch * 49))
+            for steps in (1, 4, 8, 16):
+                fast = median_seconds(lambda: masked.generate(hidden, start[:, 0], steps), device, settings['repeats'])
+                report(f'pictures, batch {batch}, MaskGIT, {steps} steps', fast, batch * 49, slow / (batch * 49))
+
+
 def gradient_of_head(chunked, settings, device, queue):
     """Loss, seconds and peak memory in GiB of a large head's forward and backward pass, in a process of its own."""
     torch.manual_seed(0)
@@ -150,7 +170,7 @@ def bench_cross_entropy(settings, device):
     assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]
 
 
-PARTS = dict(training=bench_training, generation=bench_generation, cross_entropy=bench_cross_entropy)
+PARTS = dict(training=bench_training, generation=bench_generation, unmasking=bench_unmasking, cross_entropy=bench_cross_entropy)
 
 
 def main(*arguments, **overrides):

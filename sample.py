@@ -10,11 +10,16 @@ One sampler for all chapters: draws what a trained model generates, and scores i
     python sample.py --out_dir=out/gpt_mnist                                     ten digits of each class
     python sample.py --out_dir=out/gpt_mnist --complete=0.5                      held-out digits, completed from their upper half
     python sample.py --init_from=smollm2 --prompt="The capital of France is"
+    python sample.py --out_dir=out/maskgit_mnist --order=halton --steps=16       ten digits of each class
+    python sample.py --out_dir=out/maskgit_mnist --complete=0.5 --shape=box      held-out digits, filled in around a box
+    python sample.py --out_dir=out/maskgit_mnist --show=gif                      how pictures come about; also swap: other classes
+    python sample.py --out_dir=out/maskgit_text --prompt="ROMEO:" --after="JULIET:" --gap=100
 
-A chain names what is given, then targets with optional steps and order (random, confidence, raster), each of which, once
+A chain names what is given, then targets with optional steps and order (random, confidence, raster, halton), each of which, once
 generated, conditions the next. Pictures are written as PNG into the run's folder, scores as scores.json; the path is printed.
 """
 import importlib
+import json
 import math
 import sys
 import time
@@ -27,7 +32,8 @@ from tqdm import tqdm
 
 import config
 from config import UserError
-from prepare.report import alone, bootstrap, save_grid, save_scores
+from maskgit import ORDERS, SCHEDULES
+from prepare.report import alone, bootstrap, save_gif, save_grid, save_scores, tile
 from train import Data, autocast, check_data, find_device, find_dtype, find_weights, load_model, read_meta, set_up
 
 SETTINGS = dict(
@@ -45,26 +51,33 @@ SETTINGS = dict(
     text='',                  # a text of your own for the given text modality
     image='',                 # a picture file of your own for the given rgb
     # how
-    steps=0,                  # decoding steps of an image; 0 chooses these three for each target, see `manner`
+    steps=0,                  # decoding steps; 0 chooses (nano4M: for each target this and the next two, see `manner`)
     temperature=math.nan,     # 0 takes the likeliest token; nan chooses (GPT: 0.8 for text, 1 for pictures)
     guidance=0.0,             # above 1 what is given counts for more than in training; 0 chooses
     top_k=0, top_p=1.0,
     min_p=0.0,                # GPT
-    order='random',           # random (ROAR), confidence (MaskGIT), raster
-    schedule='linear',        # linear, cosine: how many tokens a step
-    prompt='',                # GPT: the text to go on with; '' is the beginning of a text
+    order='random',           # random (ROAR), confidence (MaskGIT), raster, halton
+    schedule='',              # linear, cosine, constant: how many tokens a step; '' is linear (nano4M) or cosine (MaskGIT)
+    temperature_end=math.nan,  # MaskGIT: of the last step; nan is that of the first
+    guidance_start=math.nan,  # MaskGIT: guidance of the first step; nan is that of the last
+    choice_temperature=0.0,   # MaskGIT: of the noise on confidences
+    prompt='',                # the text to go on with; '' is the beginning of a text (MaskGIT: nothing)
     prompts='',               # GPT: a file with one prompt a line, all continued in one batch
     max_new_tokens=500,       # GPT
     draft='',                 # GPT: the run of a small model on the same data, whose guesses make a single text faster, not other
-    complete=0.0,             # GPT on pictures: the share of held-out pictures that is given
+    complete=0.0,             # pictures: the share of held-out pictures that is given
+    shape='half',             # MaskGIT: which share: half (from above), box (around it), random (patches)
+    show='grid',              # MaskGIT: grid, gif (how pictures come about), swap (held-out pictures with other classes)
+    after='',                 # MaskGIT: the text behind a gap
+    gap=50,                   # MaskGIT: tokens between prompt and after
+    against='',               # MaskGIT: scores.json of a GPT on the same data, whose exact values then stand as floor
     score=False,              # compute and save the scores, of all pairs or those that given and target name
     n_score=1000,             # held-out scenes, or generated digits, to score
 )
-ORDERS = ('random', 'confidence', 'raster')
-BELONGS = dict(  # the chapters that a setting means something to; to all, where it is not named
-    given='fourm', target='fourm', chain='fourm', text='fourm', image='fourm', guidance='fourm', steps='fourm', order='fourm',
-    schedule='fourm', min_p='gpt', prompt='gpt', prompts='gpt', max_new_tokens='gpt', draft='gpt',
-    complete='gpt')
+BELONGS = dict(  # settings that mean nothing to the chapters that do not name them
+    gpt='prompt prompts max_new_tokens min_p draft complete',
+    maskgit='steps order schedule guidance guidance_start temperature_end choice_temperature prompt after gap complete shape show against',
+    fourm='given target chain text image steps order schedule guidance')
 
 
 def chosen_temperature(settings, default):
@@ -202,6 +215,159 @@ def score_gpt(model, fields, settings, data, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# MaskGIT
+
+SHAPES, SWEEP = ('half', 'box', 'random'), (1, 4, 8, 16, 32, 49)
+
+
+def fill(model, settings, tokens, classes=None, history=False):
+    """model.generate as the settings say, for tokens (n, N) and classes (n,). steps=0 is 16 for a picture, and for a text one for
+    two tokens."""
+    device, most = model.turn.device, int((tokens < 0).sum(1).max())
+    steps = settings['steps'] or min(16 if len(model.grid) == 2 else -(-most // 2), most)
+    end, start = (None if math.isnan(settings[name]) else settings[name] for name in ('temperature_end', 'guidance_start'))
+    try:
+        with exact(settings, device):
+            return model.generate(
+                tokens.to(device), None if classes is None else classes.to(device), steps, chosen_temperature(settings, 1.0), end,
+                settings['top_k'], settings['top_p'], settings['order'], settings['schedule'] or 'cosine',
+                settings['guidance'] or 1.0, start, settings['choice_temperature'],
+                torch.Generator(device).manual_seed(settings['seed']), history).cpu()
+    except ValueError as error:
+        raise UserError(str(error))
+
+
+def pictures_of(model, fields, tokens):
+    """Pictures (n, H, W, 3) uint8 of tokens (n, N), grey where they are unknown."""
+    if model.config.n_classes:
+        pictures = np.repeat(fields.decode(tokens)[..., None], 3, -1)
+    else:
+        pictures = fields.decode('rgb', tokens.clamp(min=0))
+    patch = pictures.shape[1] // model.grid[0]
+    unknown = (tokens < 0).view(-1, *model.grid).numpy().repeat(patch, 1).repeat(patch, 2)[..., None]
+    return np.where(unknown, np.uint8(128), pictures)
+
+
+def held_out(model, fields, settings, n):
+    """The first n held-out samples: tokens (n, N) and classes (n,), None where there are none."""
+    if model.config.n_classes:
+        tokens = read_ids(fields, 'tokens', settings['split'], np.arange(n))[:, 0]
+        return tokens[:, 1:], tokens[:, 0]
+    return read_ids(fields, 'rgb', settings['split'], np.arange(n)), None
+
+
+def hidden_places(grid, share, shape, seed):
+    """Which places (N,) of a grid are not given when a share of them is: the lower ones, a box in the middle, or random ones."""
+    N = math.prod(grid)
+    if shape == 'box':
+        scale = (1 - share) ** 0.5
+        y, x = ((torch.arange(side) + 0.5 - side / 2).abs() <= max(1, side * scale) / 2 for side in grid)
+        return (y[:, None] & x).flatten()
+    order = torch.arange(N) if shape == 'half' else torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+    return order >= round(share * N)
+
+
+def draw_pictures(model, fields, settings, path):
+    """Pictures of each class; or held-out ones, what is given of them and three completions; or under other classes; or a GIF."""
+    n, empty = settings['n'] or 10, torch.full((1, model.N), -1)
+    classes = torch.arange(model.config.n_classes).repeat_interleave(n) if model.config.n_classes else None
+    scale = max(1, 60 // pictures_of(model, fields, empty).shape[1])
+    if settings['show'] == 'gif':
+        states = fill(model, settings, empty.repeat(n * (model.config.n_classes or n), 1), classes, history=True)
+        frames = [tile(pictures_of(model, fields, tokens), n) for tokens in states]  # a row a class
+        return save_gif(frames, path.with_suffix('.gif'), scale)
+    if not settings['complete'] and settings['show'] == 'grid':
+        drawn = pictures_of(model, fields, fill(model, settings, empty.repeat(n * (model.config.n_classes or 6), 1), classes))
+        names = fields.classes if model.config.n_classes else [f'drawn {i + 1}' for i in range(6)]
+        return save_grid(dict(zip(names, drawn.reshape(-1, n, *drawn.shape[1:]))), path, scale)
+    truth, classes = held_out(model, fields, settings, n)
+    given = truth.masked_fill(hidden_places(model.grid, settings['complete'] or 0.3, settings['shape'], settings['seed']), -1)
+    columns = dict(truth=truth, given=given)
+    if settings['show'] == 'swap':
+        if classes is None:
+            raise UserError('show=swap needs a model of classes: choose grid or gif')
+        columns |= {name: fill(model, settings, given, classes * 0 + i) for i, name in enumerate(fields.classes)}
+    else:
+        seeds = {f'drawn {i}': settings['seed'] + i for i in (1, 2, 3)}
+        columns |= {name: fill(model, settings | dict(seed=seed), given, classes) for name, seed in seeds.items()}
+    save_grid({title: pictures_of(model, fields, tokens) for title, tokens in columns.items()}, path, scale)
+
+
+def fill_texts(model, fields, settings):
+    """Texts of the model's whole length, from a prompt, a gap and what stands behind it; prints and returns them."""
+    prompt, after = fields.encode(settings['prompt']), fields.encode(settings['after'])
+    start = len(prompt) + (settings['gap'] if settings['after'] else 0)
+    if start + len(after) > model.N:
+        raise UserError(f'prompt, gap and after have {start + len(after)} tokens, this model fills {model.N}: shorten them')
+    tokens = torch.full((settings['n'] or 1, model.N), -1)
+    tokens[:, :len(prompt)], tokens[:, start:start + len(after)] = prompt, after
+    texts = [fields.decode(row) for row in fill(model, settings, tokens).tolist()]
+    print('\n-----\n'.join(texts))
+    return texts
+
+
+def draw_maskgit(model, fields, settings, path):
+    """Pictures at `path`, or texts on the screen; returns these."""
+    if len(model.grid) == 1:
+        if settings['complete'] or settings['show'] != 'grid':
+            raise UserError('complete and show are for models of pictures, this one is of text: leave them out')
+        return fill_texts(model, fields, settings)
+    if settings['prompt'] or settings['after']:
+        raise UserError('prompt and after are for models of text, this one is of pictures: leave them out')
+    draw_pictures(model, fields, settings, path)
+
+
+def score_maskgit(model, fields, settings, data, path):
+    """The likelihood bound on the validation set beside the exact value of a GPT, and, where the data has a judge, what it says of
+    pictures drawn in each order in 1, 4, 8 ... steps, with the time that they took; one picture shows them all."""
+    device, found = model.turn.device, []
+    generator = torch.Generator().manual_seed(settings['seed'])
+    for ids in tqdm(np.array_split(np.arange(data.n), -(-data.n // 64)), desc='bound', unit='batch'):
+        tokens = data.rows(ids)['tokens'].to(device)
+        with exact(settings, device):
+            bound = model.log_prob_bound(tokens[:, -model.N:], tokens[:, 0] if model.config.n_classes else None, 16, generator)
+        found.append(torch.stack((bound, (tokens[:, -model.N:] >= 0).sum(1)), -1).cpu())
+    nll = torch.cat(found)[:, None].double().numpy()  # (n, 1, 2): nats and tokens of each sample
+    floors = read_floors(settings['against'])
+    scores = {'nats/token': bootstrap(nll) | dict(baseline=math.log(model.config.vocab_size))}
+    if len(model.grid) == 2:
+        scores['nats/image given the class' if model.config.n_classes else 'nats/image'] = bootstrap(nll / [1, model.N])
+    scores = {f'{name}, at most': score | floors.get(name, {}) for name, score in scores.items()}
+    if model.config.n_classes:
+        scores |= score_samples(model, fields, settings, path.with_name('sweep.png'))
+    save_scores(scores, path)
+
+
+def read_floors(path):
+    """{metric: dict(floor=value)} of a scores.json."""
+    try:
+        return {name: dict(floor=score['value']) for name, score in json.loads(Path(path).read_text()).items()} if path else {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'against={path!r}: not a scores.json ({type(error).__name__})')
+
+
+def score_samples(model, fields, settings, path):
+    """The judge's scores of n_score pictures for each order and number of steps, or, where steps are set, for these and the order."""
+    classes, scores = torch.arange(settings['n_score']) % model.config.n_classes, {}
+    sweep = [settings['steps']] if settings['steps'] else [steps for steps in SWEEP if steps <= model.N]
+    for order in [settings['order']] if settings['steps'] else ORDERS:
+        columns = {}
+        for steps in tqdm(sweep, desc=order, unit='sweep'):
+            again, started = settings | dict(order=order, steps=steps), time.perf_counter()
+            tokens = torch.cat([fill(model, again | dict(seed=settings['seed'] + i), torch.full((len(part), model.N), -1), part)
+                                for i, part in enumerate(classes.split(64))])
+            seconds, pictures = time.perf_counter() - started, fields.decode(tokens)
+            found = {name: (bootstrap(score.pop('parts')) if 'parts' in score else alone(score.pop('value'), len(classes))) | score
+                     for name, score in fields.score(pictures, classes.numpy()).items()}
+            found['seconds/image'] = alone(seconds / len(classes), len(classes))
+            scores |= {f'{order}, {steps} steps: {name}': score for name, score in found.items()}
+            title = f'{steps}: {found["accuracy"]["value"]:.0%} {found["frechet"]["value"]:.2f}'
+            columns[title] = pictures_of(model, fields, tokens[:model.config.n_classes])
+        save_grid(columns, path.with_stem(f'{path.stem}_{order}'), 6)
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # nano4M: chains
 
 def parse_chain(settings, model):
@@ -242,7 +408,7 @@ def generate(model, given, targets, settings, generator=None):
         steps, temperature, guidance = manner(model, name, known, steps, settings)
         with autocast(device, find_dtype(settings['dtype'], device)):
             known |= model.generate(known, [name], steps, temperature, settings['top_k'], settings['top_p'], order,
-                                    settings['schedule'], guidance, generator)
+                                    settings['schedule'] or 'linear', guidance, generator)
     return known
 
 
@@ -360,8 +526,10 @@ def score_fourm(model, fields, settings, data, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # All chapters
 
-DRAW = dict(gpt=draw_gpt, fourm=draw_fourm)  # (model, fields, settings, path of a picture): writes it, or returns texts
-SCORE = dict(gpt=score_gpt, fourm=score_fourm)  # (model, fields, settings, validation data, path of scores.json)
+# (model, fields, settings, path of a picture): writes it, or returns texts
+DRAW = dict(gpt=draw_gpt, maskgit=draw_maskgit, fourm=draw_fourm)
+# (model, fields, settings, validation data, path of scores.json)
+SCORE = dict(gpt=score_gpt, maskgit=score_maskgit, fourm=score_fourm)
 
 
 def chapter_of(model):
@@ -382,20 +550,24 @@ def draw(model, folder, meta, path):
 
 def check(settings, model):
     """Raises UserError where a setting has no meaning, or none for this model."""
-    if settings['order'] not in ORDERS or settings['schedule'] not in ('linear', 'cosine'):
-        raise UserError(f'order is one of {", ".join(ORDERS)}, schedule linear or cosine')
-    if settings['n'] < 0 or settings['steps'] < 0 or settings['max_new_tokens'] < 1 or settings['n_score'] < 1:
-        raise UserError('n and steps must be at least 0, max_new_tokens and n_score at least 1')
-    if not 0 < settings['top_p'] <= 1 or not 0 <= settings['min_p'] <= 1 or settings['temperature'] < 0:
-        raise UserError('top_p must be in (0, 1], min_p in [0, 1], temperature at least 0')
+    for name, known in dict(order=ORDERS, schedule=('', *SCHEDULES), shape=SHAPES, show=('grid', 'gif', 'swap')).items():
+        if settings[name] not in known:
+            raise UserError(f'{name} is one of {", ".join(filter(None, known))}')
+    if settings['n'] < 0 or settings['steps'] < 0 or min(settings[name] for name in ('max_new_tokens', 'n_score', 'gap')) < 1:
+        raise UserError('n and steps must be at least 0, max_new_tokens, n_score and gap at least 1')
+    if not 0 < settings['top_p'] <= 1 or not 0 <= settings['min_p'] <= 1 or settings['temperature'] < 0 or (
+            settings['temperature_end'] < 0 or settings['choice_temperature'] < 0):
+        raise UserError('top_p must be in (0, 1], min_p in [0, 1], temperatures at least 0')
     most = getattr(model.config, 'vocab_size', None)
     if settings['top_k'] < 0 or most and settings['top_k'] > most:
         raise UserError(f'top_k={settings["top_k"]} must be 0 (all) to {most or "the size of the vocabulary"}')
     if not 0 <= settings['complete'] < 1:
         raise UserError(f'complete={settings["complete"]} must be at least 0 and below 1')
-    for name, chapters in BELONGS.items():
-        if settings[name] != SETTINGS[name] and chapter_of(model) not in chapters.split():
-            raise UserError(f'{name} is a setting of {chapters.replace(" ", ", ")}, this run is of {chapter_of(model)}: leave it out')
+    chapter = chapter_of(model)
+    for name in set(' '.join(BELONGS.values()).split()) - set(BELONGS[chapter].split()):
+        if settings[name] not in [SETTINGS[name]]:  # in: nan is itself
+            others = ', '.join(other for other, names in BELONGS.items() if name in names.split())
+            raise UserError(f'{name} is a setting of {others}, this run is of {chapter}: leave it out')
 
 
 def main(*arguments, **overrides):
