@@ -1,0 +1,9 @@
+model = 'flow'
+dataset = 'mnist'
+batch_size = 64
+micro_batch_size = 64
+max_iters = 2000
+learning_rate = 3e-3
+ema = 0.999
+eval_interval = 1000
+log_interval = 20

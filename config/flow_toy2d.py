@@ -1,0 +1,17 @@
+model = 'flow'
+dataset = 'toy2d'
+n_layer = 3
+n_embd = 192
+label_drop = 0.0
+times = 'uniform'
+transport = 50
+muon = False
+batch_size = 512
+micro_batch_size = 512
+max_iters = 5000
+learning_rate = 2e-3
+decay = 0.8
+ema = 0.999
+compile = False
+eval_interval = 2500
+log_interval = 100
