@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
@@ -129,16 +130,19 @@ def synchronize(device):
 
 def matmul_rate(device, dtype, seconds=0.5):
     """The machine's own limit: FLOP/s of a large square matrix product, the best of what fits into the time given."""
-    n = 8192 if device.type == 'cuda' else 2048
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    best, end = float('inf'), time.perf_counter() + seconds
-    a @ b
-    while best == float('inf') or time.perf_counter() < end:
+    def once(a, b):
         synchronize(device)
         start = time.perf_counter()
         a @ b
         synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        return time.perf_counter() - start
+    end, n, best = time.perf_counter() + seconds, 128, 0.0
+    while n < (8192 if device.type == 'cuda' else 2048) and best < seconds / 20:
+        n *= 2  # not at once: a number format that has to be emulated may take a thousand times as long
+        pair = torch.randn(2, n, n, device=device).to(dtype)
+        best = min(once(*pair), once(*pair))
+    while time.perf_counter() < end:
+        best = min(best, once(*pair))
     return 2 * n ** 3 / best
 
 
@@ -327,12 +331,15 @@ def save_checkpoint(path, checkpoint):
 def read_checkpoint(path):
     """A checkpoint as a dict: settings, meta, step, weights and all else that a run needs to go on."""
     try:
+        with zipfile.ZipFile(path) as file:  # torch.save writes checksums, but torch.load does not look at them
+            if damaged := file.testzip():
+                raise zipfile.BadZipFile(damaged)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         assert {'settings', 'model_config', 'meta', 'step', 'weights'} <= checkpoint.keys()
     except FileNotFoundError:
         raise UserError(f'{path}: no such checkpoint; train first, or name the folder of a run by --out_dir=')
     except Exception as error:  # the unpickler fails in many ways
-        raise UserError(f'{path}: truncated or not a checkpoint of this repository ({type(error).__name__}); '
+        raise UserError(f'{path}: damaged, truncated or not a checkpoint of this repository ({type(error).__name__}); '
                         'delete it, or use another one in its folder')
     return checkpoint
 
@@ -473,7 +480,7 @@ FREE = {'init_from', 'out_dir', 'max_iters', 'micro_batch_size', 'eval_interval'
 def resolve(assigned, source=None):
     """All settings (train.py's and the model's own, which have the names of its Config) and the chapter's module. Where the run
     starts from the weights of a checkpoint `source`, its sizes are the defaults."""
-    chapters = sorted(path.stem for path in Path(__file__).parent.glob('*.py') if '\nModel = ' in path.read_text())
+    chapters = sorted(path.stem for path in Path(__file__).resolve().parent.glob('*.py') if '\nModel = ' in path.read_text())
     name = assigned.get('model', (SETTINGS['model'],))[0]
     if name not in chapters:
         raise UserError(f'model={name!r}: choose one of {", ".join(chapters)}')
