@@ -3,10 +3,10 @@ CIFAR-10 (Krizhevsky, 2009): 32x32 colour photographs of ten kinds of things, 50
 
     python -m prepare.cifar10
 
-The binary version of the public archive: files of records, each a byte of class and 3 x 1,024 bytes of red, green and blue. No file of
-it is unpickled, and no path in it is trusted: the known names are read from the archive, nothing is written where it says.
-image.npy holds (n, views, 32, 32, 3): two for training, the picture and its mirror image, one for validation; label.npy (n,).
-The archive is downloaded once into the cache folder.
+The binary version of the public archive: files of records, each a byte of class and 3 x 1,024 bytes of red, green and blue.
+Nothing is unpickled, and no path is trusted: the known names are read from the archive, nothing is written where it says.
+image.npy holds (n, views, 32, 32, 3): two for training, the picture and its mirror image, one for validation; label.npy (n,). The
+archive is downloaded once into the cache folder.
 """
 import json
 import sys
@@ -33,10 +33,12 @@ def read_archive(path):
     """{split: (images (n, 32, 32, 3) uint8, labels (n,) uint8)}, read from the archive's known members alone."""
     try:
         with tarfile.open(path) as archive:
-            members = {Path(member.name).name: member for member in archive if member.isfile() and member.size <= 10_000 * RECORD}
+            members = {Path(member.name).name: member for member in archive
+                       if member.isfile() and member.size <= 10_000 * RECORD}
             content = {name: archive.extractfile(members[name]).read() for names in FILES.values() for name in names}
     except (OSError, EOFError, tarfile.TarError, KeyError) as error:
-        raise UserError(f'{path}: not the binary version of CIFAR-10 ({type(error).__name__}: {error}); delete it and run this again')
+        raise UserError(f'{path}: not the binary version of CIFAR-10 ({type(error).__name__}: {error}); delete it and run this '
+                        'again')
     splits = {}
     for split, names in FILES.items():
         data = b''.join(content[name] for name in names)
@@ -63,7 +65,7 @@ class Fields:
             raise UserError(f'{path}: missing or damaged ({error}); delete {self.folder} to make it anew')
 
     def score(self, images, labels, split='val'):
-        """{metric: dict} of pictures (n, 32, 32, 3) uint8 made for labels (n,), as judge.score returns it, against as many real ones."""
+        """{metric: dict} of pictures (n, 32, 32, 3) uint8 made for labels (n,), as judge.score returns it."""
         n, train = min(len(images), len(self.load(split, 'label'))), self.load('train', 'image')
         return judge.score(judge.Judge.load(self.folder / 'judge.pt'), images[:n], np.asarray(labels)[:n],
                            self.load(split, 'image')[:n, 0], self.load(split, 'label')[:n], [train[:, 0], train[:, 1]],

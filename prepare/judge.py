@@ -64,8 +64,7 @@ class Judge(nn.Module):
 
 
 def train_judge(images, labels, seed=0, steps=1500, batch_size=128):
-    """A judge trained on pictures (n, H, H) or (n, H, H, C) uint8 with labels (n,), each moved by up to H/14 pixels whenever it is
-    seen."""
+    """A judge trained on pictures (n, H, H) or (n, H, H, C) uint8 with labels (n,), each moved by up to H/14 pixels when seen."""
     size, reach = images.shape[1], images.shape[1] // 14
     padded = F.pad(torch.tensor(images), (0,) * 2 * (images.ndim - 3) + (reach,) * 4)
     labels, place, random = torch.tensor(labels).long(), torch.arange(size), np.random.default_rng((seed, 7))

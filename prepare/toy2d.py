@@ -4,8 +4,8 @@ Points in the plane whose distribution is known: what a generative model has lea
     python -m prepare.toy2d                                        eight Gaussians on a circle, in data/toy2d
     python -m prepare.toy2d --name=moons --out=data/moons          also checkerboard, spirals
 
-`point` holds (n, 2) float32. Eight Gaussians and the checkerboard have a density in closed form, moons and spirals none that is worth
-its lines. All four have about unit variance in each direction, as the noise has that flows towards them.
+`point` holds (n, 2) float32. Eight Gaussians and the checkerboard have a density in closed form, moons and spirals none that is
+worth its lines. All four have about unit variance in each direction, as the noise has from which they are generated.
 """
 import json
 import math
@@ -74,8 +74,8 @@ def log_density(name, points):
 # Scores
 
 def assignment(cost):
-    """For each row of cost (n, n) its column in the cheapest one-to-one assignment: rows enter one by one, each along the shortest
-    path of exchanges (Jonker & Volgenant, 1987). u and v are prices that keep cost - u - v >= 0, with 0 where assigned."""
+    """For each row of cost (n, n) its column in the cheapest one-to-one assignment: rows enter one by one, each along the
+    shortest path of exchanges (Jonker & Volgenant, 1987). u and v are prices: cost - u - v >= 0, and 0 where assigned."""
     n = len(cost)
     row_of, u, v = np.full(n, -1), np.zeros(n), np.zeros(n)
     for start in range(n):
@@ -120,12 +120,11 @@ class Fields:
     def log_density(self, points):
         return log_density(self.name, points)
 
-    def score(self, points, pairs=5):
-        """Wasserstein-2 distances of as many parts of the points (n, 2) from fresh draws, and the same of draws from draws, the
-        floor; both (pairs,). They depend on the size of the parts: n / pairs points."""
-        parts = np.array_split(points, pairs)
-        reals, others = (np.array_split(self.fresh(len(points), seed), pairs) for seed in (1, 2))
-        return [np.array([wasserstein(a, b) for a, b in zip(some, reals)]) for some in (parts, others)]
+    def score(self, points, pairs=20):
+        """Wasserstein-2 distances (pairs,) of as many parts of the points (n, 2) from fresh draws. They depend on the size of the
+        parts: compare with those of other draws."""
+        reals = np.array_split(self.fresh(len(points), 1), pairs)
+        return np.array([wasserstein(a, b) for a, b in zip(np.array_split(points, pairs), reals)])
 
     @staticmethod
     def grid(side):
