@@ -14,6 +14,10 @@ One sampler for all chapters: draws what a trained model generates, and scores i
     python sample.py --out_dir=out/maskgit_mnist --complete=0.5 --shape=box      held-out digits, filled in around a box
     python sample.py --out_dir=out/maskgit_mnist --show=gif                      how pictures come about; also swap: other classes
     python sample.py --out_dir=out/maskgit_text --prompt="ROMEO:" --after="JULIET:" --gap=100
+    python sample.py --out_dir=out/flow_mnist --steps=20 --guidance=2            digits, from noise in 20 steps
+    python sample.py --out_dir=out/flow_mnist --show=path                        how they come about; also steps, guidance: sweeps
+    python sample.py --out_dir=out/flow_toy2d                                    points, their velocities, the learned density
+    python sample.py --compare=out/gpt_mnist,out/flow_mnist                      which generator? one table, one picture
 
 A chain names what is given, then targets with optional steps and order (random, confidence, raster, halton), each of which, once
 generated, conditions the next. Pictures are written as PNG into the run's folder, scores as scores.json; the path is printed.
@@ -31,10 +35,12 @@ import torch
 from tqdm import tqdm
 
 import config
+import flow
 from config import UserError
 from maskgit import ORDERS, SCHEDULES
 from prepare.report import alone, bootstrap, save_gif, save_grid, save_scores, tile
-from train import Data, autocast, check_data, find_device, find_dtype, find_weights, load_model, read_meta, set_up
+from train import (Data, add_logs, autocast, check_data, evaluation_batch, find_device, find_dtype, find_weights, load_model,
+                   means, read_meta, set_up)
 
 SETTINGS = dict(
     out_dir='out/nano4m',     # the run
@@ -67,17 +73,25 @@ SETTINGS = dict(
     draft='',                 # GPT: the run of a small model on the same data, whose guesses make a single text faster, not other
     complete=0.0,             # pictures: the share of held-out pictures that is given
     shape='half',             # MaskGIT: which share: half (from above), box (around it), random (patches)
-    show='grid',              # MaskGIT: grid, gif (how pictures come about), swap (held-out pictures with other classes)
     after='',                 # MaskGIT: the text behind a gap
     gap=50,                   # MaskGIT: tokens between prompt and after
-    against='',               # MaskGIT: scores.json of a GPT on the same data, whose exact values then stand as floor
+    show='grid',              # MaskGIT: grid, gif (how pictures come about), swap (held-out pictures with other classes)
+                              # flow: grid (classes), path (from noise to picture, also as GIF), steps, guidance (sweeps)
+    labels='',                # flow: classes to draw, '3,5'; '' is all
+    method='',                # flow: euler, midpoint, heun, or jump, where the model knows mean velocities; '' is jump or euler
+    interval='0,1',           # flow: the times between which guidance acts
     score=False,              # compute and save the scores, of all pairs or those that given and target name
     n_score=1000,             # held-out scenes, or generated digits, to score
+    against='',               # MaskGIT: scores.json of a GPT on the same data, whose exact values then stand as floor
+    compare='',               # runs on MNIST, 'out/gpt_mnist,out/flow_mnist': one table and one picture of all
 )
 BELONGS = dict(  # settings that mean nothing to the chapters that do not name them
     gpt='prompt prompts max_new_tokens min_p draft complete',
-    maskgit='steps order schedule guidance guidance_start temperature_end choice_temperature prompt after gap complete shape show against',
-    fourm='given target chain text image steps order schedule guidance')
+    maskgit='steps order schedule guidance guidance_start temperature_end choice_temperature prompt after gap complete shape show '
+            'against',
+    fourm='given target chain text image steps order schedule guidance',
+    flow='steps guidance interval method labels show')
+SHOWS = dict(maskgit=('grid', 'gif', 'swap'), flow=('grid', 'path', 'steps', 'guidance'))
 
 
 def chosen_temperature(settings, default):
@@ -88,6 +102,10 @@ def exact(settings, device):
     """Autocast for a GPT: float32 on a CPU unless asked otherwise; one token at a time has no use for faster matrix products."""
     cpu = settings['dtype'] == 'auto' and device.type == 'cpu'
     return autocast(device, torch.float32 if cpu else find_dtype(settings['dtype'], device))
+
+
+def read_ids(fields, name, split, index):
+    return torch.from_numpy(fields.load(split, name)[index].astype(np.int64))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,7 +382,6 @@ def score_samples(model, fields, settings, path):
             title = f'{steps}: {found["accuracy"]["value"]:.0%} {found["frechet"]["value"]:.2f}'
             columns[title] = pictures_of(model, fields, tokens[:model.config.n_classes])
         save_grid(columns, path.with_stem(f'{path.stem}_{order}'), 6)
-    return scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,10 +427,6 @@ def generate(model, given, targets, settings, generator=None):
             known |= model.generate(known, [name], steps, temperature, settings['top_k'], settings['top_p'], order,
                                     settings['schedule'] or 'linear', guidance, generator)
     return known
-
-
-def read_ids(fields, name, split, index):
-    return torch.from_numpy(fields.load(split, name)[index].astype(np.int64))
 
 
 def columns_for(model, fields, settings, given, targets, index, own=None):
@@ -524,12 +537,163 @@ def score_fourm(model, fields, settings, data, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Flow
+
+COUNTS = (1, 2, 4, 10, 20, 50, 100)  # evaluations of the network, in pictures and scores
+SCALES = (0, 1, 1.5, 2, 3, 5, 10)    # of guidance
+
+
+def follow(model, labels, settings):
+    """model.generate as the settings say, for labels (n,): the trajectory (steps + 1, n, ...), and evaluations of the network.
+    What is left open: 20 evaluations, by Euler's method; a single one where the model knows mean velocities."""
+    device, mean = model.net.head.weight.device, model.config.mean > 0
+    method = settings['method'] or ('jump' if mean else 'euler')
+    steps = settings['steps'] or (1 if method == 'jump' else 10 if method in ('midpoint', 'heun') else 20)
+    try:
+        interval = tuple(map(float, settings['interval'].split(',')))
+        if len(interval) != 2:
+            raise ValueError(f'interval={settings["interval"]!r}: write two times between 0 and 1, as in 0.1,0.8')
+        with exact(settings, device):
+            trajectory, evaluations = model.generate(
+                torch.as_tensor(labels, device=device), steps, method, settings['guidance'] or 1.0, interval,
+                torch.Generator(device).manual_seed(settings['seed']))
+    except ValueError as error:
+        raise UserError(str(error))
+    return trajectory.cpu(), evaluations
+
+
+def flow_samples(model, labels, settings, size=64):
+    """Only where the trajectories end: pictures (n, H, W) or (n, H, W, 3) uint8, or points (n, d)."""
+    ends = torch.cat([follow(model, part, settings | dict(seed=settings['seed'] + i))[0][-1]
+                      for i, part in enumerate(np.array_split(labels, -(-len(labels) // size)))])
+    return (flow.to_pixels(ends).squeeze(-1) if model.config.image_size else ends).numpy()
+
+
+def in_colour(pictures):
+    return np.repeat(pictures, 3, -1) if pictures.shape[-1] == 1 else pictures  # (..., H, W, 3)
+
+
+def draw_flow(model, fields, settings, path):
+    """Pictures of each class; or, by `show`, how some come about, what more evaluations bring, what guidance does."""
+    if not model.config.image_size:
+        return draw_points(model, fields, settings, path)
+    classes, size, show = model.config.n_classes, model.config.image_size, settings['show']
+    chosen = [int(c) for c in settings['labels'].split(',') if c] or list(range(classes)) or [0] * 8
+    scale, n = max(1, 56 // size), settings['n'] or (8 if show == 'grid' else 10)
+
+    def ends(changes):
+        return in_colour(flow.to_pixels(follow(model, np.resize(chosen, n), settings | changes)[0][-1]).numpy())
+    if show == 'grid':
+        drawn = in_colour(flow.to_pixels(follow(model, np.repeat(chosen, n), settings)[0][-1]).numpy())
+        names = [fields.classes[c] for c in chosen] if classes else [f'drawn {i + 1}' for i in range(len(chosen))]
+        columns = dict(zip(names, drawn.reshape(len(chosen), n, *drawn.shape[1:])))
+    elif show == 'path':
+        trajectory, _ = follow(model, np.resize(chosen, n), settings)
+        frames = in_colour(flow.to_pixels(trajectory).numpy())  # (steps + 1, n, H, W, 3)
+        save_gif([tile(frame, -(-n // 2)) for frame in frames], path.with_suffix('.gif'), scale)
+        kept = np.linspace(0, len(frames) - 1, min(11, len(frames))).round().astype(int)
+        columns = {f'step {i}': frames[i] for i in kept}
+    elif show == 'steps':
+        columns = {f'{count}': ends(dict(steps=count)) for count in COUNTS}
+    else:
+        columns = {f's = {scale}': ends(dict(guidance=scale or 1e-9)) for scale in SCALES}  # guidance=0 leaves the choice open
+    save_grid(columns, path, scale)
+
+
+def draw_points(model, fields, settings, path, side=200):
+    """Where points are, and where to, at five times; beside them the density that the model has learned and the true one."""
+    if settings['show'] != 'grid' or settings['labels']:
+        raise UserError('show and labels are for models of pictures, this one is of points: leave them out')
+    trajectory, _ = follow(model, np.zeros(settings['n'] or 4000, int), settings | dict(steps=max(4, settings['steps'] or 40)))
+    save_gif([fields.scatter(points.numpy(), side) for points in trajectory], path.with_suffix('.gif'))
+    last, corners, columns = len(trajectory) - 1, torch.from_numpy(fields.grid(14)), {}
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        place = round(share * last)
+        t = 1 - place / last
+        velocity = -model.field(torch.zeros(len(corners), dtype=torch.long))(corners, t).detach()
+        columns[f't = {t:.2f}: points, -v'] = [fields.scatter(trajectory[place].numpy(), side),
+                                               fields.arrows(corners.numpy(), velocity.numpy(), side)]
+    points = fields.grid(side // 2)
+    learned = np.exp(likelihoods(model, torch.from_numpy(points), torch.zeros(len(points), dtype=torch.long)).numpy())
+    truth = fields.log_density(points)
+    top = np.exp(truth).max() if truth is not None else np.quantile(learned, 0.995)
+    blank = np.full((side // 2, side // 2, 3), 255, np.uint8)
+    columns['learned density, true'] = [fields.heat(learned.reshape(side // 2, -1), top), blank if truth is None else
+                                        fields.heat(np.exp(truth).reshape(side // 2, -1), top)]
+    save_grid(columns, path, 1)
+
+
+def likelihoods(model, x, labels, probes=1, seed=0, tolerance=1e-4, size=500):
+    """ln p in nats (n,) of x (n, ...) as the network sees it: with the exact divergence of points, random probes of pictures."""
+    found, random = [], torch.Generator().manual_seed(seed)
+    for part, label in zip(x.split(size), labels.split(size)):
+        probe = flow.unit_probes(part) if part[0].numel() <= 8 else flow.random_probes(part, probes, random)
+        try:
+            found.append(model.log_prob(part, label, probe, tolerance))
+        except ValueError as error:
+            raise UserError(str(error))
+    return torch.cat(found).double()
+
+
+def score_flow(model, fields, settings, data, path):
+    """The squared error by time, the likelihood, and how good samples are by the number of evaluations."""
+    total, size = {}, 250
+    for j in range(-(-data.n // size)):
+        with torch.no_grad(), exact(settings, model.net.head.weight.device):
+            total = add_logs(total, model(evaluation_batch(data, model, dict(micro_batch_size=size), j))[1])
+    errors, _ = means(total)
+    scores = {('squared error' if name == 'loss' else f'squared error, t in {name[2:].replace("_", "..")}'): alone(value, data.n)
+              for name, value in sorted(errors.items())}
+    scores |= (score_pictures if model.config.image_size else score_points)(model, fields, settings, data)
+    save_scores(scores, path)
+
+
+def score_points(model, fields, settings, data):
+    """KL(data || model) by the exact trace; Wasserstein-2 distances by evaluations, beside that of real points from others."""
+    points = torch.from_numpy(np.array(data.arrays['point'][:settings['n_score'] * 10]))
+    learned = likelihoods(model, points, torch.zeros(len(points), dtype=torch.long)).numpy()
+    truth = fields.log_density(points.numpy())
+    parts = np.stack((-learned if truth is None else truth - learned, np.ones(len(points))), -1)[:, None]
+    scores = {'nats/point' if truth is None else 'KL(data || model), nats': bootstrap(parts)}
+    n = min(6000, settings['n_score'] * 6)
+    floor = fields.score(fields.fresh(n, 2)).mean()
+    for steps in (1, 2, 4, 20):
+        found = fields.score(flow_samples(model, np.zeros(n, int), settings | dict(steps=steps), n))
+        scores[f'W2, {steps} steps'] = bootstrap(np.stack((found, np.ones(len(found))), -1)[:, None]) | dict(floor=floor)
+    return scores
+
+
+def score_pictures(model, fields, settings, data):
+    """Bits a number by Hutchinson's estimate; where the data has a judge, what it says by the number of evaluations."""
+    config, n = model.config, min(data.n, max(8, settings['n_score'] // 16))
+    batch = data.rows(np.arange(n))
+    x = flow.from_pixels(batch['image'], torch.Generator().manual_seed(0))
+    labels = batch.get('label', torch.zeros(n, dtype=torch.long))
+    nats = likelihoods(model, x, labels, tolerance=1e-3, size=32).numpy() / x[0].numel()
+    bits = np.stack((7 - nats / math.log(2), np.ones(n)), -1)[:, None]  # 7: one of 256 levels is 2 / 256 wide
+    scores = {'bits/dim' + ' given the class' * (config.n_classes > 0): bootstrap(bits) | dict(baseline=8.0)}
+    if not config.n_classes:
+        return scores
+    labels = np.arange(settings['n_score']) % config.n_classes
+    for count in [settings['steps']] if settings['steps'] else COUNTS[:-1]:
+        started = time.perf_counter()
+        drawn = flow_samples(model, labels, settings | dict(steps=count))
+        seconds = (time.perf_counter() - started) / len(labels)
+        for name, score in fields.score(drawn, labels).items():
+            if name in ('accuracy', 'frechet') or count in (20, settings['steps']):
+                score = (bootstrap(score.pop('parts')) if 'parts' in score else alone(score.pop('value'), len(labels))) | score
+                scores[f'{count} steps: {name}'] = score
+        scores[f'{count} steps: seconds/image'] = alone(seconds, len(labels))
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # All chapters
 
 # (model, fields, settings, path of a picture): writes it, or returns texts
-DRAW = dict(gpt=draw_gpt, maskgit=draw_maskgit, fourm=draw_fourm)
+DRAW = dict(gpt=draw_gpt, maskgit=draw_maskgit, fourm=draw_fourm, flow=draw_flow)
 # (model, fields, settings, validation data, path of scores.json)
-SCORE = dict(gpt=score_gpt, maskgit=score_maskgit, fourm=score_fourm)
+SCORE = dict(gpt=score_gpt, maskgit=score_maskgit, fourm=score_fourm, flow=score_flow)
 
 
 def chapter_of(model):
@@ -550,7 +714,8 @@ def draw(model, folder, meta, path):
 
 def check(settings, model):
     """Raises UserError where a setting has no meaning, or none for this model."""
-    for name, known in dict(order=ORDERS, schedule=('', *SCHEDULES), shape=SHAPES, show=('grid', 'gif', 'swap')).items():
+    shows = SHOWS.get(chapter_of(model), ('grid',))
+    for name, known in dict(order=ORDERS, schedule=('', *SCHEDULES), shape=SHAPES, show=shows).items():
         if settings[name] not in known:
             raise UserError(f'{name} is one of {", ".join(filter(None, known))}')
     if settings['n'] < 0 or settings['steps'] < 0 or min(settings[name] for name in ('max_new_tokens', 'n_score', 'gap')) < 1:
@@ -570,10 +735,56 @@ def check(settings, model):
             raise UserError(f'{name} is a setting of {others}, this run is of {chapter}: leave it out')
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Which generator? One table and one picture of several runs on MNIST
+
+BINARY = dict(  # (model, fields, labels, settings) -> binary pictures (n, 14, 14), whatever the chapter works on
+    gpt=lambda model, fields, labels, settings: fields.decode(generate_pictures(model, settings, labels[:, None])),
+    flow=lambda model, fields, labels, settings: fields.binary(flow_samples(model, labels, settings)))
+
+
+def compare(settings):
+    """The runs named by `compare`, each in a row: size, training time, likelihood in its own representation (those of two rows
+    compare only where these are the same), the judge of 14x14 binary pictures, to which all are reduced, and speed."""
+    rows, columns, labels = [], {}, np.arange(settings['n_score']) % 10
+    for name in settings['compare'].split(','):
+        model, checkpoint = load_model(Path(name, settings['checkpoint']))
+        chapter, folder = chapter_of(model), Path('data', checkpoint['settings']['dataset'])
+        if chapter not in BINARY or checkpoint['meta']['prepare'] != 'mnist':
+            raise UserError(f'{name}: compare is for runs of {", ".join(BINARY)} on MNIST')
+        check_data(folder, read_meta(folder), checkpoint)
+        fields, scores = fields_of(folder, checkpoint['meta']), Path(name, 'scores.json')
+        known = json.loads(scores.read_text()) if scores.is_file() else {}
+        own = next((f'{known[key]["value"]:.3g} {key}' for key in known if 'nats/image' in key or 'bits/dim' in key), '-')
+        started = time.perf_counter()
+        drawn = np.concatenate([BINARY[chapter](model, fields, part, settings | dict(seed=settings['seed'] + i))
+                                for i, part in enumerate(np.array_split(labels, -(-len(labels) // 64)))])
+        seconds = (time.perf_counter() - started) / len(labels)
+        found = {key: score['value'] if 'value' in score else score['parts'][..., 0].mean()
+                 for key, score in fields.score(drawn, labels).items()}
+        count = sum(p.numel() for p in model.parameters())
+        rows.append(f'| {chapter} | {count / 1e6:.2f} M | {checkpoint["seconds"]:.0f} s | {own} | {found["accuracy"]:.1%} | '
+                    f'{found["frechet"]:.3f} | {found["precision"]:.3f}, {found["recall"]:.3f} | {seconds * 1000:.0f} ms |')
+        order = np.argsort(labels[:100], kind='stable')
+        columns[chapter] = [np.repeat(tile(drawn[:100][order], 10)[..., None], 3, -1)]
+    real = fields.score(fields.real('train', 14)[:len(labels)], fields.load('train', 'label')[:len(labels)])
+    order = np.argsort(fields.load('val', 'label')[:1000], kind='stable')
+    columns['held out'] = [np.repeat(tile(fields.real('val', 14)[order[5::10][:100]], 10)[..., None], 3, -1)]
+    rows.append(f'| real digits | | | | {real["accuracy"]["ceiling"]:.1%} | {real["frechet"]["floor"]:.3f} | '
+                f'{real["precision"]["ceiling"]:.3f}, {real["recall"]["ceiling"]:.3f} | |')
+    head = '| | parameters | training | likelihood, given the class | class accuracy | Fréchet | precision, recall | an image |'
+    table = '\n'.join([head, '|---' * 8 + '|', *rows])
+    print(table)
+    Path('out/compare.md').write_text(table + '\n')
+    save_grid(columns, Path('out/compare.png'), 1)
+
+
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     device = find_device(settings['device'])
     set_up(device, training=False)
+    if settings['compare']:
+        return compare(settings)
     path = find_weights(settings['init_from']) if settings['init_from'] else Path(settings['out_dir'], settings['checkpoint'])
     model, checkpoint = load_model(path)
     model.to(device)
