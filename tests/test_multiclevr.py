@@ -139,6 +139,7 @@ def truncate(path):
     ('train/tok_rgb@256/000004.npy', lambda path: np.save(path, np.full((10, 256), -1)), 'tokens from -1 to -1'),
     ('val/caption/000004.json', lambda path: path.write_text('["a",'), 'caption/000004.json: unreadable or no JSON'),
     ('val/scene_desc/000004.json', lambda path: path.write_text('["a", 1]'), '000004.json: expected a list of 10 strings'),
+    ('val/scene_desc/000004.json', lambda path: path.write_text(json.dumps(['x' * 2001] * 10)), 'a text of 2,001 characters'),
     ('val/scene_desc/000004.json', lambda path: path.write_bytes(b'\xff'), '000004.json: unreadable or no JSON'),
 ])
 def test_faults_are_named(faulty, tmp_path, file, damage, line):
