@@ -192,8 +192,8 @@ class Padded(nn.Module):
 
 
 def step_of_nano4m(padded, settings, device, queue):
-    """Seconds and peak memory in GiB of a step of config/nano4m_multiclevr.py, with 64 real inputs and 64 real targets a sample,
-    of rgb, depth and normals. AdamW alone: what Muon costs is the same for both, and would hide the rest where samples are few."""
+    """Seconds and peak memory in GiB of a step of config/nano4m_multiclevr.py on 64 real inputs and 64 real targets a sample.
+    AdamW alone: what Muon costs is the same for both, and would hide the rest where samples are few."""
     torch.manual_seed(0)
     train.set_up(torch.device(device))
     device, names, B = torch.device(device), ('rgb', 'depth', 'normal'), settings['samples']
