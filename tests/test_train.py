@@ -15,6 +15,7 @@ import torch
 
 import train
 from config import UserError
+from tests import faults
 
 TINY = dict(model='fourm', dataset='scenes', n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, input_slots='16,32',
             target_slots='16', batch_size=8, micro_batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, log_interval=1,
@@ -101,6 +102,34 @@ def test_micro_batches_do_not_change_the_step(here):
     one, two = ([line['train_loss'] for line in lines(f'out/{run}') if 'train_loss' in line] for run in ('one', 'two'))
     assert one == pytest.approx(two, rel=1e-5)
     assert lines('out/one')[-1]['tokens'] == lines('out/two')[-1]['tokens']
+
+
+@pytest.mark.parametrize('chapter', faults.CASES)
+def test_every_split_over_processes_is_the_same_step(tmp_path, monkeypatch, chapter):
+    """Four micro-batches on one process, two or four: the loss and every gradient of the first step, dropout included, to rounding."""
+    monkeypatch.chdir(tmp_path)
+    faults.make_data(chapter, faults.CASES[chapter][0])
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, most):
+        parameters = list(parameters)
+        torch.save([p.grad for p in parameters], f'gradients_{os.environ["WORLD_SIZE"]}_{os.environ["RANK"]}.pt')
+        return clip(parameters, most)
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', spy)
+    found = {}
+    for world in (1, 2, 4):
+        processes = [faults.start(chapter, f'out/{world}', dict(
+            WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='localhost', MASTER_PORT=str(29700 + world)),
+            micro_batch_size=2, max_iters=1, log_interval=1) for rank in range(world)]
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
+        found[world] = torch.load(f'gradients_{world}_0.pt')
+        line = next(line for line in lines(f'out/{world}') if 'train_loss' in line)
+        assert line['train_loss'] == pytest.approx(lines('out/1')[1]['train_loss'], rel=1e-6)
+    for world in (2, 4):
+        for a, b in zip(found[1], found[world]):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * a.abs().max().item() + 1e-12)
 
 
 def test_target_loss_stops(here, capsys):
@@ -243,6 +272,20 @@ def test_stopped_by_a_signal(here):
         run(out_dir, **changes)
         assert all(torch.equal(value, whole[name]) for name, value in weights(out_dir).items())
         assert log == [{name: line[name] for name in kept if name in line} for line in lines(out_dir)]
+
+
+def test_killed_at_random():
+    assert faults.main(rounds=5) == 0
+
+
+def test_a_flipped_bit_is_found(here):
+    run('out/a', max_iters=1)
+    path = Path('out/a/ckpt_last.pt')
+    whole = path.read_bytes()
+    place = whole.index(weights('out/a')['query_embedding.weight'].numpy().tobytes()[:64])
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
+    with pytest.raises(UserError, match='ckpt_last.pt: damaged, truncated or not a checkpoint of this repository .BadZipFile.'):
+        run('out/a')
 
 
 def test_scitas(here):
@@ -396,7 +439,7 @@ def test_damaged_checkpoints(here, damage):
     run('out/a', max_iters=3)
     path = Path('out/a/ckpt_last.pt')
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match='ckpt_last.pt: truncated or not a checkpoint'):
+    with pytest.raises(UserError, match='ckpt_last.pt: damaged, truncated or not a checkpoint'):
         run('out/a')
 
 
