@@ -23,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import config
 from config import UserError
 from prepare.image_tokenizers import Config, ImageTokenizer, fit, from_network, reconstruction_loss, to_network
+from prepare.pictures import read_picture
 from prepare.text_tokenizers import decode_row, encode_rows, load_encoding, save_encoding, train_bpe
 
 SETTINGS = dict(source='', out='data/folder', size=64, views=4, steps=400, vocab_size=1024, caption_tokens=64, seed=0)
@@ -107,19 +108,6 @@ def tokenize(name, rgb, tokenizer=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
-
-def read_picture(path):
-    """Any picture file as an upright RGB image; what is transparent becomes white. Raises UserError."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert('RGBA')
-                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-            return image.convert('RGB')
-    except Exception as error:  # Pillow fails in many ways
-        raise UserError(f'{path}: not a picture that Pillow can read ({str(error) or type(error).__name__})')
-
 
 def read_caption(path):
     """One line. Raises UserError."""
