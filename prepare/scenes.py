@@ -103,7 +103,8 @@ def drawing(name, text, side):
         x, y = (x, y) if name == 'scene_desc' else (side * (i + 0.5) / len(objects), side / 2)
         r = (0.09 if size == 0 else 0.065) * 4 * side if name == 'caption' else 0.08 * 4 * side
         box = (4 * x - r, 4 * y - r, 4 * x + r, 4 * y + r)
-        style = dict(fill=COLORS[COLOR_NAMES[color]], outline='white' if MATERIALS[material] == 'metal' else 'black', width=side // 10)
+        outline = 'white' if MATERIALS[material] == 'metal' else 'black'
+        style = dict(fill=COLORS[COLOR_NAMES[color]], outline=outline, width=side // 10)
         if SHAPES[shape] == 'cylinder':
             draw.rounded_rectangle((box[0] + r / 4, box[1], box[2] - r / 4, box[3]), radius=r / 2, **style)
         else:
