@@ -238,8 +238,8 @@ class Data:
             low, high = array.min(initial=0), array.max(initial=0)
             assert array.ndim and array.dtype.kind in 'iuf', f'not an array of numbers: {array.dtype}'
         except Exception as error:  # NumPy fails in many ways
-            raise UserError(f'{path}: missing or damaged ({str(error) or type(error).__name__}); delete {path.parent.parent} to make '
-                            'it anew')
+            raise UserError(f'{path}: missing or damaged ({str(error) or type(error).__name__}); delete {path.parent.parent} to '
+                            'make it anew')
         if vocabulary and (low < -1 or high >= vocabulary):  # -1 marks the places after the end of a text
             raise UserError(f'{path}: token ids run from {low} to {high}, outside the vocabulary of {vocabulary}')
         if not np.isfinite(low + high):  # of real numbers
@@ -550,7 +550,7 @@ def find_run(out_dir, settings, stack):
     before = checkpoint['settings']
     if changed := [name for name in settings if name not in FREE and settings[name] != before.get(name)]:
         differ = ', '.join(f'{name}={before.get(name)!r}, not {settings[name]!r}' for name in changed[:3])
-        raise UserError(f'{out_dir} holds a run with {differ}: choose another --out_dir=, or --init_from=scratch to move it aside')
+        raise UserError(f'{out_dir} holds a run with {differ}: choose another --out_dir=, or --init_from=scratch moves it aside')
     return checkpoint
 
 
@@ -777,8 +777,8 @@ def run(assigned, files, stack):
                 samples = train_data.ids(step * settings['batch_size'], settings['batch_size'])
                 log({'step': step, 'grad_norm': str(norm), 'samples': samples})
                 raise UserError(f'step {step}: the gradient is not finite ({norm}). The state before it is in '
-                                f'{out_dir}/ckpt_fault.pt, its samples in log.jsonl; lower the learning rates, or leave such steps '
-                                'out by --skip=10')
+                                f'{out_dir}/ckpt_fault.pt, its samples in log.jsonl; lower the learning rates, or leave such '
+                                'steps out by --skip=10')
         if math.isfinite(norm) or scaler.is_enabled():
             update(optimizers, settings, step, scaler)
         else:

@@ -42,7 +42,7 @@ CASES = {  # chapter: what its data are, and its settings
     'maskgit': (dict(kind='rows', fields=dict(tokens=50), config=dict(vocab_size=50, grid='4x4')),
                 SMALL | dict(dropout=0.1)),
     'fourm': (dict(kind='rows', fields=dict(a=64, b=20), config=dict(modalities='a:8*8:4x4 b:20:8')),
-              dict(n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=16, input_slots='8,16', target_slots='16', dropout=0.1)),
+              dict(n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=16, input_slots='16', target_slots='16', dropout=0.1)),
     'flow': (dict(kind='rows', fields=dict(point=0), config=dict(image_size=0, channels=16, n_classes=0)),
              SMALL | dict(ema=0.9)),
     'vlm': (dict(kind='rows', fields=dict(image=256, tokens=50, counted=2),
@@ -91,7 +91,8 @@ def result(out_dir):
     """What two equal runs have in common: the checkpoints' contents, and the log without times."""
     kept = [train.read_checkpoint(Path(out_dir, f'ckpt_{name}.pt')) for name in ('last', 'best')]
     lines = [json.loads(line) for line in Path(out_dir, 'log.jsonl').read_text().splitlines()]
-    state, timed = ('step', 'best', 'tokens', 'weights', 'ema', 'optimizers'), ('seconds', 'tokens_per_second', 'mfu', 'data_wait')
+    state = ('step', 'best', 'tokens', 'weights', 'ema', 'optimizers')
+    timed = ('seconds', 'tokens_per_second', 'mfu', 'data_wait')
     return ([{name: checkpoint.get(name) for name in state} for checkpoint in kept],
             [{name: value for name, value in line.items() if name not in timed} for line in lines])
 
@@ -167,7 +168,7 @@ def readers():
         checkpoint=(Path('out/gpt/ckpt_last.pt').read_bytes(), train.read_checkpoint),
         png=(Path('good/a.png').read_bytes(), lambda path: mnist.Fields.read_image(None, path)),
         jpeg=(Path('good/a.jpg').read_bytes(), lambda path: mnist.Fields.read_image(None, path)),
-        prompts=('ab c\né\n'.encode(), lambda path: sample.read_prompts(model, fields, sample.SETTINGS | dict(prompts=str(path)))),
+        prompts=('ab c\né\n'.encode(), lambda path: sample.read_prompts(model, fields, dict(n=0, prompt='', prompts=str(path)))),
         encoding=(Path('encoding/encoding.json').read_bytes(), text_tokenizers.load_encoding))
 
 
@@ -218,7 +219,7 @@ def main(*arguments, **overrides):
             odd = fuzz(settings['fuzz'], draw)
         finally:
             os.chdir(before)
-    print(f'{settings["rounds"]} rounds of {", ".join(chapters)}: {signals} signals, {repeated} steps done twice, {faults} faults')
+    print(f'{settings["rounds"]} rounds of {", ".join(chapters)}: {signals} signals, {repeated} steps done twice, {faults} wrong')
     print(f'{settings["fuzz"]} damaged inputs: {odd} not refused properly')
     return faults + odd
 

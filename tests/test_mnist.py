@@ -276,7 +276,7 @@ def test_user_pictures(folder, tmp_path):
     Image.new('L', (28, 20)).save(tmp_path / 'wide.png')
     with pytest.raises(UserError, match='wide.png: 28x20 pixels; give a square picture'):
         fields.read_image(tmp_path / 'wide.png')
-    with pytest.raises(UserError, match='absent.png: not a picture'):
+    with pytest.raises(UserError, match='absent.png: no such picture'):
         fields.read_image(tmp_path / 'absent.png')
 
 
