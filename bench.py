@@ -192,8 +192,9 @@ class Padded(nn.Module):
 
 
 def step_of_nano4m(plain, empty, settings, device, queue):
-    """Loss, seconds and peak memory in GiB of a step of config/nano4m_multiclevr.py on 64 real inputs and 64 real targets a sample,
-    the plain way with `empty` more slots of each. AdamW alone: Muon costs the same in all, and would hide the rest at few samples."""
+    """Loss, seconds and peak memory in GiB of a step of config/nano4m_multiclevr.py on 64 real inputs and 64 real targets of each
+    sample, the plain way with `empty` more slots for both. AdamW alone: Muon takes the same time in all, most of it where
+    samples are few."""
     torch.manual_seed(0)
     train.set_up(torch.device(device))
     device, names, B = torch.device(device), ('rgb', 'depth', 'normal'), settings['samples']
