@@ -452,7 +452,7 @@ def columns_for(model, fields, settings, given, targets, index, own=None):
 def draw_fourm(model, fields, settings, path):
     """The picture that the settings ask for; without given and target: each from rgb alone, and rgb from the caption."""
     settings, own = settings | dict(n=settings['n'] or 6), own_input(model, fields, settings)
-    index = np.arange(settings['n'])
+    index = np.arange(min(settings['n'], len(fields.load(settings['split'], model.fields[0]))))
     if settings['chain'] or settings['given'] or settings['target'] or own:
         chains = [parse_chain(settings, model)]
     else:
