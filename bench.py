@@ -127,7 +127,7 @@ def gradient_of_head(chunked, settings, device, queue):
 
     def step():
         x.grad = head.grad = None
-        loss = cross_entropy(x, head, targets, most=2 ** 24 if chunked else settings['rows'] * V) / len(x)
+        loss = cross_entropy(x, head, targets, most=2 ** 24 if chunked else settings['rows'] * V).mean()
         loss.backward()
         return loss
     took = median_seconds(step, device, 3)
