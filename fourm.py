@@ -250,6 +250,7 @@ class FourM(nn.Module):
         super().__init__()
         self.config = config
         self.modalities = parse(config)
+        self.fields = tuple(m.name for m in self.modalities)  # what a batch holds
         self.N = self.modalities[-1].places.stop  # places of all modalities together; index N is the null token
         self.sections = [m.places for m in self.modalities]
         self.is_text = torch.tensor([m.is_text for m in self.modalities])

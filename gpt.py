@@ -246,6 +246,8 @@ def cap(logits, softcap):
 
 
 class GPT(nn.Module):
+    fields = 'tokens',  # what a batch holds
+
     def __init__(self, config):
         super().__init__()
         self.config = config

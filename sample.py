@@ -349,7 +349,7 @@ def draw_digits(model, fields, settings, path):
 def score_gpt(model, fields, settings, folder, meta, path):
     """The exact negative log-likelihood of the whole validation set, each token predicted once; of digits also what the judge
     says of generated ones, and how fast they were generated."""
-    data, device, nll = Data(folder, 'val', meta, model.config.block_size), model.turn.device, []
+    data, device, nll = Data(folder, 'val', meta, model.fields, model.config.block_size), model.turn.device, []
     for ids in tqdm(np.array_split(np.arange(data.n), -(-data.n // 32)), desc='score', unit='batch'):
         tokens = data.rows(ids)['tokens'].to(device)
         with exact(settings, device):

@@ -11,6 +11,7 @@ and pictures; the same command goes on where a stopped run was, bit for bit on a
 Everything random follows from (seed, step, micro-batch): the global batch of a step is a list of micro-batches, and each
 has the same samples, masks and noise whichever process computes it.
 """
+import copy
 import dataclasses
 import importlib
 import json
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -55,6 +57,7 @@ SETTINGS = dict(
     beta1=0.9, beta2=0.95,    # of AdamW
     momentum=0.95,            # of Muon
     grad_clip=1.0,            # largest norm of the gradient; 0 switches clipping off
+    ema=0.0,                  # evaluate, draw and sample with a running mean of the weights, of this decay a step; 0 is none
     # evaluation and logs
     eval_interval=500,        # steps between evaluations; the last step is always evaluated
     eval_iters=0,             # micro-batches an evaluation, always the same ones; 0 is the whole validation set
@@ -157,8 +160,9 @@ def compile_blocks(model, device):
 # Data
 
 def read_meta(folder):
-    """data/NAME/meta.json: kind ('rows' or 'stream'), the module in prepare/ that made it, fields {name: vocabulary size}, the
-    model settings that it decides."""
+    """data/NAME/meta.json: kind ('rows' or 'stream'), the module in prepare/ that made it, fields {name: vocabulary size, 0 for
+    real numbers}, and in `config` the settings that it decides for every model that has them. Optional: files {field: the array
+    on disk, where it has another name}, views {field: number of pre-made views}."""
     path = Path(folder, 'meta.json')
     try:
         meta = json.loads(path.read_text())
@@ -190,16 +194,20 @@ def make_once(name, path):
 
 
 class Data:
-    """One split as memory-mapped arrays; sample(s) and their order follow from the seed alone.
+    """One split as memory-mapped arrays, of the fields that the model reads; sample(s) and their order follow from the seed alone.
 
-    rows: sample i is row i of each field; where meta has `views`, it has so many pre-made variants along a second axis, of which
-    each epoch takes one, and evaluation the first. stream: one long run of tokens, cut into windows of T + 1; each epoch shifts
-    the grid of windows, so that every token gets to be predicted from every distance; in evaluation each is predicted once.
+    rows: sample i is row i of each field; a field in meta's `views` has so many pre-made variants along a second axis, of which
+    each epoch takes one, the same for all fields, and evaluation the first. stream: one long run of tokens, cut into windows of
+    T + 1; each epoch shifts the grid of windows, so that every token gets to be predicted from every distance; in evaluation
+    each is predicted once.
     """
-    def __init__(self, folder, split, meta, block_size=0, seed=0):
+    def __init__(self, folder, split, meta, names, block_size=0, seed=0):
         self.meta, self.block_size, self.seed, self.orders = meta, block_size, seed, {}
-        self.arrays = {name: self.read(Path(folder, split, f'{name}.npy'), vocabulary)
-                       for name, vocabulary in meta['fields'].items()}
+        if missing := [name for name in names if name not in meta['fields']]:
+            raise UserError(f'{folder} has no {missing[0]!r}, which this model reads (it has {", ".join(meta["fields"])}): choose '
+                            'another dataset or model')
+        files = meta.get('files', {})
+        self.arrays = {name: self.read(Path(folder, split, f'{files.get(name, name)}.npy'), meta['fields'][name]) for name in names}
         sizes = {name: len(array) for name, array in self.arrays.items()}
         if len(set(sizes.values())) > 1:
             raise UserError(f'{Path(folder, split)}: the fields differ in length ({sizes}); delete {folder} to make it anew')
@@ -217,26 +225,32 @@ class Data:
         except (OSError, ValueError) as error:
             raise UserError(f'{path}: missing or damaged ({error}); delete {path.parent.parent} to make it anew')
         low, high = array.min(initial=0), array.max(initial=0)
-        if low < -1 or high >= vocabulary:  # -1 marks the places after the end of a text
+        if vocabulary and (low < -1 or high >= vocabulary):  # -1 marks the places after the end of a text
             raise UserError(f'{path}: token ids run from {low} to {high}, outside the vocabulary of {vocabulary}')
+        if not np.isfinite(low + high):  # of real numbers
+            raise UserError(f'{path}: holds numbers that are not finite; delete {path.parent.parent} to make it anew')
         return array
 
     def rows(self, ids, shift=0, view=0):
-        """{field: (B, ...)} of the samples with these ids; -1 stands after the end of a stream."""
-        if self.meta['kind'] == 'rows':
-            index = (ids, view) if 'views' in self.meta else ids
-            return {name: torch.from_numpy(array[index].astype(np.int64)) for name, array in self.arrays.items()}
-        index = shift + ids[:, None] * self.block_size + np.arange(self.block_size + 1)  # (B, T + 1)
-        over = index >= self.length
-        index[over] = 0
-        return {name: torch.from_numpy(np.where(over, -1, array[index].astype(np.int64))) for name, array in self.arrays.items()}
+        """{field: (B, ...)} of the samples with these ids, integers as int64, reals as float32; -1 stands after the end of a stream."""
+        views, over = self.meta.get('views', {}), None
+        if self.meta['kind'] == 'stream':
+            ids = shift + ids[:, None] * self.block_size + np.arange(self.block_size + 1)  # (B, T + 1)
+            over = ids >= self.length
+            ids = np.where(over, 0, ids)
+        batch = {}
+        for name, array in self.arrays.items():
+            array = array[(ids, view) if name in views else ids]
+            array = array.astype(np.float32 if array.dtype.kind == 'f' else np.int64)
+            batch[name] = torch.from_numpy(array if over is None else np.where(over, -1, array))
+        return batch
 
     def order(self, epoch):
         """The epoch's permutation of sample ids, the shift of a stream's windows, and the view of each sample."""
         if epoch not in self.orders:
             random = np.random.default_rng((self.seed, epoch))
             self.orders = {epoch: (random.permutation(self.n), int(random.integers(max(1, self.block_size))),
-                                   random.integers(self.meta.get('views', 1), size=self.n))}
+                                   random.integers(max(self.meta.get('views', {'': 1}).values()), size=self.n))}
         return self.orders[epoch]
 
     def take(self, start, count):
@@ -322,11 +336,11 @@ def check_data(folder, meta, checkpoint):
 
 
 def load_model(path):
-    """The trained model of a checkpoint, in evaluation mode on the CPU, and the checkpoint."""
+    """The trained model of a checkpoint, in evaluation mode on the CPU, and the checkpoint; the mean weights where it has them."""
     checkpoint = read_checkpoint(path)
     chapter = importlib.import_module(checkpoint['settings']['model'])
     model = chapter.Model(chapter.Config(**checkpoint['model_config']))
-    model.load_state_dict(checkpoint['weights'])
+    model.load_state_dict(checkpoint.get('ema') or checkpoint['weights'])
     return model.eval(), checkpoint
 
 
@@ -367,6 +381,12 @@ def update(optimizers, settings, step):
             group['lr'] = group.setdefault('initial_lr', group['lr']) * schedule(step, settings)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def follow(mean, model, decay, step):
+    """Moves the running mean of the weights towards those after this step; the first steps are soon forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(decay)(list(mean.parameters()), list(model.parameters()), step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,12 +444,9 @@ def resolve(assigned, source=None):
 def make_model(chapter, settings, meta, assigned):
     """The model with the settings of its Config; those that the data set decides cannot be set by hand."""
     for name, value in meta['config'].items():
-        if name not in settings:
-            raise UserError(f'dataset={settings["dataset"]!r} is made for models with a setting {name}, which '
-                            f'model={settings["model"]!r} has not: choose another dataset or model')
         if name in assigned and settings[name] != value:
             raise UserError(f'{assigned[name][1]}: {name} is decided by the data set ({value!r}); leave it out')
-    own = {field.name: settings[field.name] for field in dataclasses.fields(chapter.Config)} | meta['config']
+    own = {field.name: meta['config'].get(field.name, settings[field.name]) for field in dataclasses.fields(chapter.Config)}
     try:
         return chapter.Model(chapter.Config(**own))
     except (AssertionError, TypeError, ValueError) as error:
@@ -448,8 +465,8 @@ def load_weights(model, source, folder, meta):
                         f'{str(error).splitlines()[1].strip()})')
 
 
-def start_or_resume(out_dir, settings, folder, meta, model, optimizers):
-    """The state of the run in out_dir, loaded into model and optimizers; that of a new run where there is none."""
+def start_or_resume(out_dir, settings, folder, meta, model, mean, optimizers):
+    """The state of the run in out_dir, loaded into model, mean and optimizers; that of a new run where there is none."""
     last = out_dir / 'ckpt_last.pt'
     if settings['init_from'] == 'scratch' and last.exists() and is_main():
         aside = next(path for i in range(1, 10 ** 6) if not (path := Path(f'{out_dir}.{i}')).exists())
@@ -465,6 +482,8 @@ def start_or_resume(out_dir, settings, folder, meta, model, optimizers):
                         'choose another --out_dir=, or --init_from=scratch to move it aside')
     check_data(folder, meta, checkpoint)
     model.load_state_dict(checkpoint['weights'])
+    if mean is not model:
+        mean.load_state_dict(checkpoint['ema'])
     for optimizer, state in zip(optimizers, checkpoint['optimizers']):
         optimizer.load_state_dict(state)
     log = out_dir / 'log.jsonl'
@@ -522,10 +541,11 @@ def main(*arguments, **overrides):
     if source:
         load_weights(raw_model, source, folder, meta)
     block_size = settings.get('block_size', 0)
-    train_data, val_data = (Data(folder, split, meta, block_size, settings['seed']) for split in ('train', 'val'))
+    train_data, val_data = (Data(folder, split, meta, raw_model.fields, block_size, settings['seed']) for split in ('train', 'val'))
     raw_model.to(device)
+    mean = copy.deepcopy(raw_model) if settings['ema'] else raw_model  # the model that is evaluated and sampled from
     optimizers = make_optimizers(raw_model, settings)
-    state = start_or_resume(out_dir, settings, folder, meta, raw_model, optimizers)
+    state = start_or_resume(out_dir, settings, folder, meta, raw_model, mean, optimizers)
     if settings['compile']:
         compile_blocks(raw_model, device)
     model = DistributedDataParallel(raw_model) if world > 1 else raw_model
@@ -548,13 +568,13 @@ def main(*arguments, **overrides):
     @torch.no_grad()
     @torch.compiler.set_stance('force_eager')  # few steps, many shapes: not worth compiling
     def evaluate():
-        raw_model.eval()
+        mean.eval()
         total, batches = {}, -(-val_data.n // size)
         jobs = [(val_data, raw_model, settings, j) for j in range(min(settings['eval_iters'] or batches, batches))]
         for batch in prefetched(evaluation_batch, jobs[rank::world], device):
             with autocast(device, dtype):
-                total = add_logs(total, raw_model(to_device(batch, device))[1])
-        raw_model.train()
+                total = add_logs(total, mean(to_device(batch, device))[1])
+        mean.train()
         return means(total)[0]
 
     def save(name, step):
@@ -562,7 +582,8 @@ def main(*arguments, **overrides):
             save_checkpoint(out_dir / name, dict(
                 settings=settings, model_config=dataclasses.asdict(raw_model.config), meta=meta, step=step, best=best,
                 seconds=seconds, tokens=int(tokens), weights=raw_model.state_dict(), dtype=str(dtype),
-                optimizers=[optimizer.state_dict() for optimizer in optimizers], threads=torch.get_num_threads()))
+                optimizers=[optimizer.state_dict() for optimizer in optimizers], threads=torch.get_num_threads())
+                | (dict(ema=mean.state_dict()) if settings['ema'] else {}))
 
     start, best, seconds, tokens = state['step'], state['best'], state['seconds'], state['tokens']
     if start >= settings['max_iters']:
@@ -594,8 +615,8 @@ def main(*arguments, **overrides):
                 if settings['pictures'] and is_main():
                     import sample
                     with torch.compiler.set_stance('force_eager'):
-                        sample.draw(raw_model.eval(), folder, meta, out_dir / f'sample_{step:06d}.png')
-                    raw_model.train()
+                        sample.draw(mean.eval(), folder, meta, out_dir / f'sample_{step:06d}.png')
+                    mean.train()
             reached = val_loss <= settings['target_loss']
             if reached and is_main():
                 print(f'val_loss {val_loss:.4f} <= target_loss after {int(tokens):,} tokens, {seconds:.1f} s')
@@ -620,6 +641,8 @@ def main(*arguments, **overrides):
             total = add_logs(total, logs)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings['grad_clip'] or float('inf'))
         update(optimizers, settings, step)
+        if settings['ema']:
+            follow(mean, raw_model, settings['ema'], step)
         bar.update()
 
         # log

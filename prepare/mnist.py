@@ -7,7 +7,7 @@ MNIST as pictures and as tokens: 28x28 handwritten digits, and the same in 14x14
 
 A row of tokens is the class (0..9), then 49 patches in raster order: 10 + the four bits of the patch, also in raster order, the
 first the most significant. So there are 26 different tokens. Training rows come in --views=8 views: 0 is the plain picture, the
-others are cropped and resized at random. Beside the tokens the folder keeps raw_image.npy (n, 28, 28), raw_label.npy (n,) and two
+others are cropped and resized at random. Beside the tokens the folder keeps image.npy (n, 28, 28), label.npy (n,) and two
 judges (prepare/judge.py), one for each kind of picture. The files (LeCun et al., 1998) are downloaded once into the cache folder.
 """
 import gzip
@@ -166,20 +166,20 @@ class Fields:
 
     def real(self, split, size, view=0):
         """The pictures (n, size, size) of a split."""
-        return to_images(self.load(split, 'tokens')[:, view]) if size == 14 else self.load(split, 'raw_image')
+        return to_images(self.load(split, 'tokens')[:, view]) if size == 14 else self.load(split, 'image')
 
     def score(self, images, labels, split='val'):
         """{metric: dict} of pictures (n, H, H) uint8 made for labels (n,), as judge.score returns it; H chooses the judge. No
         more are scored than the split has pictures, so that it is always one set against an equally large one. Raises ValueError
         where H is neither 14 nor 28."""
-        size, n = images.shape[1], min(len(images), len(self.load(split, 'raw_label')))
+        size, n = images.shape[1], min(len(images), len(self.load(split, 'label')))
         if size not in JUDGES:
             raise ValueError(f'pictures of {size} pixels a side: there are judges for {list(JUDGES)}')
         views = self.load('train', 'tokens').shape[1] if size == 14 else 1
         return judge.score(
             judge.Judge.load(self.folder / f'judge_{JUDGES[size]}.pt'), images[:n], np.asarray(labels)[:n],
-            self.real(split, size)[:n], self.load(split, 'raw_label')[:n],
-            [self.real('train', size, view) for view in range(views)], self.load('train', 'raw_label'))
+            self.real(split, size)[:n], self.load(split, 'label')[:n],
+            [self.real('train', size, view) for view in range(views)], self.load('train', 'label'))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def main(*arguments, **overrides):
         views = settings['views'] if split == 'train' else 1
         parts = [view_tokens(images[i:i + 5000], labels[i:i + 5000], views, random) for i in range(0, len(images), 5000)]
         (folder / split).mkdir(parents=True, exist_ok=True)
-        for name, array in dict(tokens=np.concatenate(parts), raw_image=images, raw_label=labels).items():
+        for name, array in dict(tokens=np.concatenate(parts), image=images, label=labels).items():
             np.save(folder / split / f'{name}.npy', array)
     quality = {}
     for size, name in JUDGES.items():
@@ -207,7 +207,8 @@ def main(*arguments, **overrides):
         network.save(folder / f'judge_{name}.pt')
         quality[f'judge_{name}'] = float((network.logits(held_out).argmax(1) == truth).mean())
         print(f'judge of {name} {size}x{size} pictures: {quality[f"judge_{name}"]:.1%} of {len(truth):,} held-out ones right')
-    meta = dict(kind='rows', fields=dict(tokens=26), views=settings['views'], config=dict(vocab_size=26, block_size=49),
+    facts = dict(vocab_size=26, block_size=49, grid='7x7', n_classes=10, image_size=28, channels=1)
+    meta = dict(kind='rows', fields=dict(tokens=26, image=256, label=10), views=dict(tokens=settings['views']), config=facts,
                 prepare='mnist', classes=CLASSES[kind], quality=quality, settings=settings)
     (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
 

@@ -341,7 +341,11 @@ def main(*arguments, **overrides):
             write(folder / split, {name: encode_rows(encoding, texts, length)})
         meta['fields'][name] = encoding.n_vocab
         entries.append(f'{name}:{encoding.n_vocab}:{length}')
-    meta['config']['modalities'] = ' '.join(entries)
+    _, levels, grid = entries[0].split(':')  # chapters that know one modality get rgb, as tokens or as the picture itself
+    meta['config'] = dict(modalities=' '.join(entries), vocab_size=meta['fields']['rgb'], levels=levels, grid=grid,
+                          block_size=(size // tokenizer.config.patch) ** 2 - 1, image_size=size, channels=3, n_classes=0)
+    meta['fields'] |= dict(tokens=meta['fields']['rgb'], image=256)
+    meta['files'] = dict(tokens='rgb', image='raw_rgb')
     (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
 
 

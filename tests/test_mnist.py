@@ -224,12 +224,12 @@ def test_independent_pixels_have_the_classes_means():
 
 def test_the_folder(folder):
     meta = json.loads((folder / 'meta.json').read_text())
-    assert meta['kind'] == 'rows' and meta['fields'] == dict(tokens=26) and meta['prepare'] == 'mnist'
-    assert meta['config'] == dict(vocab_size=26, block_size=49) and meta['settings']['views'] == 3
+    assert meta['kind'] == 'rows' and meta['fields'] == dict(tokens=26, image=256, label=10) and meta['prepare'] == 'mnist'
+    assert meta['config']['vocab_size'] == 26 and meta['config']['block_size'] == 49 and meta['settings']['views'] == 3
     assert meta['quality']['judge_grey'] > 0.8 and meta['quality']['judge_binary'] > 0.8  # learnt in 100 steps; chance is 0.1
     fields = mnist.Fields(folder)
     assert fields.load('train', 'tokens').shape == (400, 3, 50) and fields.load('val', 'tokens').shape == (200, 1, 50)
-    tokens, images, labels = (fields.load('val', name) for name in ('tokens', 'raw_image', 'raw_label'))
+    tokens, images, labels = (fields.load('val', name) for name in ('tokens', 'image', 'label'))
     assert (tokens[:, 0, 0] == labels).all() and images.dtype == labels.dtype == np.uint8
     assert (fields.encode(fields.decode(tokens[:, 0]), labels).numpy() == tokens[:, 0]).all()
     assert (fields.decode(tokens[:, 0]) == mnist.binary(images)).all() and len(fields.classes) == 10
@@ -243,7 +243,7 @@ def test_the_folder(folder):
 @pytest.mark.parametrize('size', [14, 28])
 def test_scores(folder, size):
     fields = mnist.Fields(folder)
-    held_out, labels = fields.real('val', size), fields.load('val', 'raw_label')
+    held_out, labels = fields.real('val', size), fields.load('val', 'label')
     scores = fields.score(held_out, labels)
     assert list(scores) == ['accuracy', 'precision', 'recall', 'frechet', 'copies', 'near_copies']
     means = {name: one['value'] if name == 'frechet' else one['parts'][..., 0].mean() for name, one in scores.items()}
@@ -253,7 +253,7 @@ def test_scores(folder, size):
     assert 0 < scores['frechet']['floor'] < scores['frechet']['baseline']
     assert all(one['parts'].shape == (200, 1, 2) for name, one in scores.items() if name != 'frechet')
 
-    copied = fields.score(fields.real('train', size)[:30], fields.load('train', 'raw_label')[:30])
+    copied = fields.score(fields.real('train', size)[:30], fields.load('train', 'label')[:30])
     assert (copied['copies']['parts'] == 1).all() and copied['copies']['parts'].shape == (30, 1, 2)
     wrong = fields.score(held_out, (labels + 1) % 10)['accuracy']['parts']
     assert wrong[..., 0].mean() < 0.2

@@ -108,10 +108,10 @@ def test_parser_targets():
 
 def test_the_folder(work):
     meta = json.loads((work / 'data/scenes/meta.json').read_text())
-    assert meta['kind'] == 'rows' and list(meta['fields']) == ['rgb', 'depth', 'normal', 'segmentation', 'scene_desc', 'caption']
+    assert meta['kind'] == 'rows' and list(meta['fields']) == [*scenes.IMAGES, *scenes.TEXTS, 'tokens', 'image']
     fields = scenes.Fields(work / 'data/scenes')
     index = np.arange(10)
-    for name in meta['fields']:
+    for name in scenes.IMAGES + scenes.TEXTS:
         ids = fields.load('val', name)
         assert len(ids) == 32 and ids.max() < meta['fields'][name]
         raw = fields.decode(name, torch.from_numpy(np.array(ids[:10])).long())

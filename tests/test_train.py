@@ -128,30 +128,73 @@ def save_data(folder, kind, train_array, val_array, **meta):
 def test_stream_windows(tmp_path):
     """Every token but the ends is a target once an epoch, the grid moves from epoch to epoch; in evaluation every token is one."""
     meta = save_data(tmp_path, 'stream', np.arange(1000), np.arange(96))
-    data = train.Data(tmp_path, 'train', meta, 10)
+    data = train.Data(tmp_path, 'train', meta, ['tokens'], 10)
     first, second = data.take(0, data.n)['tokens'], data.take(data.n, data.n)['tokens']
     assert first.shape == (99, 11) and len(first[:, 1:].unique()) == 990
     assert (first[:, 1:] - first[:, :-1] == 1).all() and set(first[:, 0].tolist()) != set(second[:, 0].tolist())
     assert torch.equal(data.take(90, 16)['tokens'], torch.cat((first[90:], second[:7])))  # a batch that straddles epochs
-    val = train.Data(tmp_path, 'val', meta, 10)
+    val = train.Data(tmp_path, 'val', meta, ['tokens'], 10)
     rows = val.rows(np.arange(val.n))['tokens']
     assert rows[:, 1:][rows[:, 1:] >= 0].tolist() == list(range(1, 96)) and rows[-1].tolist() == [90, 91, 92, 93, 94, 95] + [-1] * 5
     with pytest.raises(UserError, match='96 tokens are too few for a context of 96'):
         save_data(tmp_path, 'stream', np.arange(96), np.arange(96))
-        train.Data(tmp_path, 'train', meta, 96)
+        train.Data(tmp_path, 'train', meta, ['tokens'], 96)
 
 
 def test_views(tmp_path):
     """One view a sample and epoch, the same for a resumed run; evaluation sees the first."""
     array = np.arange(600).reshape(50, 4, 3)
-    meta = save_data(tmp_path, 'rows', array, array[:, :1], views=4)
-    data = train.Data(tmp_path, 'train', meta)
+    meta = save_data(tmp_path, 'rows', array, array[:, :1], views={'tokens': 4})
+    data = train.Data(tmp_path, 'train', meta, ['tokens'])
     rows = torch.cat([data.take(50 * epoch, 50)['tokens'] for epoch in range(30)])
     assert rows.shape == (1500, 3) and (rows[:, 1:] - rows[:, :-1] == 1).all()
     assert all(sorted((rows[50 * e:50 * e + 50, 0] // 12).tolist()) == list(range(50)) for e in range(30))
     assert (rows[:, 0] // 3 % 4).bincount().min() > 300
-    assert torch.equal(train.Data(tmp_path, 'train', meta).take(70, 9)['tokens'], rows[70:79])
-    assert torch.equal(train.Data(tmp_path, 'val', meta).rows(np.arange(50))['tokens'], torch.from_numpy(array[:, 0]))
+    assert torch.equal(train.Data(tmp_path, 'train', meta, ['tokens']).take(70, 9)['tokens'], rows[70:79])
+    assert torch.equal(train.Data(tmp_path, 'val', meta, ['tokens']).rows(np.arange(50))['tokens'], torch.from_numpy(array[:, 0]))
+
+
+def test_reals_and_other_names_on_disk(tmp_path):
+    """A field of real numbers beside integers, under another name, without views where another field has them."""
+    meta = save_data(tmp_path, 'rows', np.arange(600).reshape(50, 4, 3), np.arange(30).reshape(10, 1, 3), views={'tokens': 4},
+                     fields=dict(tokens=1000, point=0), files=dict(point='raw_point'))
+    for split, n in (('train', 50), ('val', 10)):
+        np.save(tmp_path / split / 'raw_point.npy', np.arange(n)[:, None] / 2)
+    batch = train.Data(tmp_path, 'train', meta, ['point', 'tokens']).take(0, 8)
+    assert batch['point'].dtype == torch.float32 and batch['tokens'].dtype == torch.int64
+    assert torch.equal(batch['point'][:, 0] * 2, batch['tokens'][:, 0] // 12)
+    with pytest.raises(UserError, match="has no 'image', which this model reads .it has tokens, point"):
+        train.Data(tmp_path, 'train', meta, ['image'])
+    np.save(tmp_path / 'val/raw_point.npy', np.array([[0.0], [np.nan]]))
+    with pytest.raises(UserError, match='raw_point.npy: holds numbers that are not finite'):
+        train.Data(tmp_path, 'val', meta, ['point'])
+
+
+def test_mean_of_the_weights(here):
+    """Evaluated and sampled from; the weights of training go on as without it; it survives a stop."""
+    run('out/plain')
+    run('out/mean', ema=0.9)
+    checkpoint = train.read_checkpoint(Path('out/mean/ckpt_last.pt'))
+    assert all(torch.equal(value, checkpoint['weights'][name]) for name, value in weights('out/plain').items())
+    model, _ = train.load_model(Path('out/mean/ckpt_last.pt'))
+    assert torch.equal(model.state_dict()['place_embedding.weight'], checkpoint['ema']['place_embedding.weight'])
+    run('out/parts', ema=0.9, max_iters=3, decay=1e-9)
+    run('out/parts', ema=0.9, decay=1e-9)
+    run('out/whole', ema=0.9, decay=1e-9)
+    whole, parts = (train.read_checkpoint(Path(f'out/{name}/ckpt_last.pt'))['ema'] for name in ('whole', 'parts'))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_follow():
+    """The first steps count for little: after n steps of weights 1, 2, ... the mean is near the last of them."""
+    mean, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    expected = mean.weight.item()
+    for step in range(20):
+        torch.nn.init.constant_(model.weight, step)
+        train.follow(mean, model, 0.6, step)
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        assert mean.weight.item() == pytest.approx(expected, rel=1e-5)
 
 
 GPT = dict(model='gpt', dataset='toy', n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iters=3, device='cpu', compile=False,
@@ -222,7 +265,7 @@ def test_damaged_checkpoints(here, damage):
 
 def test_checkpoint_of_another_model(here):
     run('out/a', max_iters=3)
-    with pytest.raises(UserError, match="dataset='scenes' is made for models with a setting modalities, which model='gpt' has not"):
+    with pytest.raises(UserError, match="out/a holds a run with model='fourm', not 'gpt'"):
         train.main(out_dir='out/a', model='gpt', dataset='scenes', device='cpu')
 
 
