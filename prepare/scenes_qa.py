@@ -19,7 +19,9 @@ pictures are not copied but read from data/scenes.
 Some pairs of color and shape (HELD_OUT) are in no training picture, as in CLEVR-CoGenT: val/questions.jsonl asks about pictures without
 them, val/new_pairs.jsonl about pictures with them.
 """
+import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -31,9 +33,9 @@ import config
 from config import UserError
 from prepare.scenes import COLOR_NAMES, MATERIALS, NAMES, SHAPES, SIZES
 from prepare.text_tokenizers import save_words
-from prepare.vqa import Fields, template, write_meta, write_rows  # noqa: F401  (sample.py takes Fields from here)
+from prepare.vqa import Fields, template, write_meta, write_questions, write_rows  # noqa: F401  (sample.py takes Fields from here)
 
-SETTINGS = dict(scenes='data/scenes', out='data/scenes_qa', n_turns=12, length=116, seed=0)
+SETTINGS = dict(scenes='data/scenes', out='data/scenes_qa', n_turns=12, length=128, seed=0)
 HELD_OUT = (('purple', 'cube'), ('cyan', 'sphere'), ('yellow', 'cylinder'))
 SHAPE, COLOR, MATERIAL, SIZE = range(4)  # the columns of raw_objects, before x and y
 ATTRIBUTES = tuple(NAMES)
@@ -76,7 +78,9 @@ class Scene:
         self.objects = objects[objects[:, 0] >= 0]
         self.fits = ((FILTERS[:, None] == self.objects[None, :, :4]) | (FILTERS[:, None] < 0)).all(-1)  # (filters, K)
         self.count, self.random = self.fits.sum(1), random
-        self.unique = (self.count == 1).nonzero()[0]
+        self.names = [{} for _ in self.objects]  # of each object: kind -> filters that fit it alone
+        for f in (self.count == 1).nonzero()[0].tolist():
+            self.names[self.fits[f].argmax()].setdefault(KINDS[f], []).append(f)
 
     def choose(self, options):
         """One of a list or an array; None where it is empty."""
@@ -84,12 +88,9 @@ class Scene:
 
     def the(self, silent=None, other=None):
         """A filter that fits one object alone and is silent about one attribute, and the object; (None, None) where there is none."""
-        fine = self.unique if silent is None else self.unique[FILTERS[self.unique, silent] < 0]
         k = self.choose([k for k in range(len(self.objects)) if k != other])
-        fine = fine[self.fits[fine, k]]
-        kinds = KINDS[fine]
-        f = self.choose(fine[kinds == self.choose(kinds)]) if len(fine) else None
-        return (None, None) if f is None else (f, k)
+        kind = self.choose([kind for kind in self.names[k] if silent is None or not kind >> silent & 1])
+        return (None, None) if kind is None else (self.choose(self.names[k][kind]), k)
 
     def beside(self, side, k):
         """Which objects (K,) lie on this side of object k; None where one is too near to tell."""
@@ -188,7 +189,7 @@ def converse(objects, random, heard, n_turns, tries=8):
     Counter a (family, kind), which this goes on with; of several questions the one with the rarest answer is asked, and none whose
     answer is ahead of its opposite."""
     scene, turns, asked = Scene(objects, random), [], set()
-    families = [name for _ in range(1 + n_turns // len(FAMILIES)) for name in random.permutation(list(FAMILIES))]
+    families = [name for _ in range(1 + n_turns // len(FAMILIES)) for name in random.permutation(list(FAMILIES)).tolist()]
     for family in families * 2:
         found = [one for one in (FAMILIES[family](scene) for _ in range(tries)) if one]
         found = [(lead(heard.setdefault((family, kind), Counter()), answer), i, kind, question, answer)
@@ -217,6 +218,16 @@ def has_new_pair(objects):
                    for color, shape in HELD_OUT], 0)
 
 
+def encoding_name(out):
+    """The name of the vocabulary in a folder: runs on data with the same one can start from each other."""
+    return 'scenes-' + hashlib.sha256((out / 'words.json').read_bytes()).hexdigest()[:8]
+
+
+def link(scenes, out):
+    """The path of the pictures of one folder as seen from a split of another."""
+    return f'../../{os.path.relpath(scenes, out.parent)}/{{split}}/raw_rgb'
+
+
 def load_objects(folder, split):
     path = Path(folder, split, 'raw_objects.npy')
     try:
@@ -227,15 +238,12 @@ def load_objects(folder, split):
 
 def write_split(out, way, objects, index, name, random, settings):
     """Conversations about the scenes with these numbers: NAME.jsonl, and the rows that train.py reads."""
-    heard, lines, rows, where = {}, [], [], []
-    for i in tqdm(index, desc=name, unit='scene'):
-        turns = converse(objects[i], random, heard, settings['n_turns'])
-        row = way.rows([turn[1:] for turn in turns], settings['length'])[0]
-        rows, where = rows + [row], where + [i]
-        lines.append(dict(image=int(i), turns=[turn[1:] for turn in turns], families=[turn[0] for turn in turns]))
+    heard = {}
+    turns = [converse(objects[i], random, heard, settings['n_turns']) for i in tqdm(index, desc=name, unit='scene')]
+    talks = [[turn[1:] for turn in talk] for talk in turns]
     if name != 'new_pairs':
-        write_rows(out, rows, np.array(where, np.int32))
-    (out / f'{name}.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        write_rows(out, [way.rows(talk, settings['length'])[0] for talk in talks], index.astype(np.int32))
+    write_questions(out / f'{name}.jsonl', index.tolist(), talks, [[turn[0] for turn in talk] for talk in turns])
 
 
 def main(*arguments, **overrides):
@@ -244,13 +252,15 @@ def main(*arguments, **overrides):
     out.mkdir(parents=True, exist_ok=True)
     (out / 'meta.json').unlink(missing_ok=True)
     save_words(out / 'words.json', vocabulary())
-    way, most = template('', out), 0
+    way = template('', out)
     for split, seed in (('val', 1), ('train', 0)):
         objects, random = load_objects(scenes, split), np.random.default_rng((settings['seed'], seed))
-        new, most = has_new_pair(objects), max(most, len(objects))
+        new = has_new_pair(objects)
         write_split(out / split, way, objects, (~new).nonzero()[0], 'questions', random, settings)
         if split == 'val':
             write_split(out / split, way, objects, new.nonzero()[0], 'new_pairs', random, settings)
+    size = np.load(scenes / 'val' / 'raw_rgb.npy', mmap_mode='r').shape[1]
+    write_meta(out, way, encoding_name(out), settings['length'], size, 1, 'scenes_qa', settings, link(scenes, out))
 
 
 if __name__ == '__main__':

@@ -39,9 +39,11 @@ class Template:
 
     def ask(self, question, n_images=0):
         """The ids that lead to an answer: pictures, the question, and the word that asks for the answer. Raises UserError."""
-        if not question.strip():
-            raise UserError('an empty question')
-        return [self.image] * n_images + self.encoding.encode_ordinary(f' Question: {question.strip()} Answer:')
+        question = question.strip()
+        if not question:
+            raise UserError('an empty question: write one')
+        text = f' Question: {question[0].upper()}{question[1:]} Answer:'
+        return [self.image] * n_images + self.encoding.encode_ordinary(text)
 
     def reply(self, answer):
         """An answer's ids and its end: what is learned."""
@@ -193,6 +195,14 @@ def write_rows(folder, rows, image_index):
         np.save(folder / f'{name}.npy', array)
 
 
+def write_questions(path, images, talks, families=None):
+    """The conversations once more as text, a line each, to score and to draw: numbers of pictures, turns, families of questions."""
+    families = families or [[''] * len(talk) for talk in talks]
+    lines = [json.dumps(dict(image=image, turns=talk, families=kinds)) + '\n' for image, talk, kinds in zip(images, talks, families)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(''.join(lines))
+
+
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     if not settings['input']:
@@ -201,7 +211,7 @@ def main(*arguments, **overrides):
     conversations, images, way = read_conversations(path), Path(settings['images'] or path.parent), template('smollm2')
     (out / 'meta.json').unlink(missing_ok=True)
     order = np.random.default_rng(settings['seed']).permutation(len(conversations))
-    n_val, most = max(1, round(settings['val_share'] * len(order))), 0
+    n_val = max(1, round(settings['val_share'] * len(order)))
     if n_val >= len(order):
         raise UserError(f'{path}: {len(order)} conversations are too few for training and validation')
     for split, part in (('val', order[:n_val]), ('train', order[n_val:])):
@@ -217,16 +227,15 @@ def main(*arguments, **overrides):
         pictures = np.lib.format.open_memmap(out / split / 'pictures.npy', 'w+', np.uint8, (len(numbers), size, size, 3))
         for name, i in tqdm(numbers.items(), desc=f'{split} pictures', unit='picture'):
             pictures[i] = read_picture(images / name, size)
-        lines = [dict(image=[numbers[name] for name in conversations[i][0]], turns=conversations[i][1]) for i in part]
-        (out / split / 'questions.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-        most = max(most, len(numbers))
-    write_meta(out, way, 'smollm2', settings['length'], size, len(conversations[0][0]), most, 'vqa', settings, 'pictures')
+        write_questions(out / split / 'questions.jsonl', [[numbers[name] for name in conversations[i][0]] for i in part],
+                        [conversations[i][1] for i in part])
+    write_meta(out, way, 'smollm2', settings['length'], size, len(conversations[0][0]), 'vqa', settings, 'pictures')
 
 
-def write_meta(out, way, encoding, length, size, n_images, most, prepare, settings, pictures):
-    """meta.json, last: its presence says that all is there. `most` pictures lie in the files named by `pictures`."""
+def write_meta(out, way, encoding, length, size, n_images, prepare, settings, pictures):
+    """meta.json, last: its presence says that all is there. `pictures` names the file that holds them."""
     V = max(way.encoding.n_vocab, way.image + 1)
-    meta = dict(kind='rows', prepare=prepare, encoding=encoding, fields=dict(tokens=V, counted=2, scene=most, image=256),
+    meta = dict(kind='rows', prepare=prepare, encoding=encoding, fields=dict(tokens=V, counted=2, image=256),
                 files=dict(image=pictures), index=dict(image='scene'), settings=settings,
                 config=dict(vocab_size=V, block_size=length, image_token=way.image, image_size=size, channels=3, n_images=n_images))
     (out / 'meta.json').write_text(json.dumps(meta, indent=1))

@@ -1,0 +1,59 @@
+"""
+The data set `scenes_align`: descriptions of the pictures of data/scenes, from which the eyes of chapter 5 learn to see.
+
+    python -m prepare.scenes_align       (train.py runs it by itself when data/scenes_align is missing)
+
+    Question: Describe the picture. Answer: row 3 column 1 large red metal sphere row 5 column 6 small blue rubber cube
+
+From left to right, where each object's middle is, in cells of 8x8 to a picture, then what it is: the place comes first, since
+who knows where to look learns soon what is there. An answer to a question tells one bit or two of a picture, a description 50.
+The vocabulary, and the pictures that are held out, are those of prepare/scenes_qa.py.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import config
+from config import UserError
+from prepare.scenes import COLOR_NAMES, MATERIALS, SHAPES, SIZES
+from prepare.scenes_qa import encoding_name, has_new_pair, link, load_objects, vocabulary
+from prepare.text_tokenizers import save_words
+from prepare.vqa import Fields, template, write_meta, write_questions, write_rows  # noqa: F401  (sample.py takes Fields from here)
+
+SETTINGS = dict(scenes='data/scenes', out='data/scenes_align')
+QUESTION = 'Describe the picture.'
+
+
+def describe(objects, size):
+    """Objects (K, 6) of a picture of `size` pixels -> text."""
+    return ' '.join(f'row {cell(y, size)} column {cell(x, size)} {SIZES[z]} {COLOR_NAMES[c]} {MATERIALS[m]} {SHAPES[s]}'
+                    for s, c, m, z, x, y in objects if s >= 0)
+
+
+def cell(place, size):
+    return min(max(8 * place // size, 0), 7)
+
+
+def main(*arguments, **overrides):
+    settings = config.apply(config.read(arguments, overrides), SETTINGS)
+    out, scenes = Path(settings['out']), Path(settings['scenes'])
+    out.mkdir(parents=True, exist_ok=True)
+    (out / 'meta.json').unlink(missing_ok=True)
+    save_words(out / 'words.json', vocabulary())
+    way, size = template('', out), np.load(scenes / 'val' / 'raw_rgb.npy', mmap_mode='r').shape[1]
+    length = len(way.ask(QUESTION, 1)) + 6 * load_objects(scenes, 'val').shape[1] + 1
+    for split in ('val', 'train'):
+        objects = load_objects(scenes, split)
+        index = (~has_new_pair(objects)).nonzero()[0]
+        turns = [[[QUESTION, describe(rows, size)]] for rows in objects[index].tolist()]
+        write_rows(out / split, [way.rows(turn, length)[0] for turn in turns], index.astype(np.int32))
+        write_questions(out / split / 'questions.jsonl', index.tolist(), turns)
+    write_meta(out, way, encoding_name(out), length, size, 1, 'scenes_align', settings, link(scenes, out))
+
+
+if __name__ == '__main__':
+    try:
+        main(*sys.argv[1:])
+    except (UserError, OSError) as error:
+        sys.exit(f'error: {error}')
