@@ -15,7 +15,6 @@ A chain names what is given, then targets with optional steps and order (random,
 generated, conditions the next. Pictures are written as PNG into the run's folder, scores as scores.json; the path is printed.
 """
 import importlib
-import json
 import math
 import sys
 import time
@@ -23,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import config
 from config import UserError
+from prepare.report import alone, bootstrap, save_grid, save_scores
 from train import Data, autocast, check_data, find_device, find_dtype, find_weights, load_model, read_meta, set_up
 
 SETTINGS = dict(
@@ -60,220 +59,23 @@ SETTINGS = dict(
     n_score=1000,             # held-out scenes, or generated digits, to score
 )
 ORDERS = ('random', 'confidence', 'raster')
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# nano4M: chains
-
-def parse_chain(settings, model):
-    """The given modalities and the targets as (name, steps, order), checked against those of the model."""
-    names = [m.name for m in model.modalities]
-    given, target = settings['chain'].split('>') if settings['chain'].count('>') == 1 else (settings['given'], settings['target'])
-    if settings['chain'] and settings['chain'].count('>') != 1:
-        raise UserError(f'--chain={settings["chain"]!r}: write given>target,target:steps:order, as in "rgb>depth:8,scene_desc"')
-    given = [name for name in given.split(',') if name]
-    targets = []
-    for entry in target.split(',') if target else [name for name in names if name not in given]:
-        name, *rest = entry.split(':')
-        steps, order = (rest + [''] * 2)[:2] if len(rest) < 3 else ('?', '')
-        if (steps and not steps.isdecimal()) or (order and order not in ORDERS):
-            raise UserError(f'target {entry!r}: write name:steps:order with a number of steps and one of {", ".join(ORDERS)}')
-        targets.append((name, int(steps or settings['steps']), order or settings['order']))  # 0 steps: chosen by `manner`
-    for name in given + [name for name, *_ in targets]:
-        if name not in names:
-            raise UserError(f'there is no modality {name!r}; this model has {", ".join(names)}')
-    asked = given + [name for name, *_ in targets]
-    if repeated := [name for name in asked if asked.count(name) > 1]:
-        raise UserError(f'{repeated[0]!r} stands twice among given and targets')
-    return given, targets
-
-
-def manner(model, name, known, steps, settings):
-    """(steps, temperature, guidance) for a target. Where the rgb picture is known, hardly more than one answer is right: the likeliest
-    one, at once. Otherwise many are, and a picture's tokens have to agree with each other: a few at a time, drawn at random."""
-    is_text = next(m.is_text for m in model.modalities if m.name == name)
-    chosen = (1, 0.0, 1.0) if is_text or name != 'rgb' and 'rgb' in known else (8, 0.4, 2.0)
-    return steps or chosen[0], chosen_temperature(settings, chosen[1]), settings['guidance'] or chosen[2]
+BELONGS = dict(  # the chapters that a setting means something to; to all, where it is not named
+    given='fourm', target='fourm', chain='fourm', text='fourm', image='fourm', guidance='fourm', steps='fourm', order='fourm',
+    schedule='fourm', min_p='gpt', prompt='gpt', prompts='gpt', max_new_tokens='gpt', complete='gpt')
 
 
 def chosen_temperature(settings, default):
     return default if math.isnan(settings['temperature']) else settings['temperature']
 
 
-def generate(model, given, targets, settings, generator=None):
-    """Runs a chain: {name: ids} for the given and all generated modalities."""
-    known, device = dict(given), model.turn.device
-    for name, steps, order in targets:
-        steps, temperature, guidance = manner(model, name, known, steps, settings)
-        with autocast(device, find_dtype(settings['dtype'], device)):
-            known |= model.generate(known, [name], steps, temperature, settings['top_k'], settings['top_p'], order,
-                                    settings['schedule'], guidance, generator)
-    return known
-
-
-def read_ids(fields, name, split, index):
-    return torch.from_numpy(fields.load(split, name)[index].astype(np.int64))
-
-
-def columns_for(model, fields, settings, given, targets, index, own=None):
-    """Columns {title: [pictures]} of one chain: what is given, then each target's truth beside what was generated."""
-    ids = own or {name: read_ids(fields, name, settings['split'], index) for name in given}
-    ids = ids or {targets[0][0]: torch.full((settings['n'], fields.load('val', targets[0][0]).shape[1]), -1)}
-    generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
-    found = generate(model, ids, targets, settings, generator)
-    columns = {}
-    for name in [*given, *(name for name, *_ in targets)]:
-        raw = fields.decode(name, found[name])
-        drawn = [fields.picture(name, one) for one in raw]
-        if own is None and given:
-            truth = [fields.picture(name, one) for one in fields.truth(settings['split'], name, index)]
-            columns[f'{name} (given)' if name in given else f'{name} (truth)'] = truth
-        if name not in given or own is not None:
-            columns[f'{name} (given)' if name in given else name] = drawn
-        if isinstance(raw, list) and (own is not None or len(index) <= 2):
-            print('\n'.join(dict.fromkeys(f'{name}: {text}' for text in raw)))  # equal ones once
-    return columns
-
-
-def save_grid(columns, path, scale=2):
-    """Columns of equally large pictures under their titles, as one PNG."""
-    some = next(iter(columns.values()))
-    side, rows, gap, head = some[0].shape[0] * scale, len(some), 4, 18
-    canvas = Image.new('RGB', (len(columns) * (side + gap) - gap, head + rows * (side + gap) - gap), 'white')
-    draw = ImageDraw.Draw(canvas)
-    for x, (title, pictures) in enumerate(columns.items()):
-        draw.text((x * (side + gap) + 2, 3), title, fill='black')
-        for y, picture in enumerate(pictures):
-            canvas.paste(Image.fromarray(picture).resize((side, side), Image.NEAREST), (x * (side + gap), head + y * (side + gap)))
-    canvas.save(path, optimize=True)
-    print(f'wrote {path}')
-
-
-def draw_fourm(model, fields, settings, path, own=None):
-    """The picture that the settings ask for; without given and target: each from rgb alone, and rgb from the caption."""
-    settings = settings | dict(n=settings['n'] or 6)
-    index = np.arange(settings['n'])
-    if settings['chain'] or settings['given'] or settings['target'] or own:
-        chains = [parse_chain(settings, model)]
-    else:
-        names = [m.name for m in model.modalities]
-        first = names[0]
-        chains = [([first], [(name, settings['steps'], settings['order'])]) for name in names[1:]]
-        if 'caption' in names[1:]:
-            chains.append((['caption'], [(first, settings['steps'], settings['order'])]))
-    columns = {}
-    for given, targets in chains:
-        columns |= columns_for(model, fields, settings, given, targets, index, own)
-    save_grid(columns, path)
-
-
-def own_input(model, fields, settings):
-    """The user's text or picture as the given modality; None where there is none."""
-    given, _ = parse_chain(settings, model)
-    if not (settings['text'] or settings['image']):
-        return None
-    own = {}
-    for name in given:
-        is_text = next(m.is_text for m in model.modalities if m.name == name)
-        if is_text and settings['text']:
-            own[name] = fields.read_text(name, settings['text'])
-        elif not is_text and settings['image']:
-            own[name] = fields.read_image(name, settings['image'])
-        else:
-            raise UserError(f'--given={name} needs {"--text" if is_text else "--image"} beside '
-                            f'{"--image" if is_text else "--text"}; or give neither, for held-out scenes')
-    if not own:
-        raise UserError('--text and --image need --given=NAME, the modality that they are')
-    return {name: ids.repeat(settings['n'] or 6, 1) for name, ids in own.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# nano4M: scores
-
-def bootstrap(parts, draws=1000):
-    """Value and bootstrap 95 % interval of a metric given as (n, k, 2) numerators and denominators: the mean over k of the ratio
-    of sums over the n samples."""
-    n = len(parts)
-
-    def value(weight):  # (draws, n)
-        num, den = np.einsum('dn,nkc->cdk', weight, parts)
-        return np.nanmean(np.where(den > 0, num / np.maximum(den, 1e-12), np.nan), -1)
-    resampled = value(np.random.default_rng(0).multinomial(n, np.ones(n) / n, draws).astype(float))
-    low, high = np.percentile(resampled, (2.5, 97.5))
-    return dict(value=float(value(np.ones((1, n)))[0]), low=float(low), high=float(high), n=n)
-
-
-def retrieval(model, fields, settings, n, gallery=100):
-    """Recall@1 of captions by pictures and of pictures by captions within galleries of 100 held-out scenes, ranked by
-    ln p(caption | rgb) - ln p(caption); equal captions count as the same."""
-    hits = {'rgb>caption': [], 'caption>rgb': []}
-    for start in range(0, n - n % gallery, gallery):
-        index = np.arange(start, start + gallery)
-        rgb, captions = (read_ids(fields, name, settings['split'], index) for name in ('rgb', 'caption'))
-        with autocast(model.turn.device, find_dtype(settings['dtype'], model.turn.device)):
-            ratio = (model.log_prob({'rgb': rgb}, 'caption', captions)
-                     - model.log_prob({'rgb': torch.full_like(rgb[:1], -1)}, 'caption', captions)).cpu()
-        same = (captions[:, None] == captions[None]).all(-1)
-        hits['rgb>caption'] += same[range(gallery), ratio.argmax(1)].tolist()
-        hits['caption>rgb'] += same[range(gallery), ratio.argmax(0)].tolist()
-    return {f'{way}/recall_at_1_of_{gallery}': np.stack((np.array(h, float), np.ones(len(h))), -1)[:, None] for way, h in hits.items()}
-
-
-def score_fourm(model, fields, settings, path):
-    """Every modality from every other: each cell's metrics with ceiling (the tokenizer's own reconstruction, or the text itself) and
-    baseline (a predictor that sees nothing). Prints a table and writes scores.json."""
-    names, split = [m.name for m in model.modalities], settings['split']
-    index = np.arange(min(settings['n_score'], len(fields.load(split, names[0]))))
-    scores, bounds = {}, {}
-    for name in names:  # what a perfect and what a blind model would reach
-        ceiling = fields.score(name, fields.decode(name, read_ids(fields, name, split, index)), split, index)
-        blind = fields.score(name, fields.baseline(name, split, index), split, index)
-        bounds[name] = {key: dict(ceiling=bootstrap(ceiling[key], 1)['value'], baseline=bootstrap(blind[key], 1)['value'])
-                        for key in ceiling}
-    real = fields.score('rgb', fields.truth(split, 'rgb', index), split, index) if 'rgb' in names else {}
-    scores |= {f'parser on true renders/{key}': bootstrap(parts) for key, parts in real.items()}
-    parse_chain(settings, model)  # complains of unknown names
-    sources, targets = (settings[key].split(',') if settings[key] else names for key in ('given', 'target'))
-    cells = [(a, b) for b in names for a in names if a != b and a in sources and b in targets]
-    for a, b in tqdm(cells, desc='score', unit='cell'):
-        parts = []
-        for part in np.array_split(index, max(1, len(index) // 250)):
-            given = {a: read_ids(fields, a, split, part)}
-            generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
-            ids = generate(model, given, [(b, settings['steps'], settings['order'])], settings, generator)[b]
-            parts.append(fields.score(b, fields.decode(b, ids), split, part))
-        for key in parts[0]:
-            scores[f'{a}>{b}/{key}'] = bootstrap(np.concatenate([part[key] for part in parts])) | bounds[b][key]
-    if {'rgb', 'caption'} <= set(names) and len(index) >= 100:
-        scores |= {key: bootstrap(parts) | dict(baseline=0.01) for key, parts in retrieval(model, fields, settings, len(index)).items()}
-    path.write_text(json.dumps(scores, indent=1))
-    print(table(scores))
-    print(f'wrote {path}')
-
-
-def alone(value, n):
-    """A score without an interval, in the form of the others."""
-    return dict(value=value, low=value, high=value, n=n)
-
-
-def table(scores):
-    """scores.json as lines of text."""
-    lines = [f'{"":42}{"value":>9}{"95 % interval":>20}{"floor":>10}{"ceiling":>10}{"baseline":>10}']
-    for name, score in scores.items():
-        interval = f'{score["low"]:.4g} .. {score["high"]:.4g}'
-        bounds = ''.join(f'{score[key]:10.4g}' if key in score else f'{"":10}' for key in ('floor', 'ceiling', 'baseline'))
-        lines.append(f'{name:42}{score["value"]:9.4g}{interval:>20}{bounds}')
-    return '\n'.join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# GPT
-
 def exact(settings, device):
     """Autocast for a GPT: float32 on a CPU unless asked otherwise; one token at a time has no use for faster matrix products."""
     cpu = settings['dtype'] == 'auto' and device.type == 'cpu'
     return autocast(device, torch.float32 if cpu else find_dtype(settings['dtype'], device))
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT
 
 def sampler(model, settings, temperature, end=-1):
     """model.stream's arguments after the tokens and their number."""
@@ -300,6 +102,8 @@ def read_prompts(model, fields, settings):
 
 def write_texts(model, fields, settings):
     """Continues the prompts and prints them; a single one appears as it is written. Returns the texts."""
+    if settings['complete']:
+        raise UserError('complete is for models of pictures, this one is of text: leave it out')
     tokens = read_prompts(model, fields, settings).to(model.turn.device)
     device, alone, end = tokens.device, len(tokens) == 1, -1 if fields.end is None else fields.end
     rows, waiting = tokens.tolist(), tokens[0].tolist()
@@ -346,18 +150,27 @@ def draw_digits(model, fields, settings, path):
     save_grid(columns, path, scale=4)
 
 
-def score_gpt(model, fields, settings, folder, meta, path):
+def draw_gpt(model, fields, settings, path):
+    """Pictures at `path`, or texts on the screen; returns these."""
+    if not hasattr(fields, 'classes'):
+        return write_texts(model, fields, settings)
+    if settings['prompt'] or settings['prompts']:
+        raise UserError('prompt and prompts are for models of text, this one is of pictures: leave them out')
+    draw_digits(model, fields, settings, path)
+
+
+def score_gpt(model, fields, settings, data, path):
     """The exact negative log-likelihood of the whole validation set, each token predicted once; of digits also what the judge
     says of generated ones, and how fast they were generated."""
-    data, device, nll = Data(folder, 'val', meta, model.fields, model.config.block_size), model.turn.device, []
+    device, nll = model.turn.device, []
     for ids in tqdm(np.array_split(np.arange(data.n), -(-data.n // 32)), desc='score', unit='batch'):
         tokens = data.rows(ids)['tokens'].to(device)
         with exact(settings, device):
             nll.append(torch.stack((-model.log_prob(tokens), (tokens[:, 1:] >= 0).sum(1)), -1).cpu())
     nll = torch.cat(nll)[:, None].double().numpy()  # (n, 1, 2): nats and tokens of each window or picture
     scores = {'nats/token': bootstrap(nll) | dict(baseline=math.log(model.config.vocab_size))}
-    if meta['kind'] == 'stream':
-        scores['bits/byte'] = bootstrap(nll / [math.log(2), 1 / meta['bytes_per_token']]) | dict(baseline=8.0)
+    if data.meta['kind'] == 'stream':
+        scores['bits/byte'] = bootstrap(nll / [math.log(2), 1 / data.meta['bytes_per_token']]) | dict(baseline=8.0)
     else:
         scores['nats/image given the class'] = bootstrap(nll / [1, 49])
         labels, started = np.arange(settings['n_score']) % 10, time.perf_counter()
@@ -367,11 +180,175 @@ def score_gpt(model, fields, settings, folder, meta, path):
         for name, score in fields.score(fields.decode(tokens), labels).items():
             scores[name] = (bootstrap(score.pop('parts')) if 'parts' in score else alone(score.pop('value'), len(labels))) | score
         scores['generation, tokens/s'] = alone(rate, len(labels))
-    path.write_text(json.dumps(scores, indent=1))
-    print(f'{table(scores)}\nwrote {path}')
+    save_scores(scores, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# nano4M: chains
+
+def parse_chain(settings, model):
+    """The given modalities and the targets as (name, steps, order), checked against those of the model."""
+    names = [m.name for m in model.modalities]
+    given, target = settings['chain'].split('>') if settings['chain'].count('>') == 1 else (settings['given'], settings['target'])
+    if settings['chain'] and settings['chain'].count('>') != 1:
+        raise UserError(f'--chain={settings["chain"]!r}: write given>target,target:steps:order, as in "rgb>depth:8,scene_desc"')
+    given = [name for name in given.split(',') if name]
+    targets = []
+    for entry in target.split(',') if target else [name for name in names if name not in given]:
+        name, *rest = entry.split(':')
+        steps, order = (rest + [''] * 2)[:2] if len(rest) < 3 else ('?', '')
+        if (steps and not steps.isdecimal()) or (order and order not in ORDERS):
+            raise UserError(f'target {entry!r}: write name:steps:order with a number of steps and one of {", ".join(ORDERS)}')
+        targets.append((name, int(steps or settings['steps']), order or settings['order']))  # 0 steps: chosen by `manner`
+    for name in given + [name for name, *_ in targets]:
+        if name not in names:
+            raise UserError(f'there is no modality {name!r}; this model has {", ".join(names)}')
+    asked = given + [name for name, *_ in targets]
+    if repeated := [name for name in asked if asked.count(name) > 1]:
+        raise UserError(f'{repeated[0]!r} stands twice among given and targets')
+    return given, targets
+
+
+def manner(model, name, known, steps, settings):
+    """(steps, temperature, guidance) for a target. Where the rgb picture is known, hardly more than one answer is right: the likeliest
+    one, at once. Otherwise many are, and a picture's tokens have to agree with each other: a few at a time, drawn at random."""
+    is_text = next(m.is_text for m in model.modalities if m.name == name)
+    chosen = (1, 0.0, 1.0) if is_text or name != 'rgb' and 'rgb' in known else (8, 0.4, 2.0)
+    return steps or chosen[0], chosen_temperature(settings, chosen[1]), settings['guidance'] or chosen[2]
+
+
+def generate(model, given, targets, settings, generator=None):
+    """Runs a chain: {name: ids} for the given and all generated modalities."""
+    known, device = dict(given), model.turn.device
+    for name, steps, order in targets:
+        steps, temperature, guidance = manner(model, name, known, steps, settings)
+        with autocast(device, find_dtype(settings['dtype'], device)):
+            known |= model.generate(known, [name], steps, temperature, settings['top_k'], settings['top_p'], order,
+                                    settings['schedule'], guidance, generator)
+    return known
+
+
+def read_ids(fields, name, split, index):
+    return torch.from_numpy(fields.load(split, name)[index].astype(np.int64))
+
+
+def columns_for(model, fields, settings, given, targets, index, own=None):
+    """Columns {title: [pictures]} of one chain: what is given, then each target's truth beside what was generated."""
+    ids = own or {name: read_ids(fields, name, settings['split'], index) for name in given}
+    ids = ids or {targets[0][0]: torch.full((settings['n'], fields.load('val', targets[0][0]).shape[1]), -1)}
+    generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
+    found = generate(model, ids, targets, settings, generator)
+    columns = {}
+    for name in [*given, *(name for name, *_ in targets)]:
+        raw = fields.decode(name, found[name])
+        drawn = [fields.picture(name, one) for one in raw]
+        if own is None and given:
+            truth = [fields.picture(name, one) for one in fields.truth(settings['split'], name, index)]
+            columns[f'{name} (given)' if name in given else f'{name} (truth)'] = truth
+        if name not in given or own is not None:
+            columns[f'{name} (given)' if name in given else name] = drawn
+        if isinstance(raw, list) and (own is not None or len(index) <= 2):
+            print('\n'.join(dict.fromkeys(f'{name}: {text}' for text in raw)))  # equal ones once
+    return columns
+
+
+def draw_fourm(model, fields, settings, path):
+    """The picture that the settings ask for; without given and target: each from rgb alone, and rgb from the caption."""
+    settings, own = settings | dict(n=settings['n'] or 6), own_input(model, fields, settings)
+    index = np.arange(settings['n'])
+    if settings['chain'] or settings['given'] or settings['target'] or own:
+        chains = [parse_chain(settings, model)]
+    else:
+        names = [m.name for m in model.modalities]
+        first = names[0]
+        chains = [([first], [(name, settings['steps'], settings['order'])]) for name in names[1:]]
+        if 'caption' in names[1:]:
+            chains.append((['caption'], [(first, settings['steps'], settings['order'])]))
+    columns = {}
+    for given, targets in chains:
+        columns |= columns_for(model, fields, settings, given, targets, index, own)
+    save_grid(columns, path)
+
+
+def own_input(model, fields, settings):
+    """The user's text or picture as the given modality; None where there is none."""
+    if not (settings['text'] or settings['image']):
+        return None
+    given, _ = parse_chain(settings, model)
+    own = {}
+    for name in given:
+        is_text = next(m.is_text for m in model.modalities if m.name == name)
+        if is_text and settings['text']:
+            own[name] = fields.read_text(name, settings['text'])
+        elif not is_text and settings['image']:
+            own[name] = fields.read_image(name, settings['image'])
+        else:
+            raise UserError(f'--given={name} needs {"--text" if is_text else "--image"} beside '
+                            f'{"--image" if is_text else "--text"}; or give neither, for held-out scenes')
+    if not own:
+        raise UserError('--text and --image need --given=NAME, the modality that they are')
+    return {name: ids.repeat(settings['n'] or 6, 1) for name, ids in own.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nano4M: scores
+
+def retrieval(model, fields, settings, n, gallery=100):
+    """Recall@1 of captions by pictures and of pictures by captions within galleries of 100 held-out scenes, ranked by
+    ln p(caption | rgb) - ln p(caption); equal captions count as the same."""
+    hits = {'rgb>caption': [], 'caption>rgb': []}
+    for start in range(0, n - n % gallery, gallery):
+        index = np.arange(start, start + gallery)
+        rgb, captions = (read_ids(fields, name, settings['split'], index) for name in ('rgb', 'caption'))
+        with autocast(model.turn.device, find_dtype(settings['dtype'], model.turn.device)):
+            ratio = (model.log_prob({'rgb': rgb}, 'caption', captions)
+                     - model.log_prob({'rgb': torch.full_like(rgb[:1], -1)}, 'caption', captions)).cpu()
+        same = (captions[:, None] == captions[None]).all(-1)
+        hits['rgb>caption'] += same[range(gallery), ratio.argmax(1)].tolist()
+        hits['caption>rgb'] += same[range(gallery), ratio.argmax(0)].tolist()
+    return {f'{way}/recall_at_1_of_{gallery}': np.stack((np.array(h, float), np.ones(len(h))), -1)[:, None] for way, h in hits.items()}
+
+
+def score_fourm(model, fields, settings, data, path):
+    """Every modality from every other: each cell's metrics with ceiling (the tokenizer's own reconstruction, or the text itself) and
+    baseline (a predictor that sees nothing). Prints a table and writes scores.json."""
+    names, split = model.fields, settings['split']
+    index = np.arange(min(settings['n_score'], data.n))
+    scores, bounds = {}, {}
+    for name in names:  # what a perfect and what a blind model would reach
+        ceiling = fields.score(name, fields.decode(name, read_ids(fields, name, split, index)), split, index)
+        blind = fields.score(name, fields.baseline(name, split, index), split, index)
+        bounds[name] = {key: dict(ceiling=bootstrap(ceiling[key], 1)['value'], baseline=bootstrap(blind[key], 1)['value'])
+                        for key in ceiling}
+    real = fields.score('rgb', fields.truth(split, 'rgb', index), split, index) if 'rgb' in names else {}
+    scores |= {f'parser on true renders/{key}': bootstrap(parts) for key, parts in real.items()}
+    parse_chain(settings, model)  # complains of unknown names
+    sources, targets = (settings[key].split(',') if settings[key] else names for key in ('given', 'target'))
+    cells = [(a, b) for b in names for a in names if a != b and a in sources and b in targets]
+    for a, b in tqdm(cells, desc='score', unit='cell'):
+        parts = []
+        for part in np.array_split(index, max(1, len(index) // 250)):
+            given = {a: read_ids(fields, a, split, part)}
+            generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
+            ids = generate(model, given, [(b, settings['steps'], settings['order'])], settings, generator)[b]
+            parts.append(fields.score(b, fields.decode(b, ids), split, part))
+        for key in parts[0]:
+            scores[f'{a}>{b}/{key}'] = bootstrap(np.concatenate([part[key] for part in parts])) | bounds[b][key]
+    if {'rgb', 'caption'} <= set(names) and len(index) >= 100:
+        scores |= {key: bootstrap(parts) | dict(baseline=0.01) for key, parts in retrieval(model, fields, settings, len(index)).items()}
+    save_scores(scores, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All chapters
+
+DRAW = dict(gpt=draw_gpt, fourm=draw_fourm)  # (model, fields, settings, path of a picture): writes it, or returns texts
+SCORE = dict(gpt=score_gpt, fourm=score_fourm)  # (model, fields, settings, validation data, path of scores.json)
+
+
+def chapter_of(model):
+    return type(model).__module__
+
 
 def fields_of(folder, meta):
     """The data set's own decoder and judge, from the prepare module that made it."""
@@ -380,16 +357,12 @@ def fields_of(folder, meta):
 
 def draw(model, folder, meta, path):
     """What train.py draws at an evaluation: a picture at `path`, or a text beside it."""
-    fields = fields_of(folder, meta)
-    if hasattr(model, 'modalities'):
-        draw_fourm(model, fields, SETTINGS, path)
-    elif hasattr(fields, 'classes'):
-        draw_digits(model, fields, SETTINGS, path)
-    else:
-        path.with_suffix('.txt').write_text(write_texts(model, fields, SETTINGS | dict(max_new_tokens=300))[0])
+    texts = DRAW[chapter_of(model)](model, fields_of(folder, meta), SETTINGS | dict(max_new_tokens=300), path)
+    if texts:
+        path.with_suffix('.txt').write_text(texts[0])
 
 
-def check(settings, model, fields):
+def check(settings, model):
     """Raises UserError where a setting has no meaning, or none for this model."""
     if settings['order'] not in ORDERS or settings['schedule'] not in ('linear', 'cosine'):
         raise UserError(f'order is one of {", ".join(ORDERS)}, schedule linear or cosine')
@@ -402,11 +375,9 @@ def check(settings, model, fields):
         raise UserError(f'top_k={settings["top_k"]} must be 0 (all) to {most or "the size of the vocabulary"}')
     if not 0 <= settings['complete'] < 1:
         raise UserError(f'complete={settings["complete"]} must be at least 0 and below 1')
-    kind = 'nano4M' if hasattr(model, 'modalities') else 'pictures' if hasattr(fields, 'classes') else 'text'
-    for name, belongs in dict(given='nano4M', target='nano4M', chain='nano4M', text='nano4M', image='nano4M', guidance='nano4M',
-                              steps='nano4M', prompt='text', prompts='text', complete='pictures').items():
-        if settings[name] != SETTINGS[name] and kind != belongs:
-            raise UserError(f'{name} is for models of {belongs}, this one is of {kind}: leave it out')
+    for name, chapters in BELONGS.items():
+        if settings[name] != SETTINGS[name] and chapter_of(model) not in chapters.split():
+            raise UserError(f'{name} is a setting of {chapters.replace(" ", ", ")}, this run is of {chapter_of(model)}: leave it out')
 
 
 def main(*arguments, **overrides):
@@ -420,19 +391,12 @@ def main(*arguments, **overrides):
     if not settings['init_from']:
         check_data(folder, read_meta(folder), checkpoint)
     fields = fields_of(folder, meta)
-    check(settings, model, fields)
-    picture = out_dir / time.strftime('sample_%Y%m%d_%H%M%S.png')
-    if not hasattr(model, 'modalities'):
-        if settings['score']:
-            score_gpt(model, fields, settings, folder, meta, out_dir / 'scores.json')
-        elif hasattr(fields, 'classes'):
-            draw_digits(model, fields, settings, picture)
-        else:
-            write_texts(model, fields, settings)
-    elif settings['score']:
-        score_fourm(model, fields, settings, out_dir / 'scores.json')
+    check(settings, model)
+    if settings['score']:
+        data = Data(folder, settings['split'], meta, model.fields, getattr(model.config, 'block_size', 0))
+        SCORE[chapter_of(model)](model, fields, settings, data, out_dir / 'scores.json')
     else:
-        draw_fourm(model, fields, settings, picture, own_input(model, fields, settings))
+        DRAW[chapter_of(model)](model, fields, settings, out_dir / time.strftime('sample_%Y%m%d_%H%M%S.png'))
 
 
 if __name__ == '__main__':

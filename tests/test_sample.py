@@ -10,7 +10,7 @@ from PIL import Image
 import sample
 import train
 from config import UserError
-from prepare import judge, mnist, text
+from prepare import judge, mnist, report, text
 from tests.test_mnist import toy_digits
 from tests.test_train import TINY
 
@@ -75,7 +75,7 @@ def test_scores(out_dir, capsys):
 
 def test_bootstrap():
     parts = np.stack((np.arange(100.0), np.full(100, 2.0)), -1)[:, None]
-    score = sample.bootstrap(parts)
+    score = report.bootstrap(parts)
     assert score['value'] == pytest.approx(49.5 / 2) and score['n'] == 100
     error = np.arange(100).std() / 2 / 10
     assert score['high'] - score['low'] == pytest.approx(2 * 1.96 * error, rel=0.15)

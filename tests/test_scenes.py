@@ -18,7 +18,7 @@ OBJECTS = np.array([(0, 0, 0, 0, -2, 31), (1, 6, 1, 1, 40, 9), (2, 4, 0, 1, 63, 
 
 
 def value(parts):
-    """A metric of numerators and denominators (n, k, 2), as sample.bootstrap computes it."""
+    """A metric of numerators and denominators (n, k, 2), as report.bootstrap computes it."""
     num, den = parts.sum(0).T
     return (num[den > 0] / den[den > 0]).mean()
 

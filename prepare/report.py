@@ -1,0 +1,76 @@
+"""
+What sample.py leaves behind: grids of pictures and GIFs, and tables of scores with bootstrap intervals.
+"""
+import json
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+def save_grid(columns, path, scale=2):
+    """Columns of equally large pictures under their titles, as one PNG."""
+    some = next(iter(columns.values()))
+    side, rows, gap, head = some[0].shape[0] * scale, len(some), 4, 18
+    canvas = Image.new('RGB', (len(columns) * (side + gap) - gap, head + rows * (side + gap) - gap), 'white')
+    draw = ImageDraw.Draw(canvas)
+    for x, (title, pictures) in enumerate(columns.items()):
+        draw.text((x * (side + gap) + 2, 3), title, fill='black')
+        for y, picture in enumerate(pictures):
+            canvas.paste(Image.fromarray(picture).resize((side, side), Image.NEAREST), (x * (side + gap), head + y * (side + gap)))
+    canvas.save(path, optimize=True)
+    print(f'wrote {path}')
+
+
+def save_gif(frames, path, scale=2, seconds=3.0):
+    """Frames (T, H, W) or (T, H, W, 3) uint8 as an animation of about so many seconds, the last one shown longer."""
+    large = [Image.fromarray(frame).convert('RGB').resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.NEAREST)
+             for frame in np.asarray(frames)]
+    each = max(20, int(1000 * seconds / len(large)))  # milliseconds
+    large[0].save(path, save_all=True, append_images=large[1:], duration=[each] * (len(large) - 1) + [1500], loop=0)
+    print(f'wrote {path}')
+
+
+def tile(pictures, columns, gap=1):
+    """Pictures (n, H, W, ...) side by side in rows of `columns`, on grey: one picture."""
+    pictures = np.asarray(pictures)
+    n, H, W = pictures.shape[:3]
+    rows = -(-n // columns)
+    sheet = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap, *pictures.shape[3:]), 128, np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = i // columns * (H + gap), i % columns * (W + gap)
+        sheet[y:y + H, x:x + W] = picture
+    return sheet
+
+
+def bootstrap(parts, draws=1000):
+    """Value and bootstrap 95 % interval of a metric given as (n, k, 2) numerators and denominators: the mean over k of the ratio
+    of sums over the n samples."""
+    n = len(parts)
+
+    def value(weight):  # (draws, n)
+        num, den = np.einsum('dn,nkc->cdk', weight, parts)
+        return np.nanmean(np.where(den > 0, num / np.maximum(den, 1e-12), np.nan), -1)
+    resampled = value(np.random.default_rng(0).multinomial(n, np.ones(n) / n, draws).astype(float))
+    low, high = np.percentile(resampled, (2.5, 97.5))
+    return dict(value=float(value(np.ones((1, n)))[0]), low=float(low), high=float(high), n=n)
+
+
+def alone(value, n):
+    """A score without an interval, in the form of the others."""
+    return dict(value=value, low=value, high=value, n=n)
+
+
+def table(scores):
+    """scores.json as lines of text."""
+    lines = [f'{"":42}{"value":>9}{"95 % interval":>20}{"floor":>10}{"ceiling":>10}{"baseline":>10}']
+    for name, score in scores.items():
+        interval = f'{score["low"]:.4g} .. {score["high"]:.4g}'
+        bounds = ''.join(f'{score[key]:10.4g}' if key in score else f'{"":10}' for key in ('floor', 'ceiling', 'baseline'))
+        lines.append(f'{name:42}{score["value"]:9.4g}{interval:>20}{bounds}')
+    return '\n'.join(lines)
+
+
+def save_scores(scores, path):
+    """scores.json, and the table on the screen."""
+    path.write_text(json.dumps(scores, indent=1))
+    print(f'{table(scores)}\nwrote {path}')
