@@ -10,6 +10,8 @@ One sampler for all chapters: draws what a trained model generates, and scores i
     python sample.py --out_dir=out/gpt_mnist                                     ten digits of each class
     python sample.py --out_dir=out/gpt_mnist --complete=0.5                      held-out digits, completed from their upper half
     python sample.py --init_from=smollm2 --prompt="The capital of France is"
+    python sample.py --out_dir=out/vlm_scenes                                    held-out scenes with questions and answers
+    python sample.py --out_dir=out/vlm_scenes --image=FILE.png --text="How many red cubes are there?"      or --chat=True
 
 A chain names what is given, then targets with optional steps and order (random, confidence, raster), each of which, once
 generated, conditions the next. Pictures are written as PNG into the run's folder, scores as scores.json; the path is printed.
@@ -18,6 +20,7 @@ import importlib
 import math
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError
-from prepare.report import alone, bootstrap, save_grid, save_scores
+from prepare.report import alone, bootstrap, save_answers, save_grid, save_scores
 from train import Data, autocast, check_data, find_device, find_dtype, find_weights, load_model, read_meta, set_up
 
 SETTINGS = dict(
@@ -41,8 +44,10 @@ SETTINGS = dict(
     given='',                 # modalities given, e.g. rgb or caption,depth
     target='',                # modalities to generate, in this order; '' is all others
     chain='',                 # both at once: 'rgb>depth:8,normal:8:confidence,scene_desc'
-    text='',                  # a text of your own for the given text modality
-    image='',                 # a picture file of your own for the given rgb
+    text='',                  # a text of your own for the given text modality; nanoVLM: a question
+    image='',                 # a picture file of your own for the given rgb; nanoVLM: one, or several with commas between
+    chat=False,               # nanoVLM: ask about the picture until you enter nothing
+    blind='',                 # nanoVLM: a run with blind=True, whose scores are to stand beside these
     # how
     steps=0,                  # decoding steps of an image; 0 chooses these three for each target, see `manner`
     temperature=math.nan,     # 0 takes the likeliest token; nan chooses (GPT: 0.8 for text, 1 for pictures)
@@ -52,16 +57,16 @@ SETTINGS = dict(
     order='random',           # random (ROAR), confidence (MaskGIT), raster
     schedule='linear',        # linear, cosine: how many tokens a step
     prompt='',                # GPT: the text to go on with; '' is the beginning of a text
-    prompts='',               # GPT: a file with one prompt a line, all continued in one batch
-    max_new_tokens=500,       # GPT
+    prompts='',               # GPT: a file with one prompt a line, all continued in one batch; nanoVLM: one question a line
+    max_new_tokens=500,       # GPT, nanoVLM
     complete=0.0,             # GPT on pictures: the share of held-out pictures that is given
     score=False,              # compute and save the scores, of all pairs or those that given and target name
     n_score=1000,             # held-out scenes, or generated digits, to score
 )
 ORDERS = ('random', 'confidence', 'raster')
 BELONGS = dict(  # the chapters that a setting means something to; to all, where it is not named
-    given='fourm', target='fourm', chain='fourm', text='fourm', image='fourm', guidance='fourm', steps='fourm', order='fourm',
-    schedule='fourm', min_p='gpt', prompt='gpt', prompts='gpt', max_new_tokens='gpt', complete='gpt')
+    given='fourm', target='fourm', chain='fourm', text='fourm vlm', image='fourm vlm', chat='vlm', blind='vlm', guidance='fourm', steps='fourm', order='fourm',
+    schedule='fourm', min_p='gpt', prompt='gpt', prompts='gpt vlm', max_new_tokens='gpt vlm', complete='gpt')
 
 
 def chosen_temperature(settings, default):
@@ -340,10 +345,131 @@ def score_fourm(model, fields, settings, data, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# nanoVLM
+
+def pad_in_front(rows):
+    longest = max(map(len, rows))
+    return torch.tensor([[-1] * (longest - len(row)) + row for row in rows])
+
+
+def look(model, fields, images, n=1):
+    """Reads pictures (S, m, H, W, C) once, for n questions about each; returns the cache behind which these go."""
+    prompt = torch.full(images.shape[:2], fields.template.image)
+    return model.read(prompt.to(model.language.turn.device), torch.as_tensor(np.array(images)).to(model.language.turn.device), n)
+
+
+def ask(model, fields, cache, questions, settings, first=()):
+    """The stream of answers (B,) to B questions of any lengths, behind what the cache holds and the tokens `first`."""
+    tokens, device = pad_in_front([[*first, *fields.template.ask(question)] for question in questions]), model.language.turn.device
+    room = model.length - cache.filled
+    if tokens.size(1) >= room:
+        raise UserError(f'the question has {tokens.size(1)} tokens, and with the answer only {room} are left in the context: shorten it')
+    generator = torch.Generator(device).manual_seed(settings['seed'])
+    return model.stream(tokens.to(device), cache, settings['max_new_tokens'], chosen_temperature(settings, 0.0), settings['top_k'],
+                        settings['top_p'], settings['min_p'], fields.template.end, generator)
+
+
+def answers(model, fields, images, questions, settings):
+    """One answer each to S lists of n questions about S pictures (S, m, H, W, C): lists of lists of texts."""
+    n = len(questions[0])
+    with exact(settings, model.language.turn.device):
+        drawn = list(ask(model, fields, look(model, fields, images, n), [q for row in questions for q in row], settings))
+    texts = [fields.decode(ids) for ids in torch.stack(drawn, 1).tolist()]
+    return [texts[i:i + n] for i in range(0, len(texts), n)]
+
+
+def chat(model, fields, images, settings):
+    """Questions from the keyboard, answers word by word; pictures and all turns before stay in the cache."""
+    cache, last = look(model, fields, images), []
+    print('Ask about the picture; an empty line ends.')
+    for question in iter(lambda: input('> ').strip(), ''):
+        ids = []
+        try:
+            stream = ask(model, fields, cache, [question], settings, last)
+        except UserError:  # full: only the pictures are kept
+            cache, last = look(model, fields, images), []
+            stream = ask(model, fields, cache, [question], settings)
+        for token in stream:
+            before, ids = fields.decode(ids), [*ids, int(token)]
+            print(fields.decode(ids)[len(before):], end='', flush=True)
+        last = ids[-1:]  # not in the cache yet
+        print()
+
+
+def draw_vlm(model, fields, settings, path):
+    """Answers to the user's questions about the user's pictures; without these, held-out pictures with questions, answers and marks."""
+    if settings['image']:
+        images, m = np.stack([fields.read_image(file) for file in settings['image'].split(',')]), model.config.n_images
+        if len(images) % m:
+            raise UserError(f'{len(images)} pictures: this model reads {m} at a time')
+        images = images.reshape(-1, m, *images.shape[1:])
+        if settings['chat']:
+            return chat(model, fields, images[:1], settings)
+        questions = Path(settings['prompts']).read_text(encoding='utf-8').splitlines() if settings['prompts'] else [settings['text']]
+        for row in answers(model, fields, images, [questions] * len(images), settings):
+            print('\n'.join(row))
+        return None
+    if settings['chat'] or settings['text'] or settings['prompts']:
+        raise UserError('questions need --image=FILE, the picture that they are about')
+    lines, n = fields.questions(settings['split'])[:settings['n'] or 6], 6
+    images = fields.pictures(settings['split'], [line['image'] for line in lines])
+    asked = [[(line['turns'] * n)[i] for i in range(n)] for line in lines]  # as many about each picture
+    found = answers(model, fields, images.reshape(len(lines), -1, *images.shape[-3:]), [[q for q, _ in turns] for turns in asked], settings)
+    save_answers(images.reshape(len(lines), -1, *images.shape[-3:])[:, 0],
+                 [list(dict.fromkeys((q, a, truth) for (q, truth), a in zip(turns, row))) for turns, row in zip(asked, found)], path)
+
+
+def right_answers(model, fields, settings, name='questions', shift=0):
+    """{family: (n, 1, 2)} right and all answers a picture, and answers a second; shift > 0 shows each question another picture."""
+    lines, families, started = fields.questions(settings['split'], name)[:settings['n_score']], {}, time.perf_counter()
+    shown, total = np.roll([line['image'] for line in lines], shift, 0), 0
+    for start in tqdm(range(0, len(lines), 32), desc=f'score {name}', unit='batch', leave=False):
+        part = lines[start:start + 32]
+        most = max(len(line['turns']) for line in part)
+        images = fields.pictures(settings['split'], shown[start:start + 32])
+        asked = [[(line['turns'] * most)[i][0] for i in range(most)] for line in part]
+        found = answers(model, fields, images.reshape(len(part), -1, *images.shape[-3:]), asked, settings)
+        for i, (line, row) in enumerate(zip(part, found), start):
+            for (_, truth), family, answer in zip(line['turns'], line['families'], row):
+                for key in {family or 'all', 'all'}:
+                    families.setdefault(key, np.zeros((len(lines), 1, 2)))[i, 0] += (answer == truth, 1)
+                total += 1
+    return families, total / (time.perf_counter() - started)
+
+
+def majority(fields):
+    """{family: its most frequent answer in training}, and of all."""
+    heard = {}
+    for line in fields.questions('train')[:5000]:
+        for (_, answer), family in zip(line['turns'], line['families']):
+            heard.setdefault(family or 'all', Counter())[answer] += 1
+    return {family: counter.most_common(1)[0][0] for family, counter in heard.items()}
+
+
+def score_vlm(model, fields, settings, data, path):
+    """Share of answers that are right to the letter, each question asked by itself, by family; beside it the family's most frequent
+    answer, what the model says to another picture, and what a model says that was trained without pictures."""
+    settings = settings | dict(max_new_tokens=min(settings['max_new_tokens'], 32))
+    found, rate = right_answers(model, fields, settings)
+    usual, lines = majority(fields), fields.questions(settings['split'])[:settings['n_score']]
+    truths = [(family or 'all', truth) for line in lines for (_, truth), family in zip(line['turns'], line['families'])]
+    same = [(family, usual[family] == truth) for family, truth in truths]
+    blind = {family: np.mean([hit for name, hit in same if family in (name, 'all')]) for family in found}
+    scores = {family: bootstrap(parts) | dict(baseline=float(blind[family])) for family, parts in sorted(found.items())}
+    more = {'another picture': right_answers(model, fields, settings, shift=1)[0]}
+    if settings['blind']:
+        more['no picture'] = right_answers(load_model(Path(settings['blind'], settings['checkpoint']))[0], fields, settings)[0]
+    if Path(fields.folder, settings['split'], 'new_pairs.jsonl').is_file():
+        more['new pairs'] = right_answers(model, fields, settings, 'new_pairs')[0]
+    scores |= {f'{name}: {family}': bootstrap(parts) for name, part in more.items() for family, parts in sorted(part.items())}
+    save_scores(scores | {'answers/s': alone(rate, len(truths))}, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # All chapters
 
-DRAW = dict(gpt=draw_gpt, fourm=draw_fourm)  # (model, fields, settings, path of a picture): writes it, or returns texts
-SCORE = dict(gpt=score_gpt, fourm=score_fourm)  # (model, fields, settings, validation data, path of scores.json)
+DRAW = dict(gpt=draw_gpt, fourm=draw_fourm, vlm=draw_vlm)  # (model, fields, settings, path of a picture): writes it, or returns texts
+SCORE = dict(gpt=score_gpt, fourm=score_fourm, vlm=score_vlm)  # (model, fields, settings, validation data, path of scores.json)
 
 
 def chapter_of(model):

@@ -11,6 +11,7 @@ A batch is one conversation a row:
     image    (B, H, W, C) or (B, m, H, W, C)  0..255, m pictures a row
     tokens   (B, L)   Config.image_token once for each picture, then questions and answers in turn; -1 after the last
     counted  (B, L)   1 where a token is to be learned: answers and their end tokens
+    names    (B, m P, n_names)  where the data set has them: words for what each of a picture's tokens shows, -1 is none
 so that one look at a picture serves all questions about it. `draw` makes room for the pictures: T = L + m (P - 1).
 
     python train.py config/vlm_scenes_align.py     stage 1: to see, from descriptions
@@ -44,6 +45,8 @@ class Config(gpt.Config):
     eyes_layer: int = 4     # blocks
     eyes_head: int = 4
     eyes_embd: int = 128
+    n_named: int = 0        # P, where the data set names what each of a picture's tokens shows; it sets this, and
+    n_names: int = 0        # how many words a name has at most
     blind: bool = False     # never look: what can be known from the questions alone
     # what real weights need (prepare/siglip.py)
     eyes_mlp: str = 'relu2'
@@ -105,14 +108,15 @@ class Eyes(nn.Module):
 # The model
 
 class VLM(nn.Module):
-    fields = ('image', 'tokens', 'counted')
-
     def __init__(self, config):
         super().__init__()
         assert config.image_size % (config.patch * config.pool) == 0, (
             f'image_size={config.image_size} must be a multiple of patch * pool = {config.patch * config.pool}')
         self.config = config
+        self.fields = ('image', 'tokens', 'counted', 'names')[:3 + (config.n_names > 0)]  # what a batch holds
         self.P = (config.image_size // config.patch // config.pool) ** 2
+        assert config.n_named in (0, self.P), (
+            f'{self.P} tokens a picture, but the data set names {config.n_named}: choose another patch or pool')
         self.length = config.block_size + config.n_images * (self.P - 1)  # the language model's context, pictures included
         self.eyes = Eyes(config)
         self.projector = nn.Linear(config.pool ** 2 * config.eyes_embd, config.n_embd)
@@ -126,13 +130,15 @@ class VLM(nn.Module):
         0, so that shapes are few. Nothing is random."""
         place = make_room(batch['tokens'], self.config.image_token, self.P, self.config.n_images)
         tokens, counted = (batch[name].gather(1, place) for name in ('tokens', 'counted'))  # (B, T)
-        counted = (counted[:, 1:] > 0) & (tokens[:, 1:] >= 0)
-        rows = counted.flatten().nonzero()[:, 0]
-        rows = F.pad(rows, (0, -len(rows) % 64))
-        share = counted / counted.sum(1, keepdim=True).clamp(min=1) / len(tokens)
-        weight = share.flatten()[rows]
-        weight[counted.sum():] = 0
-        return dict(image=batch['image'], tokens=tokens, rows=rows, targets=tokens[:, 1:].flatten()[rows].clamp(min=0), weight=weight)
+        target = torch.where(counted > 0, tokens, -1)[:, 1:, None]  # (B, T - 1, 1): the token after each
+        if 'names' in batch:  # of a picture's tokens: the words that name what is there
+            target = F.pad(target, (0, self.config.n_names - 1), value=-1)
+            target[tokens[:, :-1] == self.config.image_token] = batch['names'].flatten(0, -2)
+        flat, share = target.flatten(), (target >= 0) / (target >= 0).sum((1, 2), keepdim=True).clamp(min=1) / len(tokens)
+        chosen = (flat >= 0).nonzero()[:, 0]
+        spare = (0, -len(chosen) % 64)
+        return dict(image=batch['image'], tokens=tokens, rows=F.pad(chosen // target.size(2), spare),
+                    targets=F.pad(flat[chosen], spare), weight=F.pad(share.flatten()[chosen], spare))
 
     def look(self, images):
         """Pictures (B, H, W, C) or (B, m, H, W, C) -> what the language model reads of them (B, m P, D)."""
@@ -181,7 +187,9 @@ class VLM(nn.Module):
             if cache.filled + tokens.size(1) > self.length:
                 return
             x = self.trunk(tokens, cache=cache)
-            drawn = sample_token(self.language.logits(x[:, -1]), temperature, top_k, top_p, min_p, generator)  # (B,)
+            logits = self.language.logits(x[:, -1])
+            logits[:, self.config.image_token] = -torch.inf  # a picture cannot be said
+            drawn = sample_token(logits, temperature, top_k, top_p, min_p, generator)  # (B,)
             drawn = drawn.masked_fill(ended, -1)
             yield drawn
             ended |= drawn == end

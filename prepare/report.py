@@ -42,6 +42,23 @@ def tile(pictures, columns, gap=1):
     return sheet
 
 
+def save_answers(pictures, talks, path, side=160):
+    """Pictures (n, H, W, 3) uint8 with what was asked about them, talks [[(question, answer, truth), ...], ...], right answers green."""
+    width, line = 620, 26
+    high = max(side, line * max(map(len, talks)) + 4)
+    canvas = Image.new('RGB', (width, len(talks) * (high + 8)), 'white')
+    draw = ImageDraw.Draw(canvas)
+    for i, (picture, talk) in enumerate(zip(pictures, talks)):
+        y = i * (high + 8)
+        canvas.paste(Image.fromarray(picture).resize((side, side), Image.NEAREST), (0, y))
+        for j, (question, answer, truth) in enumerate(talk):
+            right = answer == truth
+            draw.text((side + 8, y + j * line), question, fill='black')
+            draw.text((side + 20, y + j * line + 12), answer if right else f'{answer}  (no: {truth})', fill='green' if right else 'red')
+    canvas.save(path, optimize=True)
+    print(f'wrote {path}')
+
+
 def bootstrap(parts, draws=1000):
     """Value and bootstrap 95 % interval of a metric given as (n, k, 2) numerators and denominators: the mean over k of the ratio
     of sums over the n samples."""

@@ -17,7 +17,7 @@ import numpy as np
 import config
 from config import UserError
 from prepare.scenes import COLOR_NAMES, MATERIALS, SHAPES, SIZES
-from prepare.scenes_qa import encoding_name, has_new_pair, link, load_objects, vocabulary
+from prepare.scenes_qa import encoding_name, has_new_pair, link, load, vocabulary
 from prepare.text_tokenizers import save_words
 from prepare.vqa import Fields, template, write_meta, write_questions, write_rows  # noqa: F401  (sample.py takes Fields from here)
 
@@ -31,6 +31,19 @@ def describe(objects, size):
                     for s, c, m, z, x, y in objects if s >= 0)
 
 
+def names(objects, size, way):
+    """Objects (n, K, 6) -> (n, 64, 4) ids: what lies in each of 8x8 cells, size, color, material and shape where an object has its
+    middle, elsewhere ' ground'. Where two objects share a cell the nearer one is named."""
+    ids = np.full((len(objects), 64, 4), -1, np.int16)
+    ids[..., 0] = way.encoding.encode_single_token(' ground')
+    words = [[way.encoding.encode_single_token(f' {word}') for word in group] for group in (SIZES, COLOR_NAMES, MATERIALS, SHAPES)]
+    for scene, rows in zip(ids, objects.tolist()):
+        for s, c, m, z, x, y in sorted(rows, key=lambda row: row[5]):  # the lower in the picture, the nearer
+            if s >= 0:
+                scene[8 * cell(y, size) + cell(x, size)] = [group[i] for group, i in zip(words, (z, c, m, s))]
+    return ids
+
+
 def cell(place, size):
     return min(max(8 * place // size, 0), 7)
 
@@ -41,15 +54,16 @@ def main(*arguments, **overrides):
     out.mkdir(parents=True, exist_ok=True)
     (out / 'meta.json').unlink(missing_ok=True)
     save_words(out / 'words.json', vocabulary())
-    way, size = template('', out), np.load(scenes / 'val' / 'raw_rgb.npy', mmap_mode='r').shape[1]
-    length = len(way.ask(QUESTION, 1)) + 6 * load_objects(scenes, 'val').shape[1] + 1
+    way, size = template('', out), load(scenes, 'val', 'rgb').shape[1]
+    length = len(way.ask(QUESTION, 1)) + 6 * load(scenes, 'val', 'objects').shape[1] + 1
     for split in ('val', 'train'):
-        objects = load_objects(scenes, split)
+        objects = load(scenes, split, 'objects')
         index = (~has_new_pair(objects)).nonzero()[0]
         turns = [[[QUESTION, describe(rows, size)]] for rows in objects[index].tolist()]
         write_rows(out / split, [way.rows(turn, length)[0] for turn in turns], index.astype(np.int32))
+        np.save(out / split / 'names.npy', names(objects[index], size, way))
         write_questions(out / split / 'questions.jsonl', index.tolist(), turns)
-    write_meta(out, way, encoding_name(out), length, size, 1, 'scenes_align', settings, link(scenes, out))
+    write_meta(out, way, encoding_name(out), length, size, 1, 'scenes_align', settings, link(scenes, out), n_named=64, n_names=4)
 
 
 if __name__ == '__main__':

@@ -63,7 +63,7 @@ def vocabulary():
     nouns = [*SHAPES, 'thing', 'object']
     cells = [f' {axis} {i}' for axis in ('row', 'column') for i in range(8)]
     return [f' {word}' for word in [*nouns, *(f'{noun}s' for noun in nouns), *SIZES, *COLOR_NAMES, *MATERIALS, 'yes', 'no', *'012345',
-                                    'the', 'and', 'than', 'as', *ATTRIBUTES]] + cells + list(SIDES) + [
+                                    'ground', 'the', 'and', 'than', 'as', *ATTRIBUTES]] + cells + list(SIDES) + [
         ' Question:', ' Answer:', ' Are there any', ' Do you see any', ' How many', ' What number of', ' are there?', ' do you see?',
         ' What', ' is the', ' What is the', ' of the', ' Do the', ' have the same', ' Are the', ' of the same', ' Are there more',
         ' Are there fewer', ' Are there as many', ' Is the', ' to the', ' What do you see?', ' Describe the picture.', ' at']
@@ -228,10 +228,10 @@ def link(scenes, out):
     return f'../../{os.path.relpath(scenes, out.parent)}/{{split}}/raw_rgb'
 
 
-def load_objects(folder, split):
-    path = Path(folder, split, 'raw_objects.npy')
+def load(folder, split, name):
+    path = Path(folder, split, f'raw_{name}.npy')
     try:
-        return np.load(path)
+        return np.load(path, mmap_mode='r')
     except (OSError, ValueError) as error:
         raise UserError(f'{path}: missing or damaged ({error}); run python -m prepare.scenes first')
 
@@ -254,12 +254,12 @@ def main(*arguments, **overrides):
     save_words(out / 'words.json', vocabulary())
     way = template('', out)
     for split, seed in (('val', 1), ('train', 0)):
-        objects, random = load_objects(scenes, split), np.random.default_rng((settings['seed'], seed))
+        objects, random = load(scenes, split, 'objects'), np.random.default_rng((settings['seed'], seed))
         new = has_new_pair(objects)
         write_split(out / split, way, objects, (~new).nonzero()[0], 'questions', random, settings)
         if split == 'val':
             write_split(out / split, way, objects, new.nonzero()[0], 'new_pairs', random, settings)
-    size = np.load(scenes / 'val' / 'raw_rgb.npy', mmap_mode='r').shape[1]
+    size = load(scenes, 'val', 'rgb').shape[1]
     write_meta(out, way, encoding_name(out), settings['length'], size, 1, 'scenes_qa', settings, link(scenes, out))
 
 

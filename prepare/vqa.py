@@ -54,16 +54,13 @@ class Template:
         with its pictures in front; a turn that no row can hold is left out."""
         rows, tokens, counted = [], [], []
         for question, answer in turns:
-            reply = self.reply(answer)
-            for first in (not tokens, True):
-                ask = self.ask(question, n_images if first else 0)
-                if len(tokens) + len(ask) + len(reply) <= length:
-                    break
-                if tokens:
-                    rows.append((tokens, counted))
-                    tokens, counted = [], []
-            else:
+            ask, reply = self.ask(question), self.reply(answer)
+            if n_images + len(ask) + len(reply) > length:
                 continue
+            if tokens and len(tokens) + len(ask) + len(reply) > length:
+                rows.append((tokens, counted))
+                tokens, counted = [], []
+            ask = ask if tokens else [self.image] * n_images + ask
             tokens, counted = tokens + ask + reply, counted + [0] * len(ask) + [1] * len(reply)
         rows += [(tokens, counted)] if tokens else []
         return [(ids + [-1] * (length - len(ids)), flags + [0] * (length - len(ids))) for ids, flags in rows]
@@ -232,12 +229,14 @@ def main(*arguments, **overrides):
     write_meta(out, way, 'smollm2', settings['length'], size, len(conversations[0][0]), 'vqa', settings, 'pictures')
 
 
-def write_meta(out, way, encoding, length, size, n_images, prepare, settings, pictures):
-    """meta.json, last: its presence says that all is there. `pictures` names the file that holds them."""
+def write_meta(out, way, encoding, length, size, n_images, prepare, settings, pictures, n_named=0, n_names=0):
+    """meta.json, last: its presence says that all is there. `pictures` names the file that holds them; where each patch has names,
+    names.npy holds them."""
     V = max(way.encoding.n_vocab, way.image + 1)
-    meta = dict(kind='rows', prepare=prepare, encoding=encoding, fields=dict(tokens=V, counted=2, image=256),
+    meta = dict(kind='rows', prepare=prepare, encoding=encoding, fields=dict(tokens=V, counted=2, image=256) | (dict(names=V) if n_names else {}),
                 files=dict(image=pictures), index=dict(image='scene'), settings=settings,
-                config=dict(vocab_size=V, block_size=length, image_token=way.image, image_size=size, channels=3, n_images=n_images))
+                config=dict(vocab_size=V, block_size=length, image_token=way.image, image_size=size, channels=3, n_images=n_images,
+                            n_named=n_named, n_names=n_names))
     (out / 'meta.json').write_text(json.dumps(meta, indent=1))
 
 
