@@ -1,12 +1,13 @@
 """
-What the parts of chapter 1 cost on this machine, each beside the plain way to do the same.
+What the parts of chapters 1 and 5 cost on this machine, each beside the plain way to do the same.
 
     python bench.py                           all of it, about five minutes on two CPU cores
-    python bench.py --part=generation         training, generation or cross_entropy
+    python bench.py --part=generation         training, generation, cross_entropy or answers
 
 Training: a step of the GPT of config/gpt_shakespeare.py, float32 and eager against bfloat16 and compiled. Generation: with a KV
 cache against running the whole context for every token, and by batch. Cross-entropy: a large vocabulary with all logits at once
-against chunks of rows. Times are medians; both sides are checked to compute the same thing.
+against chunks of rows. Answers: 32 questions about four pictures, each looked at once, against all anew for
+each token. Times are medians; both sides are checked to compute the same thing.
 """
 import multiprocessing
 import resource
@@ -21,9 +22,11 @@ import sample
 import train
 from config import UserError
 from gpt import GPT, Config, cross_entropy
+from vlm import VLM
+from vlm import Config as VLMConfig
 
 SETTINGS = dict(
-    part='all',               # training, generation, cross_entropy
+    part='all',               # training, generation, cross_entropy, answers
     device='auto',
     n_layer=6, n_head=4, n_embd=256,
     n_kv_head=0,              # fewer heads of keys and values make the cache smaller; 0 is n_head
@@ -48,8 +51,8 @@ def median_seconds(run, device, repeats):
     return statistics.median(times[1:])
 
 
-def report(name, seconds, tokens, against):
-    print(f'{name:44}{seconds:10.3f} s{tokens / seconds:12,.0f} tokens/s{against / seconds * tokens:8.2f} x', flush=True)
+def report(name, seconds, tokens, against, unit='tokens'):
+    print(f'{name:44}{seconds:10.3f} s{tokens / seconds:12,.0f} {unit}/s{against / seconds * tokens:8.2f} x', flush=True)
 
 
 def sizes(settings):
@@ -150,7 +153,30 @@ def bench_cross_entropy(settings, device):
     assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]
 
 
-PARTS = dict(training=bench_training, generation=bench_generation, cross_entropy=bench_cross_entropy)
+@torch.no_grad()
+def bench_answers(settings, device):
+    """The model of config/vlm_scenes.py, 8 questions of 10 tokens about each of 4 pictures, answers of two tokens."""
+    model, picture = VLM(VLMConfig(vocab_size=341, image_token=340, block_size=128)).to(device).eval(), 340
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    images, questions = (torch.randint(256, shape, device=device) for shape in ((4, 1, 64, 64, 3), (32, 10)))
+
+    def fast():
+        return model.generate(questions, model.read(questions.new_full((4, 1), picture), images, 8), 2)
+
+    def slow():
+        tokens = torch.cat((questions.new_full((32, model.P), picture), questions), 1)
+        for _ in range(2):
+            x = model.trunk(tokens, model.look(images.repeat_interleave(8, 0)))
+            tokens = torch.cat((tokens, model.language.logits(x[:, -1])[:, :picture].argmax(-1, keepdim=True)), 1)
+        return tokens[:, -2:]
+    assert torch.equal(fast(), slow())
+    seconds = median_seconds(slow, device, settings['repeats'])
+    report('32 answers, all anew for each token', seconds, 32, seconds / 32, 'answers')
+    report('32 answers, one look a picture and a cache', median_seconds(fast, device, settings['repeats']), 32, seconds / 32, 'answers')
+
+
+PARTS = dict(training=bench_training, generation=bench_generation, cross_entropy=bench_cross_entropy, answers=bench_answers)
 
 
 def main(*arguments, **overrides):

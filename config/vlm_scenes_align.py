@@ -1,6 +1,8 @@
+# nanoVLM, stage 1, from scratch: eyes and language model learn to see from descriptions, and from the names of what each of a picture's
+# 64 tokens shows. 1.7 M parameters, 97 tokens a picture.
 model = 'vlm'
 dataset = 'scenes_align'
-batch_size = 32
-micro_batch_size = 32
-max_iters = 600
-eval_interval = 200
+batch_size = 16
+micro_batch_size = 16
+max_iters = 1200
+eval_interval = 600

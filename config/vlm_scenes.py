@@ -1,0 +1,8 @@
+# nanoVLM, stage 2: what stage 1 has left in out/vlm_scenes_align learns to answer, eleven questions about each picture.
+model = 'vlm'
+dataset = 'scenes_qa'
+init_from = 'vlm_scenes_align'
+batch_size = 16
+micro_batch_size = 16
+max_iters = 1200
+eval_interval = 600
