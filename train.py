@@ -6,7 +6,8 @@ One training loop for all chapters: a laptop's CPU, one GPU, or many under torch
 
 Settings come from a config file and the command line (config/__init__.py), the data from data/NAME (made on the first run by
 prepare/NAME.py), the model from the chapter that `model` names. The run folder out/CONFIGNAME receives checkpoints, log.jsonl
-and pictures; the same command goes on where a stopped run was, bit for bit on a CPU in float32.
+and pictures. Ctrl-C, or a signal of the cluster, lets it save and leave; the same command goes on where a stopped run was, bit
+for bit on a CPU in float32.
 
 Everything random follows from (seed, step, micro-batch): the global batch of a step is a list of micro-batches, and each
 has the same samples, masks and noise whichever process computes it.
@@ -15,17 +16,23 @@ import copy
 import dataclasses
 import importlib
 import json
+import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -47,7 +54,7 @@ SETTINGS = dict(
     max_iters=2000,           # optimizer steps
     batch_size=64,            # samples a step, over all micro-batches and processes
     micro_batch_size=64,      # samples in one forward pass: lower it until the memory suffices
-    # optimizer: Muon (torch.optim.Muon) for the hidden matrices, AdamW for embeddings, heads and vectors
+    # optimizer: Muon for the hidden matrices, AdamW for embeddings, heads and vectors
     muon=True,                # False: AdamW for everything
     muon_learning_rate=0.02,  # of a matrix whose update has orthonormal rows or columns
     learning_rate=3e-3,       # of AdamW
@@ -65,11 +72,13 @@ SETTINGS = dict(
     eval_iters=0,             # micro-batches an evaluation, always the same ones; 0 is the whole validation set
     log_interval=10,          # steps between lines in log.jsonl
     target_loss=0.0,          # stop when val_loss reaches it
+    keep=0,                   # so many of the newest evaluations also leave their checkpoint as ckpt_STEP.pt
+    skip=0,                   # steps whose gradient is not finite that are skipped before the run stops
     pictures=True,            # draw samples at each evaluation
     wandb_log=False,          # also log to Weights & Biases
     # machine
     device='auto',            # cuda, mps or cpu
-    dtype='auto',             # bfloat16 where the hardware computes it natively, otherwise float32
+    dtype='auto',             # bfloat16 where the hardware computes it natively, otherwise float32; float16 for GPUs without it
     compile=True,             # torch.compile
     threads=0,                # of a CPU run; 0 is PyTorch's choice, one for each core that this process may use
 )
@@ -92,8 +101,8 @@ def find_dtype(name, device):
         native = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False),
                   'cpu': lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}
         return torch.bfloat16 if native.get(device.type, bool)() else torch.float32
-    if name not in ('float32', 'bfloat16'):
-        raise UserError(f'dtype={name!r}: choose auto, float32 or bfloat16')
+    if name not in ('float32', 'bfloat16', 'float16'):
+        raise UserError(f'dtype={name!r}: choose auto, float32, bfloat16 or float16')
     return getattr(torch, name)
 
 
@@ -105,8 +114,6 @@ def set_up(device, threads=0, training=True):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if device.type == 'cpu':
-        if find_dtype('auto', device) == torch.float32:  # there Muon's own products, in bfloat16, took two thirds of a step
-            torch.optim._muon._zeropower_via_newtonschulz = orthogonalise
         if threads:
             torch.set_num_threads(threads)
         torch.backends.cuda.enable_flash_sdp(not training)  # the switch is named after CUDA and holds for the CPU as well
@@ -199,7 +206,7 @@ def make_once(name, path):
 
 
 class Data:
-    """One split as memory-mapped arrays, of the fields that the model reads; sample(s) and their order follow from the seed alone.
+    """One split as memory-mapped arrays, of the fields that the model reads; samples and their order follow from the seed alone.
 
     rows: sample i is row i of each field; a field in meta's `views` has so many pre-made variants along a second axis, of which
     each epoch takes one, the same for all fields, and evaluation the first. stream: one long run of tokens, cut into windows of
@@ -209,8 +216,9 @@ class Data:
     def __init__(self, folder, split, meta, names, block_size=0, seed=0):
         self.meta, self.block_size, self.seed, self.orders = meta, block_size, seed, {}
         if missing := [name for name in names if name not in meta['fields']]:
-            raise UserError(f'{folder} has no {missing[0]!r}, which this model reads (it has {", ".join(meta["fields"])}): choose '
-                            'another dataset or model')
+            raise UserError(f'{folder} has no {missing[0]!r}, which this model reads (it has {", ".join(meta["fields"])}): '
+                            'choose another dataset or model')
+
         def path(name):
             return Path(folder, split, meta.get('files', {}).get(name, name).format(split=split) + '.npy')
         self.arrays = {name: self.read(path(name), meta['fields'][name]) for name in names}
@@ -240,7 +248,7 @@ class Data:
         return array
 
     def rows(self, ids, shift=0, view=0):
-        """{field: (B, ...)} of the samples with these ids, integers as int64, reals as float32; -1 stands after the end of a stream."""
+        """{field: (B, ...)} of the samples with these ids, integers as int64, reals as float32; -1 is after the end of a stream."""
         views, over = self.meta.get('views', {}), None
         if self.meta['kind'] == 'stream':
             ids = shift + ids[:, None] * self.block_size + np.arange(self.block_size + 1)  # (B, T + 1)
@@ -261,13 +269,17 @@ class Data:
                                    random.integers(max(self.meta.get('views', {'': 1}).values()), size=self.n))}
         return self.orders[epoch]
 
+    def ids(self, start, count):
+        """[epoch, ids] of samples start .. start + count - 1 of the endless run over all epochs; a batch may straddle two."""
+        epochs, places = np.divmod(np.arange(start, start + count), self.n)
+        return [[int(epoch), self.order(epoch)[0][places[epochs == epoch]].tolist()] for epoch in np.unique(epochs)]
+
     def take(self, start, count):
-        """Samples start .. start + count - 1 of the endless run over all epochs; a batch may straddle two."""
-        place, parts = np.arange(start, start + count), []
-        for epoch in np.unique(place // self.n):
-            order, shift, views = self.order(epoch)
-            ids = order[place[place // self.n == epoch] % self.n]
-            parts.append(self.rows(ids, shift, views[ids]))
+        """These samples as a batch."""
+        parts = []
+        for epoch, ids in self.ids(start, count):
+            _, shift, views = self.order(epoch)
+            parts.append(self.rows(np.array(ids), shift, views[ids]))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -309,6 +321,10 @@ def save_checkpoint(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if hasattr(os, 'O_DIRECTORY'):  # the new name, too, has to survive a power cut
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f'{path}: cannot be written ({error}); the checkpoint before it is untouched. Make room or choose '
@@ -344,7 +360,7 @@ def check_data(folder, meta, checkpoint):
 
 
 def load_model(path):
-    """The trained model of a checkpoint, in evaluation mode on the CPU, and the checkpoint; the mean weights where it has them."""
+    """The trained model of a checkpoint (its mean weights, where it has them), in evaluation mode on the CPU, and the checkpoint."""
     checkpoint = read_checkpoint(path)
     chapter = importlib.import_module(checkpoint['settings']['model'])
     model = chapter.Model(chapter.Config(**checkpoint['model_config']))
@@ -354,17 +370,6 @@ def load_model(path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizers
-
-def orthogonalise(matrix, coefficients, steps, eps):
-    """The nearest matrix with orthonormal rows or columns, about, as torch.optim.Muon finds it (Newton-Schulz), in float32."""
-    a, b, c = coefficients
-    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.size(0) > matrix.size(1) else x
-
 
 def read_rates(model, text):
     """'eyes:0 language:0.3' -> {parameter: factor of its learning rate}; the last entry that a name begins with holds, 1 without.
@@ -382,27 +387,57 @@ def read_rates(model, text):
     return rates
 
 
-def make_optimizers(model, settings):
-    """Muon for the matrices between hidden vectors, AdamW for the rest; parameters whose rate is 0 are frozen.
+def orthogonal(x, dtype):
+    """Matrices x (n, rows, columns) -> about the nearest ones with orthonormal rows or columns (Newton-Schulz, as in Jordan et al.,
+    "Muon", 2024): five times, a polynomial aX + bXX'X + c(XX')^2 X brings all singular values nearer to 1, to about 0.7 .. 1.2."""
+    tall = x.size(1) > x.size(2)
+    x = (x.mT if tall else x).to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
 
-    Muon (torch.optim.Muon) replaces a matrix's momentum by the nearest matrix with orthonormal rows or columns; Q, K and V
-    are one fused matrix and are orthogonalised together. Embeddings and heads are matrices too, but their rows belong to
-    single tokens: they are AdamW's.
-    """
+
+class Muon(torch.optim.Optimizer):
+    """Steps along the orthogonalised momentum, as torch.optim.Muon does, which computes in bfloat16 alone, one matrix after the
+    other: on a CPU that has to emulate bfloat16 it took 24 times as long, three quarters of a training step."""
+    def __init__(self, matrices, lr, momentum, weight_decay):
+        super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group['params']:
+                shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), some in shapes.items():  # matrices of one shape together
+                averages = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in some]
+                gradients = [p.grad for p in some]
+                torch._foreach_lerp_(averages, gradients, 1 - group['momentum'])
+                ahead = torch.stack(torch._foreach_lerp(gradients, averages, group['momentum']))  # Nesterov: one step further
+                steps = orthogonal(ahead, find_dtype('auto', ahead.device)).to(ahead.dtype).unbind()
+                torch._foreach_mul_(some, 1 - group['lr'] * group['weight_decay'])
+                torch._foreach_add_(some, steps, alpha=-group['lr'] * max(1, rows / columns) ** 0.5)
+
+
+def make_optimizers(model, settings):
+    """Muon for the matrices between hidden vectors, AdamW for the rest; what has the rate 0 is frozen. Q, K and V are one fused
+    matrix and are orthogonalised together. Embeddings and heads are matrices too, but their rows belong to single tokens: they are
+    AdamW's."""
     groups, rates = {}, read_rates(model, settings['rates'])
     for name, parameter in model.named_parameters():
-        hidden = parameter.ndim == 2 and not any(word in name for word in ('embedding', 'head'))
-        parameter.requires_grad_(rates[parameter] > 0)
-        if rates[parameter]:
-            groups.setdefault((hidden and settings['muon'], parameter.ndim >= 2, rates[parameter]), []).append(parameter)
-    groups = sorted(groups.items(), key=lambda item: item[0], reverse=True)  # matrices before vectors
+        rate, hidden = rates[parameter], parameter.ndim == 2 and not any(word in name for word in ('embedding', 'head'))
+        parameter.requires_grad_(rate > 0)
+        if rate:
+            groups.setdefault((hidden and settings['muon'], parameter.ndim < 2, rate), []).append(parameter)
+    groups = sorted(groups.items(), key=lambda item: item[0])
+    adamw = [dict(params=group, lr=settings['learning_rate'] * rate, weight_decay=0.0 if vector else settings['weight_decay'])
+             for (hidden, vector, rate), group in groups if not hidden]
     muon = [dict(params=group, lr=settings['muon_learning_rate'] * rate) for (hidden, _, rate), group in groups if hidden]
-    adamw = [dict(params=group, lr=settings['learning_rate'] * rate, weight_decay=settings['weight_decay'] * matrix)
-             for (hidden, matrix, rate), group in groups if not hidden]
-    optimizers = [torch.optim.AdamW(adamw, betas=(settings['beta1'], settings['beta2']), fused=True)] if adamw else []
+    optimizers = [torch.optim.AdamW(adamw, settings['learning_rate'], (settings['beta1'], settings['beta2']), fused=True)] if adamw else []
     if muon:
-        optimizers.append(torch.optim.Muon(muon, momentum=settings['momentum'], weight_decay=settings['weight_decay'],
-                                           adjust_lr_fn='original'))
+        optimizers.append(Muon(muon, settings['muon_learning_rate'], settings['momentum'], settings['weight_decay']))
     return optimizers
 
 
@@ -412,13 +447,15 @@ def schedule(step, settings):
     return min(1, (step + 1) / max(1, settings['warmup_iters']), settings['min_lr'] + (1 - settings['min_lr']) * left)
 
 
-def update(optimizers, settings, step):
-    """One step of all optimizers at this step's learning rates, and clean gradients for the next."""
+def update(optimizers, settings, step, scaler=torch.amp.GradScaler(enabled=False)):
+    """One step of all optimizers at this step's learning rates, and clean gradients for the next. In float16 the loss was scaled
+    up so that small gradients do not vanish; where large ones overflowed, the scaler leaves the step out and lowers the scale."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = group.setdefault('initial_lr', group['lr']) * schedule(step, settings)
-        optimizer.step()
+        scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
+    scaler.update()
 
 
 def follow(mean, model, decay, step):
@@ -456,8 +493,8 @@ def loss_of(values):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
-FREE = {'init_from', 'out_dir', 'max_iters', 'micro_batch_size', 'eval_interval', 'log_interval', 'target_loss', 'pictures',
-        'wandb_log', 'device', 'dtype', 'compile', 'threads'}  # settings that may change when a run goes on
+FREE = {'init_from', 'out_dir', 'max_iters', 'micro_batch_size', 'eval_interval', 'eval_iters', 'log_interval', 'target_loss',
+        'keep', 'skip', 'pictures', 'wandb_log', 'device', 'dtype', 'compile', 'threads'}  # may change when a run goes on
 
 
 def read_sources(init_from):
@@ -468,7 +505,7 @@ def read_sources(init_from):
     return {part: read_checkpoint(find_weights(name)) for part, _, name in names}
 
 
-def resolve(assigned, sources):
+def resolve(assigned, sources={}):
     """All settings (train.py's and the model's own, which have the names of its Config) and the chapter's module. Where the run
     starts from the weights of other runs, their sizes are the defaults."""
     chapters = sorted(path.stem for path in Path(__file__).parent.glob('*.py') if '\nModel = ' in path.read_text())
@@ -520,32 +557,74 @@ def load_weights(model, part, source, folder, meta):
                         f'{str(error).splitlines()[1].strip()})')
 
 
-def start_or_resume(out_dir, settings, folder, meta, model, mean, optimizers):
-    """The state of the run in out_dir, loaded into model, mean and optimizers; that of a new run where there is none."""
+def lock(out_dir):
+    """Held while a run writes into its folder, and released by the system however the process ends."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    held = FileLock(out_dir / 'lock')
+    try:
+        return held.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f'{out_dir}: another process is training there; wait for it, or choose another --out_dir=')
+
+
+def find_run(out_dir, settings, stack):
+    """The checkpoint of the run in out_dir, with which this one goes on, or None. Process 0 locks the folder until `stack` ends."""
     last = out_dir / 'ckpt_last.pt'
     if settings['init_from'] == 'scratch' and last.exists() and is_main():
         aside = next(path for i in range(1, 10 ** 6) if not (path := Path(f'{out_dir}.{i}')).exists())
-        out_dir.rename(aside)
+        with lock(out_dir):
+            out_dir.rename(aside)
         print(f'{out_dir} held another run: moved to {aside}')
-    out_dir.mkdir(parents=True, exist_ok=True)
+    if is_main():
+        stack.enter_context(lock(out_dir))
+    if dist.is_initialized():
+        dist.barrier()
     if settings['init_from'] == 'scratch' or not last.exists():
-        return dict(step=0, best=float('inf'), seconds=0.0, tokens=0)
+        return None
     checkpoint = read_checkpoint(last)
     before = checkpoint['settings']
     if changed := [name for name in settings if name not in FREE and settings[name] != before.get(name)]:
         raise UserError(f'{out_dir} holds a run with {changed[0]}={before.get(changed[0])!r}, not {settings[changed[0]]!r}: '
                         'choose another --out_dir=, or --init_from=scratch to move it aside')
-    check_data(folder, meta, checkpoint)
+    return checkpoint
+
+
+def go_on(checkpoint, out_dir, model, mean, optimizers, scaler):
+    """Loads a stopped run's state, and forgets what its log says of steps after its last checkpoint: they are done again."""
     model.load_state_dict(checkpoint['weights'])
     if mean is not model:
         mean.load_state_dict(checkpoint['ema'])
     for optimizer, state in zip(optimizers, checkpoint['optimizers']):
         optimizer.load_state_dict(state)
+    scaler.load_state_dict(checkpoint['scaler'])
     log = out_dir / 'log.jsonl'
-    if log.exists() and is_main():  # forget what a stopped run did after its last checkpoint: it is done again
-        lines = [line for line in log.read_text().splitlines(True) if json.loads(line)['step'] <= checkpoint['step']]
-        log.write_text(''.join(lines))
-    return {name: checkpoint[name] for name in ('step', 'best', 'seconds', 'tokens')}
+    if log.exists() and is_main():
+        whole = [line for line in log.read_text().splitlines(True) if line.endswith('\n')]
+        log.write_text(''.join(line for line in whole if json.loads(line)['step'] <= checkpoint['step']))
+
+
+def listen(stack):
+    """A list that will hold the number of each signal that asks this process to stop. The run then saves and leaves; a second
+    signal ends it at once, unless it comes with the first: torchrun passes on a Ctrl-C that the process has already had."""
+    asked, first = [], [0.0]
+
+    def note(number, frame):
+        if asked and time.monotonic() - first[0] > 2:
+            raise KeyboardInterrupt
+        asked.append(number)
+        first[0] = first[0] or time.monotonic()
+    if threading.current_thread() is threading.main_thread():  # others may not
+        for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, 'SIGUSR1') else [])):
+            stack.callback(signal.signal, number, signal.signal(number, note))
+    return asked
+
+
+def any_process(value, device):
+    """Whether the value is true in any process."""
+    flag = torch.tensor(float(bool(value)), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def is_main():
@@ -568,11 +647,15 @@ def prefetched(make, jobs, device):
 
 
 def main(*arguments, **overrides):
-    """Trains as the config files and settings say; returns the last evaluation's values. Raises UserError."""
-    assigned = config.read(arguments, overrides)
+    """Trains as the config files and settings say; returns the last evaluation's values, or {'stopped': number of the signal}.
+    Raises UserError."""
+    with ExitStack() as stack:  # gives back signals, the lock and the process group, however the run ends
+        return run(config.read(arguments, overrides), [path for path in arguments if not path.startswith('--')], stack)
+
+
+def run(assigned, files, stack):
     sources = read_sources(assigned.get('init_from', ('resume',))[0])
     settings, chapter = resolve(assigned, sources)
-    files = [argument for argument in arguments if not argument.startswith('--')]
     out_dir = Path(settings['out_dir'] or Path('out', Path(files[-1]).stem if files else settings['model']))
     folder, meta = prepare(settings['dataset'])
 
@@ -580,9 +663,12 @@ def main(*arguments, **overrides):
     device = find_device(settings['device'])
     dtype = find_dtype(settings['dtype'], device)
     if 'RANK' in os.environ and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
+        stack.callback(dist.destroy_process_group)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    set_up(device, settings['threads'])
+    asked = listen(stack)
+    checkpoint = find_run(out_dir, settings, stack)
+    set_up(device, settings['threads'] or (checkpoint['threads'] if checkpoint else 0))
 
     # data, model, optimizers
     size = settings['micro_batch_size']
@@ -595,22 +681,31 @@ def main(*arguments, **overrides):
     for part, source in sources.items():
         load_weights(raw_model, part, source, folder, meta)
     block_size = settings.get('block_size', 0)
-    train_data, val_data = (Data(folder, split, meta, raw_model.fields, block_size, settings['seed']) for split in ('train', 'val'))
+    train_data, val_data = (Data(folder, split, meta, raw_model.fields, block_size, settings['seed'])
+                            for split in ('train', 'val'))
     raw_model.to(device)
     mean = copy.deepcopy(raw_model) if settings['ema'] else raw_model  # the model that is evaluated and sampled from
     optimizers = make_optimizers(raw_model, settings)
-    state = start_or_resume(out_dir, settings, folder, meta, raw_model, mean, optimizers)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    state = dict(step=0, best=math.inf, seconds=0.0, tokens=0, skipped=0, wandb_id=None)
+    if checkpoint:
+        check_data(folder, meta, checkpoint)
+        go_on(checkpoint, out_dir, raw_model, mean, optimizers, scaler)
+        state |= {name: checkpoint[name] for name in state}
     if settings['compile']:
         compile_blocks(raw_model, device)
     model = DistributedDataParallel(raw_model) if world > 1 else raw_model
     limit, flops = matmul_rate(device, dtype) if is_main() else 1, {}
     if is_main():
         count = sum(p.numel() for p in raw_model.parameters())
+        if shutil.disk_usage(out_dir).free < 48 * count:  # weights, moments, mean: 16 bytes each, in up to three checkpoints
+            raise UserError(f'{out_dir}: less than {48 * count / 1e9:.1f} GB free, which its checkpoints may need: make room')
         print(f'{settings["model"]}: {count / 1e6:.2f} M parameters, {train_data.n:,} training samples, {device}, '
               f'{str(dtype)[6:]}, {limit / 1e9:,.0f} GFLOP/s of matmul; run folder {out_dir}')
         if settings['wandb_log']:
             import wandb
-            wandb.init(project='nanofm', name=out_dir.name, config=settings)
+            state['wandb_id'] = wandb.init(project='nanofm', name=out_dir.name, config=settings, id=state['wandb_id'],
+                                           resume='allow').id
 
     def log(line):
         if is_main():
@@ -635,11 +730,12 @@ def main(*arguments, **overrides):
         if is_main():
             save_checkpoint(out_dir / name, dict(
                 settings=settings, model_config=dataclasses.asdict(raw_model.config), meta=meta, step=step, best=best,
-                seconds=seconds, tokens=int(tokens), weights=raw_model.state_dict(), dtype=str(dtype),
-                optimizers=[optimizer.state_dict() for optimizer in optimizers], threads=torch.get_num_threads())
+                seconds=seconds, tokens=int(tokens), skipped=skipped, weights=raw_model.state_dict(), dtype=str(dtype),
+                optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(),
+                threads=torch.get_num_threads(), wandb_id=state['wandb_id'])
                 | (dict(ema=mean.state_dict()) if settings['ema'] else {}))
 
-    start, best, seconds, tokens = state['step'], state['best'], state['seconds'], state['tokens']
+    start, best, seconds, tokens, skipped = (state[name] for name in ('step', 'best', 'seconds', 'tokens', 'skipped'))
     if start >= settings['max_iters']:
         print(f'{out_dir}: finished at step {start}; raise max_iters to go on, or --init_from=scratch to start anew')
         return {}
@@ -666,6 +762,10 @@ def main(*arguments, **overrides):
                 save('ckpt_last.pt', step)
                 if improved:
                     save('ckpt_best.pt', step)
+                if settings['keep']:
+                    save(f'ckpt_{step:06d}.pt', step)
+                    for old in sorted(out_dir.glob('ckpt_[0-9]*.pt'))[:-settings['keep']]:
+                        old.unlink(missing_ok=True)
                 if settings['pictures'] and is_main():
                     import sample
                     with torch.compiler.set_stance('force_eager'):
@@ -678,11 +778,18 @@ def main(*arguments, **overrides):
                 break
             since = time.perf_counter()
 
+        # asked to stop: between two lines of the log, so that it continues without a seam
+        if step > start and step % settings['log_interval'] == 0 and any_process(asked, device):
+            save('ckpt_last.pt', step)
+            if is_main():
+                print(f'stopped by signal after step {step}; the same command goes on from here')
+            return {'stopped': asked[0] if asked else signal.SIGTERM}
+
         # one step: the gradient of the mean over all micro-batches of all processes
         for j in mine:
-            asked = time.perf_counter()
+            began = time.perf_counter()
             batch = to_device(next(batches), device)
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - began
             shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)
             if shapes not in flops:
                 flops[shapes] = count_flops(raw_model, batch)
@@ -691,10 +798,23 @@ def main(*arguments, **overrides):
             with model.no_sync() if world > 1 and j != mine[-1] else nullcontext():
                 with autocast(device, dtype):
                     loss, logs = model(batch)
-                (loss * world / n_micro).backward()
+                scaler.scale(loss * world / n_micro).backward()
             total = add_logs(total, logs)
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings['grad_clip'] or float('inf'))
-        update(optimizers, settings, step)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings['grad_clip'] or math.inf).item()
+        if not math.isfinite(norm):
+            skipped += 1
+            if skipped > settings['skip'] and not scaler.is_enabled() or scaler.get_scale() < 1:  # at 1 nothing overflows
+                save('ckpt_fault.pt', step)
+                samples = train_data.ids(step * settings['batch_size'], settings['batch_size'])
+                log({'step': step, 'grad_norm': str(norm), 'samples': samples})
+                raise UserError(f'step {step}: the gradient is not finite ({norm}). The state before it is in {out_dir}/ckpt_fault.pt, '
+                                'its samples in log.jsonl; lower the learning rates, or leave such steps out by --skip=10')
+        if math.isfinite(norm) or scaler.is_enabled():
+            update(optimizers, settings, step, scaler)
+        else:
+            raw_model.zero_grad(set_to_none=True)
         if settings['ema']:
             follow(mean, raw_model, settings['ema'], step)
         bar.update()
@@ -706,9 +826,9 @@ def main(*arguments, **overrides):
             took, tokens = now - since, tokens + count
             seconds += took
             line = {'step': step + 1, 'tokens': int(tokens), 'seconds': round(seconds, 2), 'train_loss': loss_of(values),
-                    'lr': settings['learning_rate'] * schedule(step, settings), 'grad_norm': norm.item(),
+                    'lr': settings['learning_rate'] * schedule(step, settings), 'grad_norm': norm,
                     'tokens_per_second': round(count / took), 'mfu': round(work / took / limit, 4),
-                    'data_wait': round(waited / took, 4)}
+                    'data_wait': round(waited / took, 4)} | ({'skipped': skipped} if skipped else {})
             log(line | {name: value for name, value in values.items() if name != 'loss'})
             bar.set_postfix(loss=f'{line["train_loss"]:.3f}', tok_s=f'{line["tokens_per_second"]:,}', mfu=f'{line["mfu"]:.0%}')
             total, work, waited, since = {}, 0, 0.0, now
@@ -716,13 +836,14 @@ def main(*arguments, **overrides):
     if is_main():
         print(f'{step} steps, {int(tokens):,} tokens, {seconds:.1f} s of training; val_loss {val_loss:.4f}, best {best:.4f}; '
               f'see {out_dir}')
-    if world > 1:
-        dist.destroy_process_group()
     return values
 
 
 if __name__ == '__main__':
     try:
-        main(*sys.argv[1:])
+        stopped = main(*sys.argv[1:]).get('stopped')
     except (UserError, OSError) as error:
         sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit('stopped at once; the same command goes on from the last checkpoint')
+    sys.exit(128 + stopped if stopped else 0)

@@ -29,6 +29,7 @@ def work(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     specs = {name: (*spec[:3], 25) for name, spec in prepare.image_tokenizers.SPECS.items()}
     patch.setattr(prepare.image_tokenizers, 'SPECS', specs)
+    patch.setattr(prepare.image_tokenizers.train_field, '__defaults__', (0, 8))  # pictures a step
     fit = prepare.scenes_parser.fit
     patch.setattr(prepare.scenes_parser, 'fit', lambda model, loss_of, batch_of, steps, name: fit(model, loss_of, batch_of, 10, name))
     prepare.scenes.main(n_train=96, n_val=32, workers=1)

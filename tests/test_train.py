@@ -52,7 +52,7 @@ def test_a_run_and_its_folder(here):
     assert [line['step'] for line in steps] == [1, 2, 3, 4, 5, 6]
     assert {'tokens', 'seconds', 'lr', 'grad_norm', 'tokens_per_second', 'mfu', 'data_wait'} <= steps[0].keys()
     assert 0 < steps[-1]['mfu'] < 1 and steps[-1]['tokens'] > steps[0]['tokens'] > 0
-    assert {path.name for path in Path('out/a').iterdir()} == {'log.jsonl', 'ckpt_last.pt', 'ckpt_best.pt'}
+    assert {path.name for path in Path('out/a').iterdir()} == {'log.jsonl', 'ckpt_last.pt', 'ckpt_best.pt', 'lock'}
 
 
 def test_resume_is_bit_identical(here):
@@ -185,6 +185,24 @@ def test_mean_of_the_weights(here):
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_muon_is_torchs(dtype, monkeypatch):
+    """Three steps on matrices of two shapes: to bfloat16's rounding the same, whichever format its products are in."""
+    monkeypatch.setattr(train, 'find_dtype', lambda name, device: dtype)
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((32, 96), (32, 96), (64, 16))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    mine = train.Muon(ours, lr=0.02, momentum=0.9, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn='original')
+    for step in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        mine.step(), reference.step()
+    for a, b in zip(ours, theirs):
+        assert (a - b).norm() < 0.02 * 0.02 * 3 * min(a.shape) ** 0.5  # 2 % of three steps of length sqrt(rank) * 0.02
+
+
 def test_follow():
     """The first steps count for little: after n steps of weights 1, 2, ... the mean is near the last of them."""
     mean, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
@@ -295,7 +313,7 @@ def test_damaged_data(here):
     (dict(use='rgb sound'), "there is no modality 'sound'"),
     (dict(micro_batch_size=3), 'does not split into micro-batches of 3'),
     (dict(n_head=5), 'must be a multiple'),
-    (dict(dtype='float8'), 'choose auto, float32 or bfloat16'),
+    (dict(dtype='float8'), 'choose auto, float32, bfloat16 or float16'),
 ])
 def test_faulty_settings(here, changes, message):
     with pytest.raises(UserError, match=message):
