@@ -131,16 +131,19 @@ def synchronize(device):
 
 def matmul_rate(device, dtype, seconds=0.5):
     """The machine's own limit: FLOP/s of a large square matrix product, the best of what fits into the time given."""
-    n = 8192 if device.type == 'cuda' else 2048
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    best, end = float('inf'), time.perf_counter() + seconds
-    a @ b
-    while best == float('inf') or time.perf_counter() < end:
+    def once(a, b):
         synchronize(device)
         start = time.perf_counter()
         a @ b
         synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        return time.perf_counter() - start
+    end, n, best = time.perf_counter() + seconds, 128, 0.0
+    while n < (8192 if device.type == 'cuda' else 2048) and best < seconds / 20:
+        n *= 2  # not at once: a number format that has to be emulated may take a thousand times as long
+        pair = torch.randn(2, n, n, device=device).to(dtype)
+        best = min(once(*pair), once(*pair))
+    while time.perf_counter() < end:
+        best = min(best, once(*pair))
     return 2 * n ** 3 / best
 
 
@@ -508,7 +511,7 @@ def read_sources(init_from):
 def resolve(assigned, sources={}):
     """All settings (train.py's and the model's own, which have the names of its Config) and the chapter's module. Where the run
     starts from the weights of other runs, their sizes are the defaults."""
-    chapters = sorted(path.stem for path in Path(__file__).parent.glob('*.py') if '\nModel = ' in path.read_text())
+    chapters = sorted(path.stem for path in Path(__file__).resolve().parent.glob('*.py') if '\nModel = ' in path.read_text())
     name = assigned.get('model', (SETTINGS['model'],))[0]
     if name not in chapters:
         raise UserError(f'model={name!r}: choose one of {", ".join(chapters)}')

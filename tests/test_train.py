@@ -1,9 +1,12 @@
 """The loop: exact resume, the same step on one and two processes, checkpoints that survive, and faults in one line each."""
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +216,122 @@ def test_follow():
         decay = min(0.6, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
         assert mean.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_stopped_by_a_signal(here):
+    """The same command then ends with the weights and the log of a run that nobody stopped."""
+    changes = dict(max_iters=60, eval_interval=20, log_interval=2, dropout=0.1)
+    run('out/whole', **changes)
+    whole = weights('out/whole')
+    kept = ('step', 'tokens', 'train_loss', 'val_loss', 'grad_norm', 'lr')
+    log = [{name: line[name] for name in kept if name in line} for line in lines('out/whole')]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        out_dir = Path(f'out/{number.name}')
+        settings = TINY | changes | dict(out_dir=out_dir)
+        process = subprocess.Popen([sys.executable, train.__file__, *(f'--{name}={value}' for name, value in settings.items())],
+                                   env=os.environ | {'OMP_NUM_THREADS': '1'}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        while not (out_dir / 'ckpt_last.pt').exists():
+            time.sleep(0.02)
+            assert process.poll() is None, process.communicate()
+        process.send_signal(number)
+        printed = process.communicate(timeout=60)[0]
+        step = train.read_checkpoint(out_dir / 'ckpt_last.pt')['step']
+        if number == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL and step == 20
+        elif process.returncode:  # 0: it had finished before the signal came
+            assert process.returncode == 128 + number and f'stopped by signal after step {step}' in printed and step % 2 == 0
+        run(out_dir, **changes)
+        assert all(torch.equal(value, whole[name]) for name, value in weights(out_dir).items())
+        assert log == [{name: line[name] for name in kept if name in line} for line in lines(out_dir)]
+
+
+def test_scitas(here):
+    """The batch script against stand-ins of SLURM's commands: two processes, saved and queued again at USR1, finished by the same."""
+    (here / 'bin').mkdir()
+    stubs = dict(scontrol='[ "$1" = requeue ] && echo "$2" > requeued || echo localhost', srun="""
+        shift; pids=(); trap 'kill -USR1 "${pids[@]}"' USR1
+        for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & pids+=($!); done
+        wait "${pids[@]}"; wait "${pids[@]}" """)
+    for name, body in stubs.items():
+        (here / 'bin' / name).write_text(f'#!/usr/bin/env bash\n{body}\n')
+        (here / 'bin' / name).chmod(0o755)
+    (here / 'train.py').symlink_to(train.__file__)
+    environment = {name: value for name, value in os.environ.items() if name != 'WANDB_MODE'} | dict(
+        PATH=f'{here}/bin:{Path(sys.executable).parent}:{os.environ["PATH"]}', SLURM_JOB_NODELIST='localhost', SLURM_JOB_ID='19612',
+        OMP_NUM_THREADS='1', USER='student')
+    settings = TINY | dict(out_dir='out/a', max_iters=400, eval_interval=20, log_interval=2)
+    job = ['bash', 'config/scitas.sbatch', *(f'--{name}={value}' for name, value in settings.items())]
+    process = subprocess.Popen(job, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not Path('out/a/ckpt_last.pt').exists():
+        time.sleep(0.02)
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGUSR1)
+    printed = process.communicate(timeout=60)
+    step = train.read_checkpoint(Path('out/a/ckpt_last.pt'))['step']
+    assert process.returncode == 0 and Path('requeued').read_text() == '19612\n', printed
+    assert f'stopped by signal after step {step}' in printed[0] and 20 <= step < 400
+    done = subprocess.run([*job, f'--max_iters={step + 2}'], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and f'{step + 2} steps' in done.stdout, done.stderr[-500:]
+    assert subprocess.run(['bash', 'config/scitas.sbatch'], capture_output=True).returncode == 2
+
+
+def test_two_signals_end_it_at_once(tmp_path):
+    with contextlib.ExitStack() as stack:
+        asked = train.listen(stack)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun's copy of the first
+        assert asked == [signal.SIGTERM] * 2
+        train.time, kept = type('Later', (), dict(monotonic=staticmethod(lambda: time.monotonic() + 3))), train.time
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            train.time = kept
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_one_run_a_folder(here):
+    with train.lock(Path('out/a')):
+        with pytest.raises(UserError, match='out/a: another process is training there'):
+            run('out/a')
+    run('out/a', max_iters=1)
+    assert not train.lock(Path('out/a')).lock.release()  # released at the end of the run
+
+
+def test_a_gradient_that_is_not_finite(here, monkeypatch):
+    """It stops the run, and leaves the state before it and the samples' names; allowed, the step is left out."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def broken(*arguments):
+        calls.append(0)
+        return clip(*arguments) * (float('nan') if len(calls) == 5 else 1)
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', broken)
+    with pytest.raises(UserError, match='step 4: the gradient is not finite .nan.. The state before it is in out/a/ckpt_fault.pt'):
+        run('out/a')
+    assert train.read_checkpoint(Path('out/a/ckpt_fault.pt'))['step'] == 4 and weights('out/a').keys()
+    assert sum(len(ids) for _, ids in lines('out/a')[-1]['samples']) == 8
+    calls.clear()
+    run('out/b', skip=1)
+    assert [line.get('skipped') for line in lines('out/b') if 'train_loss' in line] == [None] * 4 + [1, 1]
+    assert train.read_checkpoint(Path('out/b/ckpt_last.pt'))['skipped'] == 1
+
+
+def test_older_checkpoints_are_kept(here):
+    run('out/a', eval_interval=1, keep=2)
+    assert sorted(path.name for path in Path('out/a').glob('ckpt_0*.pt')) == ['ckpt_000005.pt', 'ckpt_000006.pt']
+
+
+def test_float16(here):
+    run('out/a', dtype='float16', max_iters=3)
+    losses = [line['train_loss'] for line in lines('out/a') if 'train_loss' in line]
+    checkpoint = train.read_checkpoint(Path('out/a/ckpt_last.pt'))
+    assert losses[-1] < losses[0] and checkpoint['scaler']['scale'] > 1 and checkpoint['dtype'] == 'torch.float16'
+
+
+def test_a_disk_that_is_nearly_full(here, monkeypatch):
+    monkeypatch.setattr(train.shutil, 'disk_usage', lambda path: type('Usage', (), dict(free=1000)))
+    with pytest.raises(UserError, match='out/a: less than 0.0 GB free, which its checkpoints may need'):
+        run('out/a')
 
 
 GPT = dict(model='gpt', dataset='toy', n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iters=3, device='cpu', compile=False,
