@@ -173,7 +173,8 @@ def bench_answers(settings, device):
     assert torch.equal(fast(), slow())
     seconds = median_seconds(slow, device, settings['repeats'])
     report('32 answers, all anew for each token', seconds, 32, seconds / 32, 'answers')
-    report('32 answers, one look a picture and a cache', median_seconds(fast, device, settings['repeats']), 32, seconds / 32, 'answers')
+    took = median_seconds(fast, device, settings['repeats'])
+    report('32 answers, one look a picture and a cache', took, 32, seconds / 32, 'answers')
 
 
 PARTS = dict(training=bench_training, generation=bench_generation, cross_entropy=bench_cross_entropy, answers=bench_answers)

@@ -265,9 +265,9 @@ class GPT(nn.Module):
         self.register_buffer('turn', torch.stack(turn), persistent=False)  # (2, T, hd / 2)
 
     def embed(self, tokens, cache=None, x=None):
-        """tokens (B, T), or what stands for them, x (B, T, D) -> (B, T, D). With token shift (RWKV, arXiv 2305.13048, section 3.1)
-        each brings a share of the embedding before it, so that the first block already sees pairs of tokens, which a head would
-        first have to learn to fetch."""
+        """tokens (B, T), or what stands for them, x (B, T, D) -> (B, T, D). With token shift (RWKV, arXiv 2305.13048, section
+        3.1) each brings a share of the embedding before it, so that the first block already sees pairs of tokens, which a head
+        would first have to learn to fetch."""
         x = self.embedding(tokens.clamp(min=0)) if x is None else x
         if not self.config.token_shift:
             return x

@@ -65,8 +65,9 @@ SETTINGS = dict(
 )
 ORDERS = ('random', 'confidence', 'raster')
 BELONGS = dict(  # the chapters that a setting means something to; to all, where it is not named
-    given='fourm', target='fourm', chain='fourm', text='fourm vlm', image='fourm vlm', chat='vlm', blind='vlm', guidance='fourm', steps='fourm', order='fourm',
-    schedule='fourm', min_p='gpt', prompt='gpt', prompts='gpt vlm', max_new_tokens='gpt vlm', complete='gpt')
+    given='fourm', target='fourm', chain='fourm', text='fourm vlm', image='fourm vlm', guidance='fourm', steps='fourm',
+    order='fourm', schedule='fourm', min_p='gpt vlm', prompt='gpt', prompts='gpt vlm', max_new_tokens='gpt vlm', complete='gpt',
+    chat='vlm', blind='vlm')
 
 
 def chosen_temperature(settings, default):
@@ -360,13 +361,14 @@ def look(model, fields, images, n=1):
 
 def ask(model, fields, cache, questions, settings, first=()):
     """The stream of answers (B,) to B questions of any lengths, behind what the cache holds and the tokens `first`."""
-    tokens, device = pad_in_front([[*first, *fields.template.ask(question)] for question in questions]), model.language.turn.device
-    room = model.length - cache.filled
+    tokens = pad_in_front([[*first, *fields.template.ask(question)] for question in questions])
+    room, device = model.length - cache.filled, model.language.turn.device
     if tokens.size(1) >= room:
-        raise UserError(f'the question has {tokens.size(1)} tokens, and with the answer only {room} are left in the context: shorten it')
+        raise UserError(f'the question has {tokens.size(1)} tokens, and the context has room for {room}, the answer included: '
+                        'shorten it')
+    how = (chosen_temperature(settings, 0.0), settings['top_k'], settings['top_p'], settings['min_p'])
     generator = torch.Generator(device).manual_seed(settings['seed'])
-    return model.stream(tokens.to(device), cache, settings['max_new_tokens'], chosen_temperature(settings, 0.0), settings['top_k'],
-                        settings['top_p'], settings['min_p'], fields.template.end, generator)
+    return model.stream(tokens.to(device), cache, settings['max_new_tokens'], *how, fields.template.end, generator)
 
 
 def answers(model, fields, images, questions, settings):
@@ -396,40 +398,50 @@ def chat(model, fields, images, settings):
         print()
 
 
+def in_rows(images, n):
+    """Pictures of n conversations, one (H, W, C) or several each -> (n, m, H, W, C)."""
+    return images.reshape(n, -1, *images.shape[-3:])
+
+
+def own_questions(model, fields, settings):
+    """Answers to the user's questions about the user's pictures; each question is asked about each picture."""
+    images, m = np.stack([fields.read_image(file) for file in settings['image'].split(',')]), model.config.n_images
+    if len(images) % m:
+        raise UserError(f'{len(images)} pictures, and this model reads {m} at a time')
+    images = in_rows(images, len(images) // m)
+    if settings['chat']:
+        return chat(model, fields, images[:1], settings)
+    texts = [settings['text']]
+    if settings['prompts']:
+        texts = Path(settings['prompts']).read_text(encoding='utf-8').splitlines()
+    for row in answers(model, fields, images, [texts] * len(images), settings):
+        print('\n'.join(row))
+
+
 def draw_vlm(model, fields, settings, path):
-    """Answers to the user's questions about the user's pictures; without these, held-out pictures with questions, answers and marks."""
+    """Held-out pictures with questions, answers and marks; or the user's own."""
     if settings['image']:
-        images, m = np.stack([fields.read_image(file) for file in settings['image'].split(',')]), model.config.n_images
-        if len(images) % m:
-            raise UserError(f'{len(images)} pictures: this model reads {m} at a time')
-        images = images.reshape(-1, m, *images.shape[1:])
-        if settings['chat']:
-            return chat(model, fields, images[:1], settings)
-        questions = Path(settings['prompts']).read_text(encoding='utf-8').splitlines() if settings['prompts'] else [settings['text']]
-        for row in answers(model, fields, images, [questions] * len(images), settings):
-            print('\n'.join(row))
-        return None
+        return own_questions(model, fields, settings)
     if settings['chat'] or settings['text'] or settings['prompts']:
         raise UserError('questions need --image=FILE, the picture that they are about')
-    lines, n = fields.questions(settings['split'])[:settings['n'] or 6], 6
-    images = fields.pictures(settings['split'], [line['image'] for line in lines])
-    asked = [[(line['turns'] * n)[i] for i in range(n)] for line in lines]  # as many about each picture
-    found = answers(model, fields, images.reshape(len(lines), -1, *images.shape[-3:]), [[q for q, _ in turns] for turns in asked], settings)
-    save_answers(images.reshape(len(lines), -1, *images.shape[-3:])[:, 0],
-                 [list(dict.fromkeys((q, a, truth) for (q, truth), a in zip(turns, row))) for turns, row in zip(asked, found)], path)
+    lines = fields.questions(settings['split'])[:settings['n'] or 6]
+    images = in_rows(fields.pictures(settings['split'], [line['image'] for line in lines]), len(lines))
+    asked = [(6 * line['turns'])[:6] for line in lines]  # equally many about each
+    found = answers(model, fields, images, [[question for question, _ in turns] for turns in asked], settings)
+    talks = [dict.fromkeys((q, answer, truth) for (q, truth), answer in zip(turns, row)) for turns, row in zip(asked, found)]
+    save_answers(images[:, 0], [list(talk) for talk in talks], path)
 
 
 def right_answers(model, fields, settings, name='questions', shift=0):
-    """{family: (n, 1, 2)} right and all answers a picture, and answers a second; shift > 0 shows each question another picture."""
-    lines, families, started = fields.questions(settings['split'], name)[:settings['n_score']], {}, time.perf_counter()
-    shown, total = np.roll([line['image'] for line in lines], shift, 0), 0
+    """{family: (n, 1, 2)} right and all answers about each picture, and answers a second; shift > 0 shows another picture."""
+    lines, families, total = fields.questions(settings['split'], name)[:settings['n_score']], {}, 0
+    shown, started = np.roll([line['image'] for line in lines], shift, 0), time.perf_counter()
     for start in tqdm(range(0, len(lines), 32), desc=f'score {name}', unit='batch', leave=False):
         part = lines[start:start + 32]
         most = max(len(line['turns']) for line in part)
-        images = fields.pictures(settings['split'], shown[start:start + 32])
-        asked = [[(line['turns'] * most)[i][0] for i in range(most)] for line in part]
-        found = answers(model, fields, images.reshape(len(part), -1, *images.shape[-3:]), asked, settings)
-        for i, (line, row) in enumerate(zip(part, found), start):
+        images = in_rows(fields.pictures(settings['split'], shown[start:start + 32]), len(part))
+        asked = [[question for question, _ in (most * line['turns'])[:most]] for line in part]
+        for i, (line, row) in enumerate(zip(part, answers(model, fields, images, asked, settings)), start):
             for (_, truth), family, answer in zip(line['turns'], line['families'], row):
                 for key in {family or 'all', 'all'}:
                     families.setdefault(key, np.zeros((len(lines), 1, 2)))[i, 0] += (answer == truth, 1)
@@ -447,28 +459,29 @@ def majority(fields):
 
 
 def score_vlm(model, fields, settings, data, path):
-    """Share of answers that are right to the letter, each question asked by itself, by family; beside it the family's most frequent
-    answer, what the model says to another picture, and what a model says that was trained without pictures."""
+    """Share of answers that are right to the letter, each question asked by itself, by family; beside it the family's most
+    frequent answer, what the model says to another picture, and what a model says that was trained without pictures."""
     settings = settings | dict(max_new_tokens=min(settings['max_new_tokens'], 32))
-    found, rate = right_answers(model, fields, settings)
-    usual, lines = majority(fields), fields.questions(settings['split'])[:settings['n_score']]
-    truths = [(family or 'all', truth) for line in lines for (_, truth), family in zip(line['turns'], line['families'])]
-    same = [(family, usual[family] == truth) for family, truth in truths]
-    blind = {family: np.mean([hit for name, hit in same if family in (name, 'all')]) for family in found}
-    scores = {family: bootstrap(parts) | dict(baseline=float(blind[family])) for family, parts in sorted(found.items())}
+    (found, rate), usual = right_answers(model, fields, settings), majority(fields)
+    lines = fields.questions(settings['split'])[:settings['n_score']]
+    guesses = [(family or 'all', truth == usual[family or 'all'])
+               for line in lines for (_, truth), family in zip(line['turns'], line['families'])]
+    blind = {family: float(np.mean([hit for name, hit in guesses if family in (name, 'all')])) for family in found}
+    scores = {family: bootstrap(parts) | dict(baseline=blind[family]) for family, parts in sorted(found.items())}
     more = {'another picture': right_answers(model, fields, settings, shift=1)[0]}
     if settings['blind']:
-        more['no picture'] = right_answers(load_model(Path(settings['blind'], settings['checkpoint']))[0], fields, settings)[0]
+        other = load_model(Path(settings['blind'], settings['checkpoint']))[0].to(model.language.turn.device)
+        more['no picture'] = right_answers(other, fields, settings)[0]
     if Path(fields.folder, settings['split'], 'new_pairs.jsonl').is_file():
         more['new pairs'] = right_answers(model, fields, settings, 'new_pairs')[0]
     scores |= {f'{name}: {family}': bootstrap(parts) for name, part in more.items() for family, parts in sorted(part.items())}
-    save_scores(scores | {'answers/s': alone(rate, len(truths))}, path)
+    save_scores(scores | {'answers/s': alone(rate, len(guesses))}, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All chapters
 
-DRAW = dict(gpt=draw_gpt, fourm=draw_fourm, vlm=draw_vlm)  # (model, fields, settings, path of a picture): writes it, or returns texts
+DRAW = dict(gpt=draw_gpt, fourm=draw_fourm, vlm=draw_vlm)  # (model, fields, settings, path): a picture there, or returns texts
 SCORE = dict(gpt=score_gpt, fourm=score_fourm, vlm=score_vlm)  # (model, fields, settings, validation data, path of scores.json)
 
 

@@ -176,8 +176,8 @@ def compile_blocks(model, device):
 def read_meta(folder):
     """data/NAME/meta.json: kind ('rows' or 'stream'), the module in prepare/ that made it, fields {name: vocabulary size, 0 for
     real numbers}, and in `config` the settings that it decides for every model that has them. Optional: files {field: the array
-    on disk, where it has another name; '{split}' is the split's}, views {field: number of pre-made views}, index {field: the array
-    that says which of its rows belongs to a sample, where it has others, as pictures that several questions are about}."""
+    on disk, where it has another name; '{split}' is the split's}, views {field: number of pre-made views}, index {field: the
+    array that says which of its rows is a sample's, where several samples share them, as questions do pictures}."""
     path = Path(folder, 'meta.json')
     try:
         meta = json.loads(path.read_text())
@@ -426,8 +426,8 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, settings):
     """Muon for the matrices between hidden vectors, AdamW for the rest; what has the rate 0 is frozen. Q, K and V are one fused
-    matrix and are orthogonalised together. Embeddings and heads are matrices too, but their rows belong to single tokens: they are
-    AdamW's."""
+    matrix and are orthogonalised together. Embeddings and heads are matrices too, but their rows belong to single tokens: they
+    are AdamW's."""
     groups, rates = {}, read_rates(model, settings['rates'])
     for name, parameter in model.named_parameters():
         rate, hidden = rates[parameter], parameter.ndim == 2 and not any(word in name for word in ('embedding', 'head'))
@@ -438,7 +438,9 @@ def make_optimizers(model, settings):
     adamw = [dict(params=group, lr=settings['learning_rate'] * rate, weight_decay=0.0 if vector else settings['weight_decay'])
              for (hidden, vector, rate), group in groups if not hidden]
     muon = [dict(params=group, lr=settings['muon_learning_rate'] * rate) for (hidden, _, rate), group in groups if hidden]
-    optimizers = [torch.optim.AdamW(adamw, settings['learning_rate'], (settings['beta1'], settings['beta2']), fused=True)] if adamw else []
+    optimizers, betas = [], (settings['beta1'], settings['beta2'])
+    if adamw:
+        optimizers.append(torch.optim.AdamW(adamw, settings['learning_rate'], betas, fused=True))
     if muon:
         optimizers.append(Muon(muon, settings['muon_learning_rate'], settings['momentum'], settings['weight_decay']))
     return optimizers
@@ -554,7 +556,8 @@ def load_weights(model, part, source, folder, meta):
     try:
         model.get_submodule(part).load_state_dict(weights)
     except AttributeError:
-        raise UserError(f'init_from: the model has no part {part!r}; there are {", ".join(name for name, _ in model.named_children())}')
+        raise UserError(f'init_from: the model has no part {part!r}; there are '
+                        f'{", ".join(name for name, _ in model.named_children())}')
     except RuntimeError as error:
         raise UserError('the weights that init_from names are for other sizes: leave the model\'s settings out ('
                         f'{str(error).splitlines()[1].strip()})')

@@ -61,8 +61,8 @@ class Config(gpt.Config):
 # What becomes of a picture
 
 def pixel_shuffle(x, pool):
-    """Squares of pool x pool patches as one vector each: (B, N, D) -> (B, N / pool^2, pool^2 D). Nothing is lost, and the language
-    model has fewer tokens to read."""
+    """Squares of pool x pool patches as one vector each: (B, N, D) -> (B, N / pool^2, pool^2 D). Nothing is lost, and the
+    language model has fewer tokens to read."""
     side = round(x.size(1) ** 0.5)
     x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, D, side, side)
     return F.pixel_unshuffle(x, pool).flatten(2).transpose(1, 2)
@@ -124,10 +124,10 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def draw(self, batch, generator, shared):
-        """Makes room for the pictures and lists what is to be learned, where the batch lies (train.py: in host memory, so that its
-        amount is known without waiting for a GPU): rows (R,), indices into the B (T - 1) places from which a next token is
-        predicted, their targets (R,) and weight (R,), which gives each conversation the same share. R is rounded up, with weights
-        0, so that shapes are few. Nothing is random."""
+        """Makes room for the pictures and lists what is to be learned, where the batch lies (train.py: in host memory, so that
+        its amount is known without waiting for a GPU): rows (R,), indices into the B (T - 1) places that something is predicted
+        from, their targets (R,), and weight (R,), which gives each conversation the same share. R is rounded up, with weights 0,
+        so that shapes are few. Nothing is random."""
         place = make_room(batch['tokens'], self.config.image_token, self.P, self.config.n_images)
         tokens, counted = (batch[name].gather(1, place) for name in ('tokens', 'counted'))  # (B, T)
         target = torch.where(counted > 0, tokens, -1)[:, 1:, None]  # (B, T - 1, 1): the token after each
@@ -157,10 +157,8 @@ class VLM(nn.Module):
         seen = None if self.config.blind else self.look(batch['image'])
         x = self.trunk(batch['tokens'][:, :-1], seen).flatten(0, 1)[batch['rows']]  # (R, D)
         nll = cross_entropy(x, self.language.head.weight, batch['targets'], self.config.softcap)  # (R,)
-        weight, real = batch['weight'], (batch['tokens'] >= 0).sum()
-        logs = {'loss': torch.stack(((nll.detach() * weight).sum() * len(batch['tokens']), weight.new_tensor(len(batch['tokens'])))),
-                'tokens': torch.stack((real, real / real))}
-        return (nll * weight).sum(), logs
+        loss, B, real = (nll * batch['weight']).sum(), len(batch['tokens']), (batch['tokens'] >= 0).sum()
+        return loss, {'loss': torch.stack((B * loss.detach(), loss.new_tensor(B))), 'tokens': torch.stack((real, real / real))}
 
     # -----------------------------------------------------------------------------------------------------------------
     # Generation
@@ -179,9 +177,9 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def stream(self, tokens, cache, max_new_tokens=16, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None):
-        """Goes on with tokens (B, T0), -1 in front of shorter ones, behind what the cache holds; yields the next token of each row,
-        (B,), up to max_new_tokens times and while there is room in the context. A row that has drawn the token `end` gets -1 from
-        then on; when all have, it stops. The last token drawn is not in the cache yet: a next turn begins with it."""
+        """Goes on with tokens (B, T0), -1 in front of shorter ones, behind what the cache holds; yields the next token of each
+        row, (B,), up to max_new_tokens times and while there is room in the context. A row that has drawn the token `end` gets -1
+        from then on; when all have, it stops. The last token drawn is not in the cache yet: a next turn begins with it."""
         ended = tokens.new_zeros(len(tokens), dtype=torch.bool)
         for _ in range(max_new_tokens):
             if cache.filled + tokens.size(1) > self.length:
@@ -197,9 +195,9 @@ class VLM(nn.Module):
                 return
             tokens = drawn[:, None]
 
-    def generate(self, tokens, cache, max_new_tokens=16, **how):
+    def generate(self, tokens, cache, max_new_tokens=16, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None):
         """All that `stream` yields: (B, n), n <= max_new_tokens."""
-        return torch.stack(list(self.stream(tokens, cache, max_new_tokens, **how)), 1)
+        return torch.stack(list(self.stream(tokens, cache, max_new_tokens, temperature, top_k, top_p, min_p, end, generator)), 1)
 
 
 Model = VLM

@@ -43,7 +43,8 @@ def tile(pictures, columns, gap=1):
 
 
 def save_answers(pictures, talks, path, side=160):
-    """Pictures (n, H, W, 3) uint8 with what was asked about them, talks [[(question, answer, truth), ...], ...], right answers green."""
+    """Pictures (n, H, W, 3) uint8 with what was asked about them, talks [[(question, answer, truth), ...], ...]: right answers
+    green, wrong ones red with the truth behind."""
     width, line = 620, 26
     high = max(side, line * max(map(len, talks)) + 4)
     canvas = Image.new('RGB', (width, len(talks) * (high + 8)), 'white')
@@ -52,9 +53,9 @@ def save_answers(pictures, talks, path, side=160):
         y = i * (high + 8)
         canvas.paste(Image.fromarray(picture).resize((side, side), Image.NEAREST), (0, y))
         for j, (question, answer, truth) in enumerate(talk):
-            right = answer == truth
             draw.text((side + 8, y + j * line), question, fill='black')
-            draw.text((side + 20, y + j * line + 12), answer if right else f'{answer}  (no: {truth})', fill='green' if right else 'red')
+            mark = (answer, 'green') if answer == truth else (f'{answer}  (no: {truth})', 'red')
+            draw.text((side + 20, y + j * line + 12), mark[0], fill=mark[1])
     canvas.save(path, optimize=True)
     print(f'wrote {path}')
 

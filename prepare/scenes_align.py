@@ -19,7 +19,7 @@ from config import UserError
 from prepare.scenes import COLOR_NAMES, MATERIALS, SHAPES, SIZES
 from prepare.scenes_qa import encoding_name, has_new_pair, link, load, vocabulary
 from prepare.text_tokenizers import save_words
-from prepare.vqa import Fields, template, write_meta, write_questions, write_rows  # noqa: F401  (sample.py takes Fields from here)
+from prepare.vqa import Fields, template, write_meta, write_questions, write_rows  # noqa: F401  (Fields: for sample.py)
 
 SETTINGS = dict(scenes='data/scenes', out='data/scenes_align')
 QUESTION = 'Describe the picture.'
@@ -32,11 +32,12 @@ def describe(objects, size):
 
 
 def names(objects, size, way):
-    """Objects (n, K, 6) -> (n, 64, 4) ids: what lies in each of 8x8 cells, size, color, material and shape where an object has its
-    middle, elsewhere ' ground'. Where two objects share a cell the nearer one is named."""
+    """Objects (n, K, 6) -> (n, 64, 4) ids, a name for each of 8x8 cells: size, color, material and shape where an object has its
+    middle, elsewhere ' ground'. Where two share a cell the nearer one is named."""
     ids = np.full((len(objects), 64, 4), -1, np.int16)
-    ids[..., 0] = way.encoding.encode_single_token(' ground')
-    words = [[way.encoding.encode_single_token(f' {word}') for word in group] for group in (SIZES, COLOR_NAMES, MATERIALS, SHAPES)]
+    word = way.encoding.encode_single_token
+    ids[..., 0] = word(' ground')
+    words = [[word(f' {name}') for name in group] for group in (SIZES, COLOR_NAMES, MATERIALS, SHAPES)]
     for scene, rows in zip(ids, objects.tolist()):
         for s, c, m, z, x, y in sorted(rows, key=lambda row: row[5]):  # the lower in the picture, the nearer
             if s >= 0:

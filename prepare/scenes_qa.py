@@ -16,11 +16,10 @@ These are CLEVR's families (Johnson et al., 1612.06890). No prior is to help: of
 answer was heard least so far in questions of its kind. A scene's questions make one conversation, which shows the picture once;
 pictures are not copied but read from data/scenes.
 
-Some pairs of color and shape (HELD_OUT) are in no training picture, as in CLEVR-CoGenT: val/questions.jsonl asks about pictures without
-them, val/new_pairs.jsonl about pictures with them.
+Some pairs of color and shape (HELD_OUT) are in no training picture, as in CLEVR-CoGenT: val/questions.jsonl asks about pictures
+without them, val/new_pairs.jsonl about pictures with them.
 """
 import hashlib
-import json
 import os
 import sys
 from collections import Counter
@@ -33,7 +32,7 @@ import config
 from config import UserError
 from prepare.scenes import COLOR_NAMES, MATERIALS, NAMES, SHAPES, SIZES
 from prepare.text_tokenizers import save_words
-from prepare.vqa import Fields, template, write_meta, write_questions, write_rows  # noqa: F401  (sample.py takes Fields from here)
+from prepare.vqa import Fields, template, write_meta, write_questions, write_rows  # noqa: F401  (Fields: for sample.py)
 
 SETTINGS = dict(scenes='data/scenes', out='data/scenes_qa', n_turns=12, length=128, seed=0)
 HELD_OUT = (('purple', 'cube'), ('cyan', 'sphere'), ('yellow', 'cylinder'))
@@ -62,11 +61,12 @@ def vocabulary():
     """The closed vocabulary: phrases where the grammar leaves no choice, so that a question has few tokens; for captions too."""
     nouns = [*SHAPES, 'thing', 'object']
     cells = [f' {axis} {i}' for axis in ('row', 'column') for i in range(8)]
-    return [f' {word}' for word in [*nouns, *(f'{noun}s' for noun in nouns), *SIZES, *COLOR_NAMES, *MATERIALS, 'yes', 'no', *'012345',
-                                    'ground', 'the', 'and', 'than', 'as', *ATTRIBUTES]] + cells + list(SIDES) + [
-        ' Question:', ' Answer:', ' Are there any', ' Do you see any', ' How many', ' What number of', ' are there?', ' do you see?',
-        ' What', ' is the', ' What is the', ' of the', ' Do the', ' have the same', ' Are the', ' of the same', ' Are there more',
-        ' Are there fewer', ' Are there as many', ' Is the', ' to the', ' What do you see?', ' Describe the picture.', ' at']
+    return [f' {word}' for word in [*nouns, *(f'{noun}s' for noun in nouns), *SIZES, *COLOR_NAMES, *MATERIALS, 'yes', 'no',
+                                    *'012345', 'ground', 'the', 'and', 'than', 'as', *ATTRIBUTES]] + cells + list(SIDES) + [
+        ' Question:', ' Answer:', ' Are there any', ' Do you see any', ' How many', ' What number of', ' are there?',
+        ' do you see?', ' What', ' is the', ' What is the', ' of the', ' Do the', ' have the same', ' Are the', ' of the same',
+        ' Are there more', ' Are there fewer', ' Are there as many', ' Is the', ' to the', ' What do you see?',
+        ' Describe the picture.', ' at']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class Scene:
         return options[int(self.random.random() * len(options))] if len(options) else None
 
     def the(self, silent=None, other=None):
-        """A filter that fits one object alone and is silent about one attribute, and the object; (None, None) where there is none."""
+        """A filter that fits one object alone and is silent about one attribute, and the object; (None, None) without any."""
         k = self.choose([k for k in range(len(self.objects)) if k != other])
         kind = self.choose([kind for kind in self.names[k] if silent is None or not kind >> silent & 1])
         return (None, None) if kind is None else (self.choose(self.names[k][kind]), k)
@@ -116,7 +116,8 @@ def count(scene):
     fine = (scene.count == n).nonzero()[0]
     fine = fine[KINDS[fine] == scene.choose(KINDS[fine])] if len(fine) else fine
     if len(fine):
-        start, end = scene.choose(((' How many', ' are there?'), (' How many', ' do you see?'), (' What number of', ' are there?')))
+        start = scene.choose((' How many', ' How many', ' What number of'))
+        end = scene.choose((' are there?', ' do you see?'))
         return '', f'{start}{phrase(scene.choose(fine), True, scene.noun())}{end}', str(n)
 
 
@@ -138,8 +139,8 @@ def compare(scene):
         g, j = scene.the(silent=a, other=i)
     if g is not None:
         one, two = (phrase(x, noun=scene.noun()) for x in (f, g))
-        text = scene.choose((f' Do the{one} and the{two} have the same {ATTRIBUTES[a]}?', f' Are the{one} and the{two} of the same {ATTRIBUTES[a]}?'))
-        return a, text, 'yes' if scene.objects[i, a] == scene.objects[j, a] else 'no'
+        text = scene.choose((f' Do the{one} and the{two} have the same', f' Are the{one} and the{two} of the same'))
+        return a, f'{text} {ATTRIBUTES[a]}?', 'yes' if scene.objects[i, a] == scene.objects[j, a] else 'no'
 
 
 def number(scene):
@@ -170,7 +171,8 @@ def hop(scene):
         return None
     here = (scene.fits & beside).sum(1)  # (filters,) how many of those beside it fit
     if a is None:  # no: one that is elsewhere in the picture
-        f = scene.choose((here > 0 if scene.random.random() < 0.5 else (here == 0) & (scene.count > scene.fits[:, j])).nonzero()[0])
+        wanted = here > 0 if scene.random.random() < 0.5 else (here == 0) & (scene.count > scene.fits[:, j])
+        f = scene.choose(wanted.nonzero()[0])
         return f if f is None else (KINDS[f], f' Are there any{phrase(f, True)}{side}{phrase(g)}?', 'yes' if here[f] else 'no')
     f = scene.choose(((here == 1) & (FILTERS[:, a] < 0)).nonzero()[0])
     if f is not None:
@@ -185,9 +187,9 @@ FAMILIES = dict(exist=exist, count=count, query=query, compare=compare, number=n
 # Conversations
 
 def converse(objects, random, heard, n_turns, tries=8):
-    """n_turns questions about a scene's objects (K, 6): [(family, question, answer), ...]. heard: how often each answer was given, a
-    Counter a (family, kind), which this goes on with; of several questions the one with the rarest answer is asked, and none whose
-    answer is ahead of its opposite."""
+    """n_turns questions about a scene's objects (K, 6): [(family, question, answer), ...]. heard: how often each answer was
+    given, a Counter a (family, kind), which this goes on with; of several questions the one with the rarest answer is asked,
+    and none whose answer is ahead of its opposite."""
     scene, turns, asked = Scene(objects, random), [], set()
     families = [name for _ in range(1 + n_turns // len(FAMILIES)) for name in random.permutation(list(FAMILIES)).tolist()]
     for family in families * 2:

@@ -4,10 +4,10 @@ SigLIP (Zhai et al., 2303.15343), eyes trained on billions of pictures with thei
     python -m prepare.siglip                   SigLIP-B/16 at 224 pixels, 93 M weights, to out/siglip/ckpt_last.pt
     python train.py config/vlm_smol.py         beside SmolLM2
 
-Only the patches' features are kept: no text tower, no pooling. They are those of vlm.Eyes with biases and GELU, but SigLIP's norms
-subtract the mean, and have a gain and a bias. Ours do and have none of that, and need it not: what writes into the residual stream
-can write vectors of mean zero, since each norm would take their mean away (2401.15024, section 3.1), and a gain and a bias can be
-multiplied into the matrix behind the norm. Only the last norm's stay, as Eyes.gain and Eyes.shift.
+Only the patches' features are kept: no text tower, no pooling. They are those of vlm.Eyes with biases and GELU, but for norms:
+SigLIP's subtract the mean, and have a gain and a bias. Ours do and have nothing of this, and need not: what writes into the
+residual stream can write vectors of mean zero, since each norm would take their mean away (2401.15024, section 3.1), and a gain
+and a bias can be multiplied into the matrix behind the norm. Only the last norm's stay, as Eyes.gain and Eyes.shift.
 """
 import json
 import sys
@@ -23,8 +23,8 @@ from vlm import Config, Eyes
 
 SETTINGS = dict(out='out/siglip')
 URL = 'https://huggingface.co/google/siglip-base-patch16-224/resolve/main/{}'
-DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3, image_size=224,
-                patch_size=16, layer_norm_eps=1e-6, hidden_act='gelu_pytorch_tanh')  # what a SigLIP's config.json leaves out
+DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3,
+                image_size=224, patch_size=16, layer_norm_eps=1e-6, hidden_act='gelu_pytorch_tanh')  # what config.json leaves out
 
 
 def read_config(path):
@@ -34,11 +34,12 @@ def read_config(path):
         c = DEFAULTS | file.get('vision_config', file)
         if c['hidden_act'] != 'gelu_pytorch_tanh' or c['model_type'] not in ('siglip_vision_model', 'siglip'):
             raise ValueError(f'{c["model_type"]} with {c["hidden_act"]}')
-        return dict(image_size=c['image_size'], channels=c['num_channels'], patch=c['patch_size'], eyes_layer=c['num_hidden_layers'],
-                    eyes_head=c['num_attention_heads'], eyes_embd=c['hidden_size'], eyes_mlp='gelu_tanh', eyes_bias=True,
-                    eyes_mlp_width=c['intermediate_size'], eyes_qk_norm=False, eyes_rope_theta=0.0, eyes_norm_eps=c['layer_norm_eps'])
+        return dict(image_size=c['image_size'], channels=c['num_channels'], patch=c['patch_size'], eyes_embd=c['hidden_size'],
+                    eyes_layer=c['num_hidden_layers'], eyes_head=c['num_attention_heads'], eyes_mlp='gelu_tanh',
+                    eyes_mlp_width=c['intermediate_size'], eyes_norm_eps=c['layer_norm_eps'], eyes_bias=True, eyes_qk_norm=False,
+                    eyes_rope_theta=0.0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{path}: not the description of a SigLIP ({type(error).__name__}: {error}); delete it and run this again')
+        raise UserError(f'{path}: not the description of a SigLIP ({type(error).__name__}: {error}); delete it, run this again')
 
 
 def centred(weight):
@@ -54,7 +55,8 @@ def behind(weight, bias, gain, shift):
 def convert(take, n_layer):
     """{name in vlm.Eyes: float32 tensor}; take(name) gives SigLIP's tensors in float64."""
     patches = take('embeddings.patch_embedding.weight').flatten(1)  # (D, C patch^2)
-    weights = {'patch_embedding.weight': centred(patches), 'patch_embedding.bias': centred(take('embeddings.patch_embedding.bias')),
+    weights = {'patch_embedding.weight': centred(patches),
+               'patch_embedding.bias': centred(take('embeddings.patch_embedding.bias')),
                'place_embedding': centred(take('embeddings.position_embedding.weight').T).T,
                'gain': take('post_layernorm.weight'), 'shift': take('post_layernorm.bias')}
     for i in range(n_layer):
@@ -72,7 +74,7 @@ def convert(take, n_layer):
 
 
 def read_weights(path, settings):
-    """A SigLIP's model.safetensors -> weights of vlm.Eyes. Raises UserError where it is damaged or does not belong to the settings."""
+    """A SigLIP's model.safetensors -> weights of vlm.Eyes. Raises UserError where it is damaged or not of these settings."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -92,19 +94,20 @@ def read_weights(path, settings):
         expected = {name: tensor.shape for name, tensor in Eyes(Config(**settings)).state_dict().items()}
     for name in expected:
         if weights[name].shape != expected[name]:
-            raise UserError(f'{path}: {name} is {tuple(weights[name].shape)}, expected {tuple(expected[name])}: it does not belong '
-                            'to its config.json')
+            raise UserError(f'{path}: {name} is {tuple(weights[name].shape)}, expected {tuple(expected[name])}: it does not '
+                            'belong to its config.json')
     return weights
 
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
-    out, files = Path(settings['out']), [download(URL.format(name), f'siglip-b16-224/{name}') for name in ('config.json', 'model.safetensors')]
+    out = Path(settings['out'])
+    files = [download(URL.format(name), f'siglip-b16-224/{name}') for name in ('config.json', 'model.safetensors')]
     model_config = read_config(files[0])
     weights = read_weights(files[1], model_config)
     out.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(out / 'ckpt_last.pt', dict(settings=dict(model='vlm', dataset='siglip'), model_config=model_config, meta={}, step=0,
-                                               weights=weights))
+    checkpoint = dict(settings=dict(model='vlm', dataset='siglip'), model_config=model_config, meta={}, step=0, weights=weights)
+    save_checkpoint(out / 'ckpt_last.pt', checkpoint)
     print(f'{out}/ckpt_last.pt: SigLIP, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M weights')
 
 

@@ -50,8 +50,8 @@ class Template:
         return self.encoding.encode_ordinary(' ' + answer.strip()) + [self.end]
 
     def rows(self, turns, length, n_images=1):
-        """Turns [(question, answer), ...] -> a list of rows (tokens, counted), both (length,), as many as the conversation needs, each
-        with its pictures in front; a turn that no row can hold is left out."""
+        """Turns [(question, answer), ...] -> a list of rows (tokens, counted), both (length,), as many as the conversation needs,
+        each with its pictures in front; a turn that no row can hold is left out."""
         rows, tokens, counted = [], [], []
         for question, answer in turns:
             ask, reply = self.ask(question), self.reply(answer)
@@ -70,7 +70,8 @@ class Template:
 # Pictures
 
 def read_picture(path, size):
-    """A picture file of any mode -> (size, size, 3) uint8; turned as its EXIF data says, transparent parts white. Raises UserError."""
+    """A picture file of any mode -> (size, size, 3) uint8, turned as its EXIF data says, transparent parts white. Raises
+    UserError."""
     try:
         with Image.open(path) as image:
             image.draft('RGB', (2 * size, 2 * size))  # a JPEG is decoded at a fraction of its size where that is enough
@@ -123,7 +124,7 @@ class Fields:
 
 
 def template(name, folder=None):
-    """The Template of an encoding: SmolLM2's, or the closed vocabulary in the folder's words.json, whose ids a picture's follows."""
+    """The Template of an encoding: SmolLM2's, or the closed vocabulary in the folder's words.json, then a picture."""
     if name == 'smollm2':
         from prepare import smollm2
         encoding = smollm2.encoding()
@@ -193,11 +194,11 @@ def write_rows(folder, rows, image_index):
 
 
 def write_questions(path, images, talks, families=None):
-    """The conversations once more as text, a line each, to score and to draw: numbers of pictures, turns, families of questions."""
+    """The conversations once more as text, a line each, to score and draw: numbers of pictures, turns, families of questions."""
     families = families or [[''] * len(talk) for talk in talks]
-    lines = [json.dumps(dict(image=image, turns=talk, families=kinds)) + '\n' for image, talk, kinds in zip(images, talks, families)]
+    lines = [json.dumps(dict(image=image, turns=talk, families=kinds)) for image, talk, kinds in zip(images, talks, families)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(''.join(lines))
+    path.write_text('\n'.join(lines) + '\n')
 
 
 def main(*arguments, **overrides):
@@ -230,13 +231,14 @@ def main(*arguments, **overrides):
 
 
 def write_meta(out, way, encoding, length, size, n_images, prepare, settings, pictures, n_named=0, n_names=0):
-    """meta.json, last: its presence says that all is there. `pictures` names the file that holds them; where each patch has names,
-    names.npy holds them."""
+    """meta.json, last: its presence says that all is there. `pictures` names the file that holds them; where there is names.npy,
+    it has n_names words for each of n_named tokens of a picture."""
     V = max(way.encoding.n_vocab, way.image + 1)
-    meta = dict(kind='rows', prepare=prepare, encoding=encoding, fields=dict(tokens=V, counted=2, image=256) | (dict(names=V) if n_names else {}),
-                files=dict(image=pictures), index=dict(image='scene'), settings=settings,
-                config=dict(vocab_size=V, block_size=length, image_token=way.image, image_size=size, channels=3, n_images=n_images,
-                            n_named=n_named, n_names=n_names))
+    fields = dict(tokens=V, counted=2, image=256) | (dict(names=V) if n_names else {})
+    model_config = dict(vocab_size=V, block_size=length, image_token=way.image, image_size=size, channels=3, n_images=n_images,
+                        n_named=n_named, n_names=n_names)
+    meta = dict(kind='rows', prepare=prepare, encoding=encoding, fields=fields, files=dict(image=pictures),
+                index=dict(image='scene'), settings=settings, config=model_config)
     (out / 'meta.json').write_text(json.dumps(meta, indent=1))
 
 

@@ -17,14 +17,14 @@ from prepare import scenes, scenes_align, scenes_qa
 from prepare.scenes_render import make
 from tests.conftest import ROOT
 
-TINY = dict(n_layer=1, n_head=2, n_embd=16, eyes_layer=1, eyes_head=2, eyes_embd=16, batch_size=8, micro_batch_size=4, max_iters=3,
-            eval_interval=3, eval_iters=2, device='cpu', dtype='float32', compile=False, threads=1)
+TINY = dict(n_layer=1, n_head=2, n_embd=16, eyes_layer=1, eyes_head=2, eyes_embd=16, batch_size=8, micro_batch_size=4,
+            max_iters=3, eval_interval=3, eval_iters=2, device='cpu', dtype='float32', compile=False, threads=1)
 
 
 def small(**changes):
     torch.manual_seed(1)
-    config = vlm.Config(**(dict(vocab_size=11, image_token=10, block_size=14, n_layer=2, n_head=2, n_embd=16, image_size=16, patch=4,
-                                pool=2, eyes_layer=1, eyes_head=2, eyes_embd=8) | changes))
+    config = vlm.Config(**(dict(vocab_size=11, image_token=10, block_size=14, n_layer=2, n_head=2, n_embd=16, image_size=16,
+                                patch=4, pool=2, eyes_layer=1, eyes_head=2, eyes_embd=8) | changes))
     model = vlm.VLM(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -167,8 +167,8 @@ def test_turns_go_on_in_the_cache():
 
 def test_overfits_one_batch():
     torch.manual_seed(0)
-    model = vlm.VLM(vlm.Config(vocab_size=12, image_token=10, block_size=8, n_layer=2, n_head=2, n_embd=32, image_size=16, patch=4, pool=2,
-                               eyes_layer=1, eyes_head=2, eyes_embd=32))
+    model = vlm.VLM(vlm.Config(vocab_size=12, image_token=10, block_size=8, n_layer=2, n_head=2, n_embd=32, image_size=16,
+                               patch=4, pool=2, eyes_layer=1, eyes_head=2, eyes_embd=32))
     tokens = torch.cat((torch.tensor([[10, 1, 2]] * 4), torch.arange(3, 7)[:, None], torch.full((4, 1), 9)), 1)
     images = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]).view(4, 1, 1, 3).expand(-1, 16, 16, -1)
     batch = model.draw(dict(image=images, tokens=tokens, counted=torch.tensor([[0, 0, 0, 1, 1]] * 4)), None, None)
@@ -204,7 +204,8 @@ def here(tmp_path_factory):
 def run(here):
     train.main(**TINY, model='vlm', dataset='scenes_align', out_dir='out/align', pictures=False, rates='language:0')
     train.main(**TINY, model='vlm', dataset='scenes_qa', out_dir='out/qa', init_from='align', rates='eyes:0 projector:0.5')
-    train.main(**TINY, model='vlm', dataset='scenes_qa', out_dir='out/blind', blind=True, pictures=False, rates='eyes:0 projector:0')
+    train.main(**TINY, model='vlm', dataset='scenes_qa', out_dir='out/blind', blind=True, pictures=False,
+               rates='eyes:0 projector:0')
     return 'out/qa'
 
 
@@ -224,8 +225,8 @@ def test_two_stages(run):
 
 def test_parts_from_other_runs(run):
     sizes = {name: value for name, value in TINY.items() if name not in ('n_layer', 'n_head', 'n_embd', 'eyes_layer')}
-    train.main(model='gpt', dataset='scenes_qa', out_dir='out/words', pictures=False, n_layer=1, n_head=2, n_embd=24, batch_size=4,
-               max_iters=1, compile=False, device='cpu', threads=1)
+    train.main(model='gpt', dataset='scenes_qa', out_dir='out/words', pictures=False, n_layer=1, n_head=2, n_embd=24,
+               batch_size=4, max_iters=1, compile=False, device='cpu', threads=1)
     train.main(**sizes, model='vlm', dataset='scenes_qa', out_dir='out/parts', pictures=False, rates='eyes:0 language:0',
                init_from='eyes:align,language:words')
     parts, align, words = weights('out/parts'), weights('out/align'), weights('out/words')
@@ -289,7 +290,7 @@ def test_scores(run):
 @pytest.mark.parametrize('arguments, message', [
     (['--image=none.png', '--text=Is it?'], 'none.png: no such picture'),
     (['--image=own.png'], 'an empty question'),
-    (['--image=own.png', '--text=' + 'x' * 100], 'the question has 10[0-9] tokens, and with the answer only 59 are left in the context'),
+    (['--image=own.png', '--text=' + 'x' * 100], 'the question has 103 tokens, and the context has room for 59, the answer'),
     (['--text=Is it?'], 'questions need --image=FILE'),
     (['--chat=True'], 'questions need --image=FILE'),
     (['--given=rgb'], 'given is a setting of fourm, this run is of vlm'),
