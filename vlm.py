@@ -36,7 +36,7 @@ class Config(gpt.Config):
     """All settings of chapter 1, for the language model, and those of the eyes. block_size is that of the text alone."""
     n_layer: int = 4
     n_embd: int = 128
-    image_token: int = 0    # the id that stands for a picture; set by the data set, as are the next four
+    image_token: int = 0    # the id that stands for a picture; set by the data set, as are the next three
     n_images: int = 1       # m, pictures a conversation
     image_size: int = 64    # H = W, pixels
     channels: int = 3       # C

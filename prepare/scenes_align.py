@@ -4,10 +4,12 @@ The data set `scenes_align`: descriptions of the pictures of data/scenes, from w
     python -m prepare.scenes_align       (train.py runs it by itself when data/scenes_align is missing)
 
     Question: Describe the picture. Answer: row 3 column 1 large red metal sphere row 5 column 6 small blue rubber cube
+    Question: Where are the small things? Answer: row 5 column 6
 
 From left to right, where each object's middle is, in cells of 8x8 to a picture, then what it is: the place comes first, since
-who knows where to look learns soon what is there. An answer to a question tells one bit or two of a picture, a description 50.
-The vocabulary, and the pictures that are held out, are those of prepare/scenes_qa.py.
+who knows where to look learns soon what is there. The other way round, from words to places (pointing, as in Molmo, 2409.17146),
+is what every later question begins with. An answer to such a question tells one bit or two of a picture, a description 50.
+Beside the text each of the 8x8 cells has a name (names.npy), for models with a token a cell. The vocabulary, and the pictures that are held out, are those of prepare/scenes_qa.py.
 """
 import sys
 from pathlib import Path
@@ -17,18 +19,30 @@ import numpy as np
 import config
 from config import UserError
 from prepare.scenes import COLOR_NAMES, MATERIALS, SHAPES, SIZES
-from prepare.scenes_qa import encoding_name, has_new_pair, link, load, vocabulary
+from prepare.scenes_qa import KINDS, Scene, encoding_name, has_new_pair, link, load, phrase, vocabulary
 from prepare.text_tokenizers import save_words
 from prepare.vqa import Fields, template, write_meta, write_questions, write_rows  # noqa: F401  (Fields: for sample.py)
 
-SETTINGS = dict(scenes='data/scenes', out='data/scenes_align')
+SETTINGS = dict(scenes='data/scenes', out='data/scenes_align', n_where=8, length=104, seed=0)
 QUESTION = 'Describe the picture.'
 
 
 def describe(objects, size):
     """Objects (K, 6) of a picture of `size` pixels -> text."""
-    return ' '.join(f'row {cell(y, size)} column {cell(x, size)} {SIZES[z]} {COLOR_NAMES[c]} {MATERIALS[m]} {SHAPES[s]}'
+    return ' '.join(f'{place(x, y, size)} {SIZES[z]} {COLOR_NAMES[c]} {MATERIALS[m]} {SHAPES[s]}'
                     for s, c, m, z, x, y in objects if s >= 0)
+
+
+def place(x, y, size):
+    return f'row {cell(y, size)} column {cell(x, size)}'
+
+
+def where(scene, size):
+    """A question about the places of all objects that some words fit, and its answer."""
+    wanted = scene.count > 0 if scene.random.random() < 0.85 else scene.count == 0
+    f = scene.choose((wanted & (KINDS == scene.choose(KINDS[wanted]))).nonzero()[0])
+    places = [place(x, y, size) for x, y in scene.objects[scene.fits[f], 4:].tolist()]
+    return f'Where are the{phrase(f, True, scene.noun())}?', ' '.join(places) or 'nowhere'
 
 
 def names(objects, size, way):
@@ -56,15 +70,16 @@ def main(*arguments, **overrides):
     (out / 'meta.json').unlink(missing_ok=True)
     save_words(out / 'words.json', vocabulary())
     way, size = template('', out), load(scenes, 'val', 'rgb').shape[1]
-    length = len(way.ask(QUESTION, 1)) + 6 * load(scenes, 'val', 'objects').shape[1] + 1
-    for split in ('val', 'train'):
-        objects = load(scenes, split, 'objects')
-        index = (~has_new_pair(objects)).nonzero()[0]
-        turns = [[[QUESTION, describe(rows, size)]] for rows in objects[index].tolist()]
-        write_rows(out / split, [way.rows(turn, length)[0] for turn in turns], index.astype(np.int32))
+    for split, seed in (('val', 1), ('train', 0)):
+        objects, random = load(scenes, split, 'objects'), np.random.default_rng((settings['seed'], 2, seed))
+        index, turns = (~has_new_pair(objects)).nonzero()[0], []
+        for i in index:
+            scene = Scene(objects[i], random)
+            turns.append([(QUESTION, describe(objects[i].tolist(), size)), *(where(scene, size) for _ in range(settings['n_where']))])
+        write_rows(out / split, [way.rows(turn, settings['length'])[0] for turn in turns], index.astype(np.int32))
         np.save(out / split / 'names.npy', names(objects[index], size, way))
         write_questions(out / split / 'questions.jsonl', index.tolist(), turns)
-    write_meta(out, way, encoding_name(out), length, size, 1, 'scenes_align', settings, link(scenes, out), n_named=64, n_names=4)
+    write_meta(out, way, encoding_name(out), settings['length'], size, 1, 'scenes_align', settings, link(scenes, out), n_named=64, n_names=4)
 
 
 if __name__ == '__main__':

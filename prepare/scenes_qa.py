@@ -62,11 +62,11 @@ def vocabulary():
     nouns = [*SHAPES, 'thing', 'object']
     cells = [f' {axis} {i}' for axis in ('row', 'column') for i in range(8)]
     return [f' {word}' for word in [*nouns, *(f'{noun}s' for noun in nouns), *SIZES, *COLOR_NAMES, *MATERIALS, 'yes', 'no',
-                                    *'012345', 'ground', 'the', 'and', 'than', 'as', *ATTRIBUTES]] + cells + list(SIDES) + [
+                                    *'012345', 'ground', 'nowhere', 'the', 'and', 'than', 'as', *ATTRIBUTES]] + cells + list(SIDES) + [
         ' Question:', ' Answer:', ' Are there any', ' Do you see any', ' How many', ' What number of', ' are there?',
         ' do you see?', ' What', ' is the', ' What is the', ' of the', ' Do the', ' have the same', ' Are the', ' of the same',
-        ' Are there more', ' Are there fewer', ' Are there as many', ' Is the', ' to the', ' What do you see?',
-        ' Describe the picture.', ' at']
+        ' Are there more', ' Are there fewer', ' Are there as many', ' Is the', ' to the', ' Describe the picture.',
+        ' Where are the']
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from vlm import Config, Eyes
 SETTINGS = dict(out='out/siglip')
 URL = 'https://huggingface.co/google/siglip-base-patch16-224/resolve/main/{}'
 DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3,
-                image_size=224, patch_size=16, layer_norm_eps=1e-6, hidden_act='gelu_pytorch_tanh')  # what config.json leaves out
+                image_size=224, patch_size=16, layer_norm_eps=1e-6, hidden_act='gelu_pytorch_tanh')  # where config.json is silent
 
 
 def read_config(path):
