@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
@@ -337,12 +338,15 @@ def save_checkpoint(path, checkpoint):
 def read_checkpoint(path):
     """A checkpoint as a dict: settings, meta, step, weights and all else that a run needs to go on."""
     try:
+        with zipfile.ZipFile(path) as file:  # torch.save writes checksums, but torch.load does not look at them
+            if damaged := file.testzip():
+                raise zipfile.BadZipFile(damaged)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         assert {'settings', 'model_config', 'meta', 'step', 'weights'} <= checkpoint.keys()
     except FileNotFoundError:
         raise UserError(f'{path}: no such checkpoint; train first, or name the folder of a run by --out_dir=')
     except Exception as error:  # the unpickler fails in many ways
-        raise UserError(f'{path}: truncated or not a checkpoint of this repository ({type(error).__name__}); '
+        raise UserError(f'{path}: damaged, truncated or not a checkpoint of this repository ({type(error).__name__}); '
                         'delete it, or use another one in its folder')
     return checkpoint
 

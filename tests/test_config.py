@@ -12,7 +12,8 @@ import train
 from config import UserError
 from prepare import mnist, scenes, scenes_parser, smollm2, text, tinystories
 
-README = Path(__file__).parent.parent / 'README.md'
+ROOT = Path(__file__).parent.parent
+PAGES = '\n'.join(path.read_text() for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))))
 
 
 def settings_of(*arguments, **overrides):
@@ -74,13 +75,13 @@ def test_shipped_configs_are_valid():
             settings_of(str(path))
 
 
-COMMANDS = sorted(set(re.findall(r'^(?:.* && )?((?:python|torchrun) .*?)(?:  #.*)?(?:   .*)?$', README.read_text(), re.M)
-                      + re.findall(r'`(python [^`]*)`', README.read_text())))
+COMMANDS = sorted(set(re.findall(r'^(?:.* && )?((?:python|torchrun) .*?)(?:  #.*)?(?:   .*)?$', PAGES, re.M)
+                      + re.findall(r'`(python [^`]*)`', PAGES)))
 
 
 @pytest.mark.parametrize('command', COMMANDS)
-def test_the_readmes_commands_use_settings_that_exist(command, monkeypatch):
-    monkeypatch.chdir(README.parent)
+def test_the_pages_commands_use_settings_that_exist(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
     words = shlex.split(command)
     program = next(word for word in words if word.endswith('.py') or word.startswith('prepare.'))
     assigned = config.read([word for word in words[words.index(program) + 1:]])
@@ -93,5 +94,5 @@ def test_the_readmes_commands_use_settings_that_exist(command, monkeypatch):
         config.apply(assigned, known)
 
 
-def test_the_readme_has_commands():
-    assert len(COMMANDS) > 8
+def test_the_pages_have_commands():
+    assert len(COMMANDS) > 30

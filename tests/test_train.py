@@ -15,6 +15,7 @@ import torch
 
 import train
 from config import UserError
+from tests import faults
 
 TINY = dict(model='fourm', dataset='scenes', n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, input_slots='16,32',
             target_slots='16', batch_size=8, micro_batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, log_interval=1,
@@ -245,6 +246,20 @@ def test_stopped_by_a_signal(here):
         assert log == [{name: line[name] for name in kept if name in line} for line in lines(out_dir)]
 
 
+def test_killed_at_random():
+    assert faults.main(rounds=5) == 0
+
+
+def test_a_flipped_bit_is_found(here):
+    run('out/a', max_iters=1)
+    path = Path('out/a/ckpt_last.pt')
+    whole = path.read_bytes()
+    place = whole.index(weights('out/a')['query_embedding.weight'].numpy().tobytes()[:64])
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
+    with pytest.raises(UserError, match='ckpt_last.pt: damaged, truncated or not a checkpoint of this repository .BadZipFile.'):
+        run('out/a')
+
+
 def test_scitas(here):
     """The batch script against stand-ins of SLURM's commands: two processes, saved and queued again at USR1, finished by the same."""
     (here / 'bin').mkdir()
@@ -396,7 +411,7 @@ def test_damaged_checkpoints(here, damage):
     run('out/a', max_iters=3)
     path = Path('out/a/ckpt_last.pt')
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match='ckpt_last.pt: truncated or not a checkpoint'):
+    with pytest.raises(UserError, match='ckpt_last.pt: damaged, truncated or not a checkpoint'):
         run('out/a')
 
 

@@ -1,0 +1,160 @@
+"""
+What is lost when runs are killed? Real processes, of a tiny model of each chapter, receive signals at random moments.
+
+    python -m tests.faults --rounds=200
+
+A round starts a training run, sends it SIGKILL, SIGTERM, SIGINT or SIGUSR1 after a random time, and gives the same command
+again until it ends by itself, sometimes after further signals. It counts as right if every checkpoint found on the way could be
+read, at most one evaluation interval was done twice after each kill, and weights, their running mean and the log are, bit for
+bit, those of a run that nobody disturbed. tests/test_train.py plays a few rounds.
+"""
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import config
+import train
+from config import UserError
+
+SETTINGS = dict(rounds=20, seed=0)
+RUN = dict(batch_size=8, micro_batch_size=4, max_iters=60, eval_interval=15, log_interval=3, warmup_iters=2, device='cpu',
+           dtype='float32', compile=False, pictures=False, threads=1)
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SMALL = dict(n_layer=1, n_head=2, n_embd=16)
+CASES = {  # chapter: what its data are, and its settings
+    'gpt': (dict(kind='stream', fields=dict(tokens=50), config=dict(vocab_size=50)), SMALL | dict(block_size=16, dropout=0.1)),
+    'maskgit': (dict(kind='rows', fields=dict(tokens=50), config=dict(vocab_size=50, grid='4x4')),
+                SMALL | dict(dropout=0.1)),
+    'fourm': (dict(kind='rows', fields=dict(a=64, b=20), config=dict(modalities='a:8*8:4x4 b:20:8')),
+              dict(n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=16, input_slots='8,16', target_slots='16', dropout=0.1)),
+    'flow': (dict(kind='rows', fields=dict(point=0), config=dict(image_size=0, channels=16, n_classes=0)),
+             SMALL | dict(ema=0.9)),
+    'vlm': (dict(kind='rows', fields=dict(image=256, tokens=50, counted=2),
+                 config=dict(vocab_size=50, image_token=49, image_size=16, channels=3, block_size=16)),
+            SMALL | dict(patch=8, eyes_layer=1, eyes_head=2, eyes_embd=16, dropout=0.1)),
+}
+
+
+def make_data(chapter, meta):
+    """data/CHAPTER: random numbers of the right shapes."""
+    draw, folder = np.random.default_rng(0), Path('data', chapter)
+    for split, n in (('train', 200), ('val', 40)):
+        arrays = {name: draw.integers(0, 20, (n * 17,) if meta['kind'] == 'stream' else (n, 8 if name == 'b' else 16))
+                  for name in meta['fields']}
+        if 'point' in arrays:
+            arrays['point'] = draw.normal(size=(n, 16)).astype(np.float32)
+        if 'image' in arrays:
+            arrays |= dict(image=draw.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8), counted=arrays['tokens'] % 2)
+            arrays['tokens'][:, 0] = 49
+        (folder / split).mkdir(parents=True)
+        for name, array in arrays.items():
+            np.save(folder / split / f'{name}.npy', array)
+    (folder / 'meta.json').write_text(json.dumps(meta | dict(prepare='none')))
+
+
+def start(chapter, out_dir):
+    """The run as a process; forked, so that nothing has to be imported again, but with signals and files of its own."""
+    process = multiprocessing.get_context('fork').Process(target=as_a_program, args=(chapter, out_dir))
+    process.start()
+    return process
+
+
+def as_a_program(chapter, out_dir):
+    sys.stdout = sys.stderr = open(os.devnull, 'w')
+    train.matmul_rate = lambda device, dtype: 1e9  # half a second of each start
+    try:
+        stopped = train.main(**RUN, **CASES[chapter][1], model=chapter, dataset=chapter, out_dir=out_dir).get('stopped')
+    except KeyboardInterrupt:
+        os._exit(99)
+    os._exit(128 + stopped if stopped else 0)
+
+
+def result(out_dir):
+    """What two equal runs have in common: the checkpoints' contents, and the log without times."""
+    kept = [train.read_checkpoint(Path(out_dir, f'ckpt_{name}.pt')) for name in ('last', 'best')]
+    lines = [json.loads(line) for line in Path(out_dir, 'log.jsonl').read_text().splitlines()]
+    state, timed = ('step', 'best', 'tokens', 'weights', 'ema', 'optimizers'), ('seconds', 'tokens_per_second', 'mfu', 'data_wait')
+    return ([{name: checkpoint.get(name) for name in state} for checkpoint in kept],
+            [{name: value for name, value in line.items() if name not in timed} for line in lines])
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def play(chapter, out_dir, whole, seconds, draw):
+    """One round: the number of signals sent, steps done twice, and what was wrong, '' if nothing was."""
+    signals = repeated = 0
+    while True:
+        process, number = start(chapter, out_dir), draw.choice(SIGNALS)
+        if signals < 5 and draw.random() < 0.8:
+            process.join(draw.uniform(0, seconds))
+            if process.is_alive():
+                os.kill(process.pid, number)
+                signals += 1
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+            return signals, repeated, 'a process hung'
+        for path in Path(out_dir).glob('ckpt_*.pt'):
+            try:
+                train.read_checkpoint(path)
+            except UserError as error:
+                return signals, repeated, str(error)
+        if process.exitcode == 0:
+            return signals, repeated, '' if same(result(out_dir), whole) else 'it ended otherwise than undisturbed'
+        if process.exitcode not in (-number, 128 + number, 99):
+            return signals, repeated, f'exit code {process.exitcode} after {number.name}'
+        last, log = Path(out_dir, 'ckpt_last.pt'), Path(out_dir, 'log.jsonl')
+        saved = train.read_checkpoint(last)['step'] if last.exists() else 0
+        lines = log.read_text().splitlines(True) if log.exists() else []
+        done = max((json.loads(line)['step'] for line in lines if line.endswith('\n')), default=0)
+        repeated += done - saved
+        if done - saved > RUN['eval_interval']:
+            return signals, repeated, f'{done - saved} steps lost'
+
+
+def main(*arguments, **overrides):
+    """Plays the rounds, chapter by chapter in turn; prints a line for each fault and a summary; returns the number of faults."""
+    settings = config.apply(config.read(arguments, overrides), SETTINGS)
+    draw, before, faults, signals, repeated = random.Random(settings['seed']), Path.cwd(), 0, 0, 0
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            chapters = [chapter for chapter in CASES if Path(train.__file__).with_name(f'{chapter}.py').is_file()]
+            whole = {}
+            for chapter in chapters:
+                make_data(chapter, CASES[chapter][0])
+                began, process = time.monotonic(), start(chapter, f'out/{chapter}')
+                process.join()
+                whole[chapter] = result(f'out/{chapter}'), time.monotonic() - began
+            for i in range(settings['rounds']):
+                chapter = chapters[i % len(chapters)]
+                sent, again, wrong = play(chapter, f'out/{i}', *whole[chapter], draw)
+                signals, repeated, faults = signals + sent, repeated + again, faults + bool(wrong)
+                if wrong:
+                    print(f'round {i}, {chapter}: {wrong}', flush=True)
+                shutil.rmtree(f'out/{i}', ignore_errors=True)
+        finally:
+            os.chdir(before)
+    print(f'{settings["rounds"]} rounds of {", ".join(chapters)}: {signals} signals, {repeated} steps done twice, {faults} faults')
+    return faults
+
+
+if __name__ == '__main__':
+    sys.exit(bool(main(*sys.argv[1:])))
