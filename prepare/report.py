@@ -54,7 +54,7 @@ def save_answers(pictures, talks, path, side=160):
         canvas.paste(Image.fromarray(picture).resize((side, side), Image.NEAREST), (0, y))
         for j, (question, answer, truth) in enumerate(talk):
             draw.text((side + 8, y + j * line), question, fill='black')
-            mark = (answer, 'green') if answer == truth else (f'{answer}  (no: {truth})', 'red')
+            mark = (answer, 'green') if answer == truth else (f'{answer} (right: {truth})', 'red')
             draw.text((side + 20, y + j * line + 12), mark[0], fill=mark[1])
     canvas.save(path, optimize=True)
     print(f'wrote {path}')
