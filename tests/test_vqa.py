@@ -148,6 +148,24 @@ def test_llava_becomes_a_data_set(tmp_path, monkeypatch):
         assert np.load(f'data/vqa/{name}/pictures.npy').shape == ({'train': 4, 'val': 2}[name], 32, 32, 3)
 
 
+def test_two_pictures_a_conversation(tmp_path, monkeypatch):
+    """Each is stored once, whatever the number of conversations about it, and a batch brings both."""
+    monkeypatch.setattr(smollm2, 'download', lambda *_: tmp_path / 'tokenizer.json')
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(TOKENIZER).replace('<special 5>', '<filename>'))
+    monkeypatch.chdir(tmp_path)
+    for i in range(3):
+        Image.new('RGB', (9, 9), (90 * i, 0, 0)).save(f'{i}.png')
+    lines = [dict(image=[f'{i}.png', f'{(i + 1) % 3}.png'], turns=[['Same?', 'No.']]) for i in (0, 1, 2, 0)]
+    (tmp_path / 'two.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    vqa.main(input='two.jsonl', size=16, length=40, val_share=0.25)
+    meta = train.read_meta('data/vqa')
+    batch = train.Data('data/vqa', 'train', meta, ('image', 'tokens', 'counted')).rows(np.arange(3))
+    assert batch['image'].shape == (3, 2, 16, 16, 3) and meta['config']['n_images'] == 2
+    assert len(np.load('data/vqa/train/pictures.npy')) == 3
+    assert ((batch['tokens'] == meta['config']['image_token']).sum(1) == 2).all()
+    assert (batch['image'][:, 0, 0, 0, 0] - batch['image'][:, 1, 0, 0, 0] != 0).all()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions about scenes
 
