@@ -6,5 +6,5 @@ init_from = 'vlm_scenes_align'
 rates = 'eyes:0'
 batch_size = 16
 micro_batch_size = 16
-max_iters = 1400
-eval_interval = 1400
+max_iters = 1000
+eval_interval = 1000
