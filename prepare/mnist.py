@@ -26,6 +26,7 @@ import config
 from config import UserError
 from prepare import judge
 from prepare.download import download
+from prepare.pictures import read_square
 
 SETTINGS = dict(subset='', fashion=False, views=8, seed=0, out='')  # out: '' is data/mnist or data/fashion_mnist
 MNIST = 'https://ossci-datasets.s3.amazonaws.com/mnist/'
@@ -155,13 +156,7 @@ class Fields:
 
     def read_image(self, path):
         """A user's square picture file -> a binary picture (14, 14); one with a bright upper edge, ink on paper, is inverted."""
-        try:
-            image = Image.open(path).convert('L')
-        except OSError as error:
-            raise UserError(f'{path}: not a picture that Pillow can read ({error})')
-        if image.width != image.height:
-            raise UserError(f'{path}: {image.width}x{image.height} pixels; give a square picture (28x28 is best)')
-        pixels = np.asarray(image.convert('F').resize((14, 14), Image.BOX))
+        pixels = np.asarray(read_square(path, 28).convert('L').convert('F').resize((14, 14), Image.BOX))
         return np.where((255 - pixels if pixels[0].mean() > 127.5 else pixels) > 127.5, 255, 0).astype(np.uint8)
 
     def real(self, split, size, view=0):

@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw
 import config
 from config import UserError
 from prepare import image_tokenizers, scenes_parser
+from prepare.pictures import read_square
 from prepare.scenes_render import COLORS, MATERIALS, SHAPES, SIZES, make
 from prepare.text_tokenizers import decode_row, encode_rows, load_words, save_words
 
@@ -223,12 +224,7 @@ class Fields:
         """A user's picture file -> token ids (1, size); any mode, and any size that is square, is brought to the data's."""
         if name != 'rgb':
             raise UserError(f'--image gives the modality rgb, not {name}')
-        try:
-            image = Image.open(path).convert('RGB')
-        except OSError as error:
-            raise UserError(f'{path}: not a picture that Pillow can read ({error})')
-        if image.width != image.height:
-            raise UserError(f'{path}: {image.width}x{image.height} pixels; give a square picture ({self.size}x{self.size} is best)')
+        image = read_square(path, self.size)
         return self.encode('rgb', np.asarray(image.resize((self.size, self.size), Image.BICUBIC))[None])
 
     def picture(self, name, raw):
