@@ -19,11 +19,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 import config
 from config import UserError
+from prepare.pictures import read_picture
 from prepare.text_tokenizers import load_words
 
 SETTINGS = dict(input='', images='', out='data/vqa', size=224, length=256, val_share=0.02, seed=0)
@@ -69,24 +70,9 @@ class Template:
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
-def read_picture(path, size):
-    """A picture file of any mode -> (size, size, 3) uint8, turned as its EXIF data says, transparent parts white. Raises
-    UserError."""
-    try:
-        with Image.open(path) as image:
-            image.draft('RGB', (2 * size, 2 * size))  # a JPEG is decoded at a fraction of its size where that is enough
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(('I', 'F')):  # 16 bits and more: to 0..255
-                values = np.asarray(image, np.float32)
-                image = Image.fromarray((255 * values / max(values.max(), 1)).clip(0, 255).astype(np.uint8))
-            if 'A' in image.mode or 'transparency' in image.info:
-                image = image.convert('RGBA')
-                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-            image = image.convert('RGB')
-    except FileNotFoundError:
-        raise UserError(f'{path}: no such picture')
-    except Exception as error:  # Pillow fails in many ways
-        raise UserError(f'{path}: truncated, too large or not a picture that Pillow can read ({type(error).__name__}: {error})')
+def read_resized(path, size):
+    """A picture file of any kind -> (size, size, 3) uint8, see pictures.read_picture. Raises UserError."""
+    image = read_picture(path)
     if min(image.size) < 2:
         raise UserError(f'{path}: {image.width}x{image.height} pixels show nothing; give a larger picture')
     return np.asarray(image.resize((size, size), Image.BICUBIC))
@@ -111,7 +97,7 @@ class Fields:
             raise UserError(f'{path}: missing or damaged ({error}); make {self.folder} anew')
 
     def read_image(self, path):
-        return read_picture(path, self.size)
+        return read_resized(path, self.size)
 
     def questions(self, split, name='questions'):
         """The lines of a JSONL file of questions: dicts with image (its number), turns and, where there are any, families."""
@@ -224,7 +210,7 @@ def main(*arguments, **overrides):
         write_rows(out / split, rows, np.array(index, np.int32))
         pictures = np.lib.format.open_memmap(out / split / 'pictures.npy', 'w+', np.uint8, (len(numbers), size, size, 3))
         for name, i in tqdm(numbers.items(), desc=f'{split} pictures', unit='picture'):
-            pictures[i] = read_picture(images / name, size)
+            pictures[i] = read_resized(images / name, size)
         write_questions(out / split / 'questions.jsonl', [[numbers[name] for name in conversations[i][0]] for i in part],
                         [conversations[i][1] for i in part])
     write_meta(out, way, 'smollm2', settings['length'], size, len(conversations[0][0]), 'vqa', settings, 'pictures')

@@ -58,20 +58,20 @@ def test_pictures_of_all_modes(tmp_path):
     for image, kind in ((red, 'png'), (red.convert('CMYK'), 'jpeg'), (red.convert('P'), 'gif')):
         path = tmp_path / f'x.{kind}'
         image.save(path)
-        pixels = vqa.read_picture(path, 8)
+        pixels = vqa.read_resized(path, 8)
         assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8 and abs(pixels.astype(int) - (200, 0, 0)).max() < 12
     red.putalpha(0)
     red.save(path := tmp_path / 'clear.png')
-    assert (vqa.read_picture(path, 8) == 255).all()  # transparent: white
+    assert (vqa.read_resized(path, 8) == 255).all()  # transparent: white
     Image.new('LA', (9, 9), (0, 255)).save(path)
-    assert (vqa.read_picture(path, 8) == 0).all()
+    assert (vqa.read_resized(path, 8) == 0).all()
     Image.fromarray(np.full((9, 9), 60000, np.uint16)).save(path)
-    assert (vqa.read_picture(path, 8) == 255).all()  # 16 bits: by its brightest
+    assert (vqa.read_resized(path, 8) == 255).all()  # 16 bits: by its brightest
     upright = Image.fromarray(np.repeat(np.arange(0, 250, 10, dtype=np.uint8)[:, None, None], 25, 1).repeat(3, 2))
     exif = Image.Exif()
     exif[0x112] = 6  # to be turned by a quarter
     upright.save(tmp_path / 'turned.jpg', exif=exif, quality=95)
-    turned = vqa.read_picture(tmp_path / 'turned.jpg', 8).astype(int)[..., 0]
+    turned = vqa.read_resized(tmp_path / 'turned.jpg', 8).astype(int)[..., 0]
     assert (np.diff(turned, axis=1) < 0).all() and abs(np.diff(turned, axis=0)).max() < 6
 
 
@@ -87,7 +87,7 @@ def test_faults_of_pictures(tmp_path):
     for name, message in (('none', 'no such picture'), ('half', 'truncated'), ('text', 'truncated, too large or not a picture'),
                           ('empty', 'not a picture'), ('dot', '1x1 pixels show nothing'), ('huge', 'too large')):
         with pytest.raises(UserError, match=rf'{name}.png: .*{message}') as error:
-            vqa.read_picture(tmp_path / f'{name}.png', 8)
+            vqa.read_resized(tmp_path / f'{name}.png', 8)
         assert '\n' not in str(error.value)
 
 
