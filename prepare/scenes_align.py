@@ -9,7 +9,8 @@ The data set `scenes_align`: descriptions of the pictures of data/scenes, from w
 From left to right, where each object's middle is, in cells of 8x8 to a picture, then what it is: the place comes first, since
 who knows where to look learns soon what is there. The other way round, from words to places (pointing, as in Molmo, 2409.17146),
 is what every later question begins with. An answer to such a question tells one bit or two of a picture, a description 50.
-Beside the text each of the 8x8 cells has a name (names.npy), for models with a token a cell. The vocabulary, and the pictures that are held out, are those of prepare/scenes_qa.py.
+Beside the text each of the 8x8 cells has a name (names.npy), for models with a token a cell. The vocabulary, and the pictures that
+are held out, are those of prepare/scenes_qa.py.
 """
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import config
 from config import UserError
 from prepare.scenes import COLOR_NAMES, MATERIALS, SHAPES, SIZES
-from prepare.scenes_qa import KINDS, Scene, encoding_name, has_new_pair, link, load, phrase, vocabulary
+from prepare.scenes_qa import Scene, cell, encoding_name, has_new_pair, link, load, place, vocabulary, where
 from prepare.text_tokenizers import save_words
 from prepare.vqa import Fields, template, write_meta, write_questions, write_rows  # noqa: F401  (Fields: for sample.py)
 
@@ -31,18 +32,6 @@ def describe(objects, size):
     """Objects (K, 6) of a picture of `size` pixels -> text."""
     return ' '.join(f'{place(x, y, size)} {SIZES[z]} {COLOR_NAMES[c]} {MATERIALS[m]} {SHAPES[s]}'
                     for s, c, m, z, x, y in objects if s >= 0)
-
-
-def place(x, y, size):
-    return f'row {cell(y, size)} column {cell(x, size)}'
-
-
-def where(scene, size):
-    """A question about the places of all objects that some words fit, and its answer."""
-    wanted = scene.count > 0 if scene.random.random() < 0.85 else scene.count == 0
-    f = scene.choose((wanted & (KINDS == scene.choose(KINDS[wanted]))).nonzero()[0])
-    places = [place(x, y, size) for x, y in scene.objects[scene.fits[f], 4:].tolist()]
-    return f'Where are the{phrase(f, True, scene.noun())}?', ' '.join(places) or 'nowhere'
 
 
 def names(objects, size, way):
@@ -59,10 +48,6 @@ def names(objects, size, way):
     return ids
 
 
-def cell(place, size):
-    return min(max(8 * place // size, 0), 7)
-
-
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     out, scenes = Path(settings['out']), Path(settings['scenes'])
@@ -75,11 +60,13 @@ def main(*arguments, **overrides):
         index, turns = (~has_new_pair(objects)).nonzero()[0], []
         for i in index:
             scene = Scene(objects[i], random)
-            turns.append([(QUESTION, describe(objects[i].tolist(), size)), *(where(scene, size) for _ in range(settings['n_where']))])
+            points = [where(scene, size) for _ in range(settings['n_where'])]
+            turns.append([(QUESTION, describe(objects[i].tolist(), size)), *points])
         write_rows(out / split, [way.rows(turn, settings['length'])[0] for turn in turns], index.astype(np.int32))
         np.save(out / split / 'names.npy', names(objects[index], size, way))
         write_questions(out / split / 'questions.jsonl', index.tolist(), turns)
-    write_meta(out, way, encoding_name(out), settings['length'], size, 1, 'scenes_align', settings, link(scenes, out), n_named=64, n_names=4)
+    write_meta(out, way, encoding_name(out), settings['length'], size, 1, 'scenes_align', settings, link(scenes, out),
+               n_named=64, n_names=4)
 
 
 if __name__ == '__main__':

@@ -34,7 +34,7 @@ from prepare.scenes import COLOR_NAMES, MATERIALS, NAMES, SHAPES, SIZES
 from prepare.text_tokenizers import save_words
 from prepare.vqa import Fields, template, write_meta, write_questions, write_rows  # noqa: F401  (Fields: for sample.py)
 
-SETTINGS = dict(scenes='data/scenes', out='data/scenes_qa', n_turns=12, length=128, seed=0)
+SETTINGS = dict(scenes='data/scenes', out='data/scenes_qa', n_turns=12, n_where=2, length=136, seed=0)
 HELD_OUT = (('purple', 'cube'), ('cyan', 'sphere'), ('yellow', 'cylinder'))
 SHAPE, COLOR, MATERIAL, SIZE = range(4)  # the columns of raw_objects, before x and y
 ATTRIBUTES = tuple(NAMES)
@@ -61,9 +61,10 @@ def vocabulary():
     """The closed vocabulary: phrases where the grammar leaves no choice, so that a question has few tokens; for captions too."""
     nouns = [*SHAPES, 'thing', 'object']
     cells = [f' {axis} {i}' for axis in ('row', 'column') for i in range(8)]
-    return [f' {word}' for word in [*nouns, *(f'{noun}s' for noun in nouns), *SIZES, *COLOR_NAMES, *MATERIALS, 'yes', 'no',
-                                    *'012345', 'ground', 'nowhere', 'the', 'and', 'than', 'as', *ATTRIBUTES]] + cells + list(SIDES) + [
-        ' Question:', ' Answer:', ' Are there any', ' Do you see any', ' How many', ' What number of', ' are there?',
+    words = [*nouns, *(f'{noun}s' for noun in nouns), *SIZES, *COLOR_NAMES, *MATERIALS, 'yes', 'no', *'012345', 'ground',
+             'nowhere', 'the', 'and', 'than', 'as', *ATTRIBUTES]
+    return [f' {word}' for word in words] + cells + [
+        *SIDES, ' Question:', ' Answer:', ' Are there any', ' Do you see any', ' How many', ' What number of', ' are there?',
         ' do you see?', ' What', ' is the', ' What is the', ' of the', ' Do the', ' have the same', ' Are the', ' of the same',
         ' Are there more', ' Are there fewer', ' Are there as many', ' Is the', ' to the', ' Describe the picture.',
         ' Where are the']
@@ -180,6 +181,23 @@ def hop(scene):
         return a, ask_attribute(scene, a, f'{phrase(f)}{side}{phrase(g)}'), WORDS[a][scene.objects[k, a]]
 
 
+def cell(place, size):
+    return min(max(8 * place // size, 0), 7)
+
+
+def place(x, y, size):
+    """Pixels of a picture of `size` pixels -> the words for one of 8x8 cells."""
+    return f'row {cell(y, size)} column {cell(x, size)}'
+
+
+def where(scene, size):
+    """A question about the places of all objects that some words fit, and its answer."""
+    wanted = scene.count > 0 if scene.random.random() < 0.85 else scene.count == 0
+    f = scene.choose((wanted & (KINDS == scene.choose(KINDS[wanted]))).nonzero()[0])
+    places = [place(x, y, size) for x, y in scene.objects[scene.fits[f], 4:].tolist()]
+    return f'Where are the{phrase(f, True, scene.noun())}?', ' '.join(places) or 'nowhere'
+
+
 FAMILIES = dict(exist=exist, count=count, query=query, compare=compare, number=number, relation=relation, hop=hop)
 
 
@@ -238,13 +256,20 @@ def load(folder, split, name):
         raise UserError(f'{path}: missing or damaged ({error}); run python -m prepare.scenes first')
 
 
-def write_split(out, way, objects, index, name, random, settings):
-    """Conversations about the scenes with these numbers: NAME.jsonl, and the rows that train.py reads."""
-    heard = {}
+def write_split(out, way, objects, index, name, random, settings, size):
+    """Conversations about the scenes with these numbers: NAME.jsonl, and the rows that train.py reads. In training some turns
+    point at things (see prepare/scenes_align.py): what stage 1 has learned stays in use while answers begin to build on it."""
+    heard, n_where = {}, settings['n_where'] if out.name == 'train' else 0
     turns = [converse(objects[i], random, heard, settings['n_turns']) for i in tqdm(index, desc=name, unit='scene')]
     talks = [[turn[1:] for turn in talk] for talk in turns]
     if name != 'new_pairs':
-        write_rows(out, [way.rows(talk, settings['length'])[0] for talk in talks], index.astype(np.int32))
+        rows = []
+        for i, talk in zip(index, talks):
+            scene, mixed = Scene(objects[i], random), list(talk)
+            for _ in range(n_where):
+                mixed.insert(int(random.integers(len(talk))), where(scene, size))
+            rows.append(way.rows(mixed, settings['length'])[0])
+        write_rows(out, rows, index.astype(np.int32))
     write_questions(out / f'{name}.jsonl', index.tolist(), talks, [[turn[0] for turn in talk] for talk in turns])
 
 
@@ -254,14 +279,13 @@ def main(*arguments, **overrides):
     out.mkdir(parents=True, exist_ok=True)
     (out / 'meta.json').unlink(missing_ok=True)
     save_words(out / 'words.json', vocabulary())
-    way = template('', out)
+    way, size = template('', out), load(scenes, 'val', 'rgb').shape[1]
     for split, seed in (('val', 1), ('train', 0)):
         objects, random = load(scenes, split, 'objects'), np.random.default_rng((settings['seed'], seed))
         new = has_new_pair(objects)
-        write_split(out / split, way, objects, (~new).nonzero()[0], 'questions', random, settings)
+        write_split(out / split, way, objects, (~new).nonzero()[0], 'questions', random, settings, size)
         if split == 'val':
-            write_split(out / split, way, objects, new.nonzero()[0], 'new_pairs', random, settings)
-    size = load(scenes, 'val', 'rgb').shape[1]
+            write_split(out / split, way, objects, new.nonzero()[0], 'new_pairs', random, settings, size)
     write_meta(out, way, encoding_name(out), settings['length'], size, 1, 'scenes_qa', settings, link(scenes, out))
 
 

@@ -259,7 +259,7 @@ def test_the_vocabulary_is_closed(talks):
     encoding = word_encoding('closed', scenes_qa.vocabulary())
     texts = [f' {text}' for talk in talks[1] for _, question, answer in talk for text in (question, answer)]
     texts += [f' {scenes_align.describe(objects, 64)}' for objects in talks[0]] + [f' {scenes_align.QUESTION}']
-    texts += [f' {text}' for objects in talks[0] for text in scenes_align.where(scenes_qa.Scene(objects, np.random), 64)]
+    texts += [f' {text}' for objects in talks[0] for text in scenes_qa.where(scenes_qa.Scene(objects, np.random), 64)]
     ids = [encoding.encode_ordinary(text) for text in texts]
     assert {i for row in ids for i in row if i < 256} == {ord('?')} and max(map(len, ids)) < 32
     assert [encoding.decode(row) for row in ids] == texts
