@@ -9,8 +9,8 @@ The data set `scenes_align`: descriptions of the pictures of data/scenes, from w
 From left to right, where each object's middle is, in cells of 8x8 to a picture, then what it is: the place comes first, since
 who knows where to look learns soon what is there. The other way round, from words to places (pointing, as in Molmo, 2409.17146),
 is what every later question begins with. An answer to such a question tells one bit or two of a picture, a description 50.
-Beside the text each of the 8x8 cells has a name (names.npy), for models with a token a cell. The vocabulary, and the pictures that
-are held out, are those of prepare/scenes_qa.py.
+Beside the text each of the 8x8 cells has a name (names.npy), for models with a token a cell. The vocabulary, and the pictures
+that are held out, are those of prepare/scenes_qa.py.
 """
 import sys
 from pathlib import Path
@@ -64,7 +64,8 @@ def main(*arguments, **overrides):
             turns.append([(QUESTION, describe(objects[i].tolist(), size)), *points])
         write_rows(out / split, [way.rows(turn, settings['length'])[0] for turn in turns], index.astype(np.int32))
         np.save(out / split / 'names.npy', names(objects[index], size, way))
-        write_questions(out / split / 'questions.jsonl', index.tolist(), turns)
+        families = [['describe', *['where'] * settings['n_where']]] * len(index)
+        write_questions(out / split / 'questions.jsonl', index.tolist(), turns, families)
     write_meta(out, way, encoding_name(out), settings['length'], size, 1, 'scenes_align', settings, link(scenes, out),
                n_named=64, n_names=4)
 
