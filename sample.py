@@ -41,7 +41,7 @@ import config
 import flow
 from config import UserError
 from maskgit import ORDERS, SCHEDULES
-from prepare.report import alone, bootstrap, save_answers, save_gif, save_grid, save_scores, tile
+from prepare.report import alone, bootstrap, judged, save_answers, save_gif, save_grid, save_scores, tile
 from train import (Data, add_logs, autocast, check_data, evaluation_batch, find_device, find_dtype, find_weights, load_model,
                    means, read_meta, set_up)
 
@@ -232,8 +232,7 @@ def score_gpt(model, fields, settings, data, path):
         tokens = torch.cat([generate_pictures(model, settings | dict(seed=settings['seed'] + i), part[:, None])
                             for i, part in enumerate(np.array_split(labels, -(-len(labels) // 500)))])
         rate = tokens[:, 1:].numel() / (time.perf_counter() - started)
-        for name, score in fields.score(fields.decode(tokens), labels).items():
-            scores[name] = (bootstrap(score.pop('parts')) if 'parts' in score else alone(score.pop('value'), len(labels))) | score
+        scores |= judged(fields.score(fields.decode(tokens), labels), len(labels))
         scores['generation, tokens/s'] = alone(rate, len(labels))
     save_scores(scores, path)
 
@@ -381,8 +380,7 @@ def score_samples(model, fields, settings, path):
             tokens = torch.cat([fill(model, again | dict(seed=settings['seed'] + i), torch.full((len(part), model.N), -1), part)
                                 for i, part in enumerate(classes.split(64))])
             seconds, pictures = time.perf_counter() - started, fields.decode(tokens)
-            found = {name: (bootstrap(score.pop('parts')) if 'parts' in score else alone(score.pop('value'), len(classes))) | score
-                     for name, score in fields.score(pictures, classes.numpy()).items()}
+            found = judged(fields.score(pictures, classes.numpy()), len(classes))
             found['seconds/image'] = alone(seconds / len(classes), len(classes))
             scores |= {f'{order}, {steps} steps: {name}': score for name, score in found.items()}
             title = f'{steps}: {found["accuracy"]["value"]:.0%} {found["frechet"]["value"]:.2f}'
@@ -685,9 +683,8 @@ def score_pictures(model, fields, settings, data):
         started = time.perf_counter()
         drawn = flow_samples(model, labels, settings | dict(steps=count))
         seconds = (time.perf_counter() - started) / len(labels)
-        for name, score in fields.score(drawn, labels).items():
+        for name, score in judged(fields.score(drawn, labels), len(labels)).items():
             if name in ('accuracy', 'frechet') or count in (20, settings['steps']):
-                score = (bootstrap(score.pop('parts')) if 'parts' in score else alone(score.pop('value'), len(labels))) | score
                 scores[f'{count} steps: {name}'] = score
         scores[f'{count} steps: seconds/image'] = alone(seconds, len(labels))
     return scores
@@ -853,8 +850,13 @@ def draw(model, folder, meta, path):
 
 def check(settings, model):
     """Raises UserError where a setting has no meaning, or none for this model."""
-    shows = SHOWS.get(chapter_of(model), ('grid',))
-    for name, known in dict(order=ORDERS, schedule=('', *SCHEDULES), shape=SHAPES, show=shows).items():
+    chapter = chapter_of(model)
+    for name in set(' '.join(BELONGS.values()).split()) - set(BELONGS[chapter].split()):
+        if settings[name] not in [SETTINGS[name]]:  # in: nan is itself
+            others = ', '.join(other for other, names in BELONGS.items() if name in names.split())
+            raise UserError(f'{name} is a setting of {others}, this run is of {chapter}: leave it out')
+    words = dict(order=ORDERS, schedule=('', *SCHEDULES), shape=SHAPES, show=SHOWS.get(chapter, ('grid',)))
+    for name, known in words.items():
         if settings[name] not in known:
             raise UserError(f'{name} is one of {", ".join(filter(None, known))}')
     if settings['n'] < 0 or settings['steps'] < 0 or min(settings[name] for name in ('max_new_tokens', 'n_score', 'gap')) < 1:
@@ -867,11 +869,6 @@ def check(settings, model):
         raise UserError(f'top_k={settings["top_k"]} must be 0 (all) to {most or "the size of the vocabulary"}')
     if not 0 <= settings['complete'] < 1:
         raise UserError(f'complete={settings["complete"]} must be at least 0 and below 1')
-    chapter = chapter_of(model)
-    for name in set(' '.join(BELONGS.values()).split()) - set(BELONGS[chapter].split()):
-        if settings[name] not in [SETTINGS[name]]:  # in: nan is itself
-            others = ', '.join(other for other, names in BELONGS.items() if name in names.split())
-            raise UserError(f'{name} is a setting of {others}, this run is of {chapter}: leave it out')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -879,6 +876,8 @@ def check(settings, model):
 
 BINARY = dict(  # (model, fields, labels, settings) -> binary pictures (n, 14, 14), whatever the chapter works on
     gpt=lambda model, fields, labels, settings: fields.decode(generate_pictures(model, settings, labels[:, None])),
+    maskgit=lambda model, fields, labels, settings: fields.decode(
+        fill(model, settings, torch.full((len(labels), model.N), -1), torch.as_tensor(labels))),
     flow=lambda model, fields, labels, settings: fields.binary(flow_samples(model, labels, settings)))
 
 

@@ -78,6 +78,12 @@ def alone(value, n):
     return dict(value=value, low=value, high=value, n=n)
 
 
+def judged(found, n):
+    """What a judge says of n pictures, {metric: dict(parts or value, bounds)}, as scores."""
+    return {name: (bootstrap(score['parts']) if 'parts' in score else alone(score['value'], n))
+            | {bound: value for bound, value in score.items() if bound not in ('parts', 'value')} for name, score in found.items()}
+
+
 def table(scores):
     """scores.json as lines of text."""
     lines = [f'{"":42}{"value":>9}{"95 % interval":>20}{"floor":>10}{"ceiling":>10}{"baseline":>10}']
