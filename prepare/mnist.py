@@ -150,6 +150,11 @@ class Fields:
         """Tokens (n, 50) or (n, 49), on the CPU -> binary pictures (n, 14, 14), see to_images."""
         return to_images(tokens)
 
+    @staticmethod
+    def binary(images):
+        """Grey pictures (n, 28, 28) reduced to what the tokens keep: (n, 14, 14)."""
+        return binary(images)
+
     def encode(self, images, labels):
         """Pictures (n, 14, 14) and labels (n,) -> tokens (n, 50) int64 tensor."""
         return torch.from_numpy(to_tokens(images, labels)).long()
