@@ -1,13 +1,15 @@
 """
-What the parts of chapters 1 and 2 cost on this machine, each beside the plain way to do the same.
+What the parts of the chapters cost on this machine, each beside the plain way to do the same.
 
     python bench.py                           all of it, about five minutes on two CPU cores
-    python bench.py --part=generation         training, generation, unmasking or cross_entropy
+    python bench.py --part=generation         training, generation, unmasking, cross_entropy, padding or answers
 
 Training: a step of the GPT of config/gpt_shakespeare.py, float32 and eager against bfloat16 and compiled. Generation: with a KV
-cache against running the whole context for every token, and by batch. Unmasking: pictures of 49 tokens by MaskGIT in 8 steps
-against a GPT of the same size with its cache. Cross-entropy: a large vocabulary with all logits at once
-against chunks of rows. Times are medians; both sides are checked to compute the same thing.
+cache against running the whole context for every token, and by batch. Unmasking: pictures of 49 tokens by MaskGIT in a few steps
+against a GPT of the same size with its cache. Cross-entropy: a large vocabulary with all logits at once against chunks of rows.
+Padding: nano4M with every slot filled and codes by their digits against the same model with padded slots and one head for all
+codes, 64 real targets a sample. Answers: 32 questions about four pictures, each looked at once, against all anew for each token.
+Times are medians; both sides are checked to compute the same thing.
 """
 import multiprocessing
 import resource
@@ -16,16 +18,21 @@ import sys
 import time
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 import config
+import fourm
 import maskgit
 import sample
 import train
 from config import UserError
-from gpt import GPT, Config, cross_entropy
+from gpt import GPT, Config, cross_entropy, norm
+from vlm import VLM
+from vlm import Config as VLMConfig
 
 SETTINGS = dict(
-    part='all',               # training, generation, unmasking, cross_entropy
+    part='all',               # training, generation, unmasking, cross_entropy, padding, answers
     device='auto',
     n_layer=6, n_head=4, n_embd=256,
     n_kv_head=0,              # fewer heads of keys and values make the cache smaller; 0 is n_head
@@ -34,6 +41,7 @@ SETTINGS = dict(
     max_new_tokens=1000,      # generated in a context of 1,024
     vocab_size=65536,         # of the cross-entropy
     rows=4096,
+    samples=8,                # in a step of nano4M
     repeats=5,
 )
 
@@ -50,8 +58,8 @@ def median_seconds(run, device, repeats):
     return statistics.median(times[1:])
 
 
-def report(name, seconds, tokens, against):
-    print(f'{name:44}{seconds:10.3f} s{tokens / seconds:12,.0f} tokens/s{against / seconds * tokens:8.2f} x', flush=True)
+def report(name, seconds, tokens, against, unit='tokens'):
+    print(f'{name:44}{seconds:10.3f} s{tokens / seconds:12,.0f} {unit}/s{against / seconds * tokens:8.2f} x', flush=True)
 
 
 def sizes(settings):
@@ -131,6 +139,24 @@ def bench_unmasking(settings, device):
                 report(f'pictures, batch {batch}, MaskGIT, {steps} steps', fast, batch * 49, slow / (batch * 49))
 
 
+def peak_memory(device):
+    """GiB, of this process so far."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def in_a_process(work, *arguments):
+    """What work(*arguments, queue) puts into the queue, in a process of its own, so that its peak memory is its own."""
+    context = multiprocessing.get_context('spawn')
+    queue = context.Queue()
+    process = context.Process(target=work, args=(*arguments, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
 def gradient_of_head(chunked, settings, device, queue):
     """Loss, seconds and peak memory in GiB of a large head's forward and backward pass, in a process of its own."""
     torch.manual_seed(0)
@@ -138,31 +164,22 @@ def gradient_of_head(chunked, settings, device, queue):
     x = torch.randn(settings['rows'], settings['n_embd'], device=device, requires_grad=True)
     head = torch.randn(V, settings['n_embd'], device=device, requires_grad=True)
     targets = torch.randint(V, (settings['rows'],), device=device)
-
-    def memory():
-        if device.type == 'cuda':
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    before = memory()
+    before = peak_memory(device)
 
     def step():
         x.grad = head.grad = None
-        loss = cross_entropy(x, head, targets, most=2 ** 24 if chunked else settings['rows'] * V) / len(x)
+        loss = cross_entropy(x, head, targets, most=2 ** 24 if chunked else settings['rows'] * V).mean()
         loss.backward()
         return loss
     took = median_seconds(step, device, 3)
-    queue.put((step().item(), took, (memory() - before) / 2 ** 30))
+    queue.put((step().item(), took, peak_memory(device) - before))
 
 
 def bench_cross_entropy(settings, device):
     """Forward and backward pass of a head with a large vocabulary, in float32."""
-    context, losses, against = multiprocessing.get_context('spawn'), [], 0
+    losses, against = [], 0
     for chunked in (False, True):
-        queue = context.Queue()
-        process = context.Process(target=gradient_of_head, args=(chunked, settings, str(device), queue))
-        process.start()
-        loss, seconds, gib = queue.get()
-        process.join()
+        loss, seconds, gib = in_a_process(gradient_of_head, chunked, settings, str(device))
         losses.append(loss)
         against = against or seconds / settings['rows']
         report(f'head of {settings["vocab_size"]:,}, {"in chunks" if chunked else "at once"}: {gib:.2f} GiB', seconds,
@@ -170,7 +187,103 @@ def bench_cross_entropy(settings, device):
     assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]
 
 
-PARTS = dict(training=bench_training, generation=bench_generation, unmasking=bench_unmasking, cross_entropy=bench_cross_entropy)
+class Padded(nn.Module):
+    """The slow way: a FourM's own blocks and places, but masks hide slots that are empty, and one table of 64,000 embeddings and
+    one head of 64,000 serve all codes: all logits at once, for empty targets too."""
+    def __init__(self, model, vocabulary, D):
+        super().__init__()
+        self.N, self.turns = model.N, model.turns
+        self.encoder, self.decoder = model.encoder, model.decoder
+        self.place_embedding, self.query_embedding = model.place_embedding, model.query_embedding
+        self.embedding, self.head = nn.Embedding(vocabulary, D), nn.Linear(D, vocabulary, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, batch):
+        inputs, targets = batch['input_index'], batch['target_index']  # (B, K) and (B, M), N where empty
+        mask = (inputs < self.N)[:, None, None]  # (B, 1, 1, K)
+        turn, context_turn = self.turns(targets), self.turns(inputs)
+        x = norm(self.embedding(batch['input_ids']) + self.place_embedding(inputs))
+        for block in self.encoder:
+            x = x + block.attention(norm(x), context_turn, mask=mask)
+            x = x + block.mlp(norm(x))
+        context, x = norm(x) + self.place_embedding(inputs), norm(self.query_embedding(targets))
+        for block in self.decoder:
+            x = x + block.cross(norm(x), turn, context, context_turn, mask=mask)
+            x = x + block.mlp(norm(x))
+        logits = self.head(norm(x)).float()  # (B, M, 64000)
+        return F.cross_entropy(logits.flatten(0, 1), batch['target_ids'].flatten(), ignore_index=-1), {}
+
+
+def step_of_nano4m(plain, empty, settings, device, queue):
+    """Loss, seconds and peak memory in GiB of a step of config/nano4m_multiclevr.py on 64 real inputs and 64 real targets of each
+    sample, the plain way with `empty` more slots for both. AdamW alone: Muon takes the same time in all, most of it where
+    samples are few."""
+    torch.manual_seed(0)
+    train.set_up(torch.device(device))
+    device, names, B = torch.device(device), ('rgb', 'depth', 'normal'), settings['samples']
+    before = peak_memory(device)
+    modalities = ' '.join(f'{name}:5*5*5*8*8*8:16x16' for name in names)
+    model = fourm.FourM(fourm.Config(modalities, n_layer_encoder=6, n_layer_decoder=6, n_head=8, n_embd=512, empty=0.0,
+                                     input_slots='64', target_slots='64', whole=0.0))
+    ids = {name: torch.randint(64000, (B, 256)) for name in names}
+    batch = model.draw(ids, torch.Generator().manual_seed(0), torch.Generator())
+    assert (batch['input_index'] < model.N).all() and (batch['target_index'] < model.N).all()  # 64 + 64 real ones
+    if plain:
+        batch['target_ids'] = torch.cat([ids[name] for name in names], 1).gather(1, batch['target_index'])
+        nothing = dict(input_ids=0, input_index=model.N, target_index=model.N, target_ids=-1)
+        batch = {name: F.pad(batch[name], (0, empty), value=value) for name, value in nothing.items()}
+        model = Padded(model, 64000, 512)
+    model, batch = model.to(device), train.to_device(batch, device)
+    options = train.SETTINGS | dict(muon=False)
+    optimizers, dtype = train.make_optimizers(model, options), train.find_dtype('auto', device)
+
+    def step():
+        with train.autocast(device, dtype):
+            loss = model(batch)[0]
+        loss.backward()
+        train.update(optimizers, options, 0)
+        return loss
+    first = step().item()
+    queue.put((first, median_seconds(step, device, settings['repeats']), peak_memory(device) - before))
+
+
+def bench_padding(settings, device):
+    """A training step of the course's nano4M at its size, the same real tokens in all; padded as its batches are, half empty."""
+    against, losses, targets = 0, [], 64 * settings['samples']
+    for name, plain, empty in (('half empty, all logits', True, 64), ('all logits', True, 0), ('as in chapter 3', False, 0)):
+        loss, seconds, gib = in_a_process(step_of_nano4m, plain, empty, settings, str(device))
+        losses.append(loss)
+        against = against or seconds / targets
+        report(f'nano4M, {name}: {gib:.2f} GiB', seconds, targets, against)
+    assert max(losses) - min(losses) < 1e-3  # ln 64,000
+
+
+@torch.no_grad()
+def bench_answers(settings, device):
+    """The model of config/vlm_scenes.py, 8 questions of 10 tokens about each of 4 pictures, answers of two tokens."""
+    model, picture = VLM(VLMConfig(vocab_size=341, image_token=340, block_size=128)).to(device).eval(), 340
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    images, questions = (torch.randint(256, shape, device=device) for shape in ((4, 1, 64, 64, 3), (32, 10)))
+
+    def fast():
+        return model.generate(questions, model.read(questions.new_full((4, 1), picture), images, 8), 2)
+
+    def slow():
+        tokens = torch.cat((questions.new_full((32, model.P), picture), questions), 1)
+        for _ in range(2):
+            x = model.trunk(tokens, model.look(images.repeat_interleave(8, 0)))
+            tokens = torch.cat((tokens, model.language.logits(x[:, -1])[:, :picture].argmax(-1, keepdim=True)), 1)
+        return tokens[:, -2:]
+    assert torch.equal(fast(), slow())
+    seconds = median_seconds(slow, device, settings['repeats'])
+    report('32 answers, all anew for each token', seconds, 32, seconds / 32, 'answers')
+    took = median_seconds(fast, device, settings['repeats'])
+    report('32 answers, one look a picture and a cache', took, 32, seconds / 32, 'answers')
+
+
+PARTS = dict(training=bench_training, generation=bench_generation, unmasking=bench_unmasking, cross_entropy=bench_cross_entropy,
+             padding=bench_padding, answers=bench_answers)
 
 
 def main(*arguments, **overrides):

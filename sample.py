@@ -14,6 +14,12 @@ One sampler for all chapters: draws what a trained model generates, and scores i
     python sample.py --out_dir=out/maskgit_mnist --complete=0.5 --shape=box      held-out digits, filled in around a box
     python sample.py --out_dir=out/maskgit_mnist --show=gif                      how pictures come about; also swap: other classes
     python sample.py --out_dir=out/maskgit_text --prompt="ROMEO:" --after="JULIET:" --gap=100
+    python sample.py --out_dir=out/flow_mnist --steps=20 --guidance=2            digits, from noise in 20 steps
+    python sample.py --out_dir=out/flow_mnist --show=path                        how they come about; also steps, guidance: sweeps
+    python sample.py --out_dir=out/flow_toy2d                                    points, their velocities, the learned density
+    python sample.py --compare=out/gpt_mnist,out/flow_mnist                      which generator? one table, one picture
+    python sample.py --out_dir=out/vlm_scenes                                    held-out scenes with questions and answers
+    python sample.py --out_dir=out/vlm_scenes --image=FILE.png --text="How many red cubes are there?"      or --chat=True
 
 A chain names what is given, then targets with optional steps and order (random, confidence, raster, halton), each of which, once
 generated, conditions the next. Pictures are written as PNG into the run's folder, scores as scores.json; the path is printed.
@@ -23,6 +29,8 @@ import json
 import math
 import sys
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +38,12 @@ import torch
 from tqdm import tqdm
 
 import config
+import flow
 from config import UserError
 from maskgit import ORDERS, SCHEDULES
-from prepare.report import alone, bootstrap, save_gif, save_grid, save_scores, tile
-from train import Data, autocast, check_data, find_device, find_dtype, find_weights, load_model, read_meta, set_up
+from prepare.report import alone, bootstrap, judged, save_answers, save_gif, save_grid, save_scores, tile
+from train import (Data, add_logs, autocast, check_data, evaluation_batch, find_device, find_dtype, find_weights, load_model,
+                   means, read_meta, set_up)
 
 SETTINGS = dict(
     out_dir='out/nano4m',     # the run
@@ -47,8 +57,10 @@ SETTINGS = dict(
     given='',                 # modalities given, e.g. rgb or caption,depth
     target='',                # modalities to generate, in this order; '' is all others
     chain='',                 # both at once: 'rgb>depth:8,normal:8:confidence,scene_desc'
-    text='',                  # a text of your own for the given text modality
-    image='',                 # a picture file of your own for the given rgb
+    text='',                  # a text of your own for the given text modality; nanoVLM: a question
+    image='',                 # a picture file of your own for the given rgb; nanoVLM: one, or several with commas between
+    chat=False,               # nanoVLM: ask about the picture until you enter nothing
+    blind='',                 # nanoVLM: a run with blind=True, whose scores are to stand beside these
     # how
     steps=0,                  # decoding steps; 0 chooses (nano4M: for each target this and the next two, see `manner`)
     temperature=math.nan,     # 0 takes the likeliest token; nan chooses (GPT: 0.8 for text, 1 for pictures)
@@ -61,22 +73,31 @@ SETTINGS = dict(
     guidance_start=math.nan,  # MaskGIT: guidance of the first step; nan is that of the last
     choice_temperature=0.0,   # MaskGIT: of the noise on confidences
     prompt='',                # the text to go on with; '' is the beginning of a text (MaskGIT: nothing)
-    prompts='',               # GPT: a file with one prompt a line, all continued in one batch
-    max_new_tokens=500,       # GPT
+    prompts='',               # GPT: a file with one prompt a line, all continued in one batch; nanoVLM: one question a line
+    max_new_tokens=500,       # GPT, nanoVLM
+    draft='',                 # GPT: the run of a small model on the same data, whose guesses make a single text faster, not other
     complete=0.0,             # pictures: the share of held-out pictures that is given
     shape='half',             # MaskGIT: which share: half (from above), box (around it), random (patches)
-    show='grid',              # MaskGIT: grid, gif (how pictures come about), swap (held-out pictures with other classes)
     after='',                 # MaskGIT: the text behind a gap
     gap=50,                   # MaskGIT: tokens between prompt and after
-    against='',               # MaskGIT: scores.json of a GPT on the same data, whose exact values then stand as floor
+    show='grid',              # MaskGIT: grid, gif (how pictures come about), swap (held-out pictures with other classes)
+                              # flow: grid (classes), path (from noise to picture, also as GIF), steps, guidance (sweeps)
+    labels='',                # flow: classes to draw, '3,5'; '' is all
+    method='',                # flow: euler, midpoint, heun, or jump, where the model knows mean velocities; '' is jump or euler
+    interval='0,1',           # flow: the times between which guidance acts
     score=False,              # compute and save the scores, of all pairs or those that given and target name
     n_score=1000,             # held-out scenes, or generated digits, to score
+    against='',               # MaskGIT: scores.json of a GPT on the same data, whose exact values then stand as floor
+    compare='',               # runs on MNIST, 'out/gpt_mnist,out/flow_mnist': one table and one picture of all
 )
-BELONGS = dict(  # the chapters that a setting means something to; to all, where it is not named
-    given='fourm', target='fourm', chain='fourm', text='fourm', image='fourm', guidance='fourm maskgit', steps='fourm maskgit',
-    order='fourm maskgit', schedule='fourm maskgit', min_p='gpt', prompt='gpt maskgit', prompts='gpt', max_new_tokens='gpt',
-    complete='gpt maskgit', temperature_end='maskgit', guidance_start='maskgit', choice_temperature='maskgit', shape='maskgit',
-    show='maskgit', after='maskgit', gap='maskgit', against='maskgit')
+BELONGS = dict(  # settings that mean nothing to the chapters that do not name them
+    gpt='prompt prompts max_new_tokens min_p draft complete',
+    maskgit='steps order schedule guidance guidance_start temperature_end choice_temperature prompt after gap complete shape show '
+            'against',
+    fourm='given target chain text image steps order schedule guidance',
+    flow='steps guidance interval method labels show',
+    vlm='text image chat blind prompts max_new_tokens min_p')
+SHOWS = dict(maskgit=('grid', 'gif', 'swap'), flow=('grid', 'path', 'steps', 'guidance'))
 
 
 def chosen_temperature(settings, default):
@@ -87,6 +108,10 @@ def exact(settings, device):
     """Autocast for a GPT: float32 on a CPU unless asked otherwise; one token at a time has no use for faster matrix products."""
     cpu = settings['dtype'] == 'auto' and device.type == 'cpu'
     return autocast(device, torch.float32 if cpu else find_dtype(settings['dtype'], device))
+
+
+def read_ids(fields, name, split, index):
+    return torch.from_numpy(fields.load(split, name)[index].astype(np.int64))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,15 +140,30 @@ def read_prompts(model, fields, settings):
     return torch.tensor([[-1] * (longest - len(prompt)) + prompt for prompt in prompts])
 
 
+def read_draft(model, fields, settings):
+    """The small GPT of another run, whose tokens have to mean the same."""
+    draft, checkpoint = load_model(find_weights(settings['draft']))
+    if chapter_of(draft) != 'gpt' or draft.config.block_size < model.config.block_size:
+        raise UserError(f'draft={settings["draft"]!r}: must be a GPT with a context of at least {model.config.block_size} tokens')
+    theirs = fields_of(Path('data', checkpoint['settings']['dataset']), checkpoint['meta'])
+    if [theirs.decode([i]) for i in range(draft.config.vocab_size)] != [fields.decode([i]) for i in range(model.config.vocab_size)]:
+        raise UserError(f'draft={settings["draft"]!r} has other tokens than this run: train it on the same data')
+    return draft.to(model.turn.device)
+
+
 def write_texts(model, fields, settings):
     """Continues the prompts and prints them; a single one appears as it is written. Returns the texts."""
     if settings['complete']:
         raise UserError('complete is for models of pictures, this one is of text: leave it out')
     tokens = read_prompts(model, fields, settings).to(model.turn.device)
     device, alone, end = tokens.device, len(tokens) == 1, -1 if fields.end is None else fields.end
-    rows, waiting = tokens.tolist(), tokens[0].tolist()
+    rows, waiting, stream = tokens.tolist(), tokens[0].tolist(), model.stream
+    if settings['draft']:
+        if not alone:
+            raise UserError('draft makes a single text faster: leave it out, or give one prompt and no n')
+        stream = partial(model.speculate, read_draft(model, fields, settings))
     with exact(settings, device):
-        for new in model.stream(tokens, settings['max_new_tokens'], *sampler(model, settings, 0.8, end)):
+        for new in stream(tokens, settings['max_new_tokens'], *sampler(model, settings, 0.8, end)):
             for row, token in zip(rows, new.tolist()):
                 row.append(token)
             waiting.append(rows[0][-1])
@@ -169,8 +209,8 @@ def draw_gpt(model, fields, settings, path):
     """Pictures at `path`, or texts on the screen; returns these."""
     if not hasattr(fields, 'classes'):
         return write_texts(model, fields, settings)
-    if settings['prompt'] or settings['prompts']:
-        raise UserError('prompt and prompts are for models of text, this one is of pictures: leave them out')
+    if settings['prompt'] or settings['prompts'] or settings['draft']:
+        raise UserError('prompt, prompts and draft are for models of text, this one is of pictures: leave them out')
     draw_digits(model, fields, settings, path)
 
 
@@ -192,8 +232,7 @@ def score_gpt(model, fields, settings, data, path):
         tokens = torch.cat([generate_pictures(model, settings | dict(seed=settings['seed'] + i), part[:, None])
                             for i, part in enumerate(np.array_split(labels, -(-len(labels) // 500)))])
         rate = tokens[:, 1:].numel() / (time.perf_counter() - started)
-        for name, score in fields.score(fields.decode(tokens), labels).items():
-            scores[name] = (bootstrap(score.pop('parts')) if 'parts' in score else alone(score.pop('value'), len(labels))) | score
+        scores |= judged(fields.score(fields.decode(tokens), labels), len(labels))
         scores['generation, tokens/s'] = alone(rate, len(labels))
     save_scores(scores, path)
 
@@ -341,14 +380,12 @@ def score_samples(model, fields, settings, path):
             tokens = torch.cat([fill(model, again | dict(seed=settings['seed'] + i), torch.full((len(part), model.N), -1), part)
                                 for i, part in enumerate(classes.split(64))])
             seconds, pictures = time.perf_counter() - started, fields.decode(tokens)
-            found = {name: (bootstrap(score.pop('parts')) if 'parts' in score else alone(score.pop('value'), len(classes))) | score
-                     for name, score in fields.score(pictures, classes.numpy()).items()}
+            found = judged(fields.score(pictures, classes.numpy()), len(classes))
             found['seconds/image'] = alone(seconds / len(classes), len(classes))
             scores |= {f'{order}, {steps} steps: {name}': score for name, score in found.items()}
             title = f'{steps}: {found["accuracy"]["value"]:.0%} {found["frechet"]["value"]:.2f}'
             columns[title] = pictures_of(model, fields, tokens[:model.config.n_classes])
         save_grid(columns, path.with_stem(f'{path.stem}_{order}'), 6)
-    return scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,10 +433,6 @@ def generate(model, given, targets, settings, generator=None):
     return known
 
 
-def read_ids(fields, name, split, index):
-    return torch.from_numpy(fields.load(split, name)[index].astype(np.int64))
-
-
 def columns_for(model, fields, settings, given, targets, index, own=None):
     """Columns {title: [pictures]} of one chain: what is given, then each target's truth beside what was generated."""
     ids = own or {name: read_ids(fields, name, settings['split'], index) for name in given}
@@ -423,7 +456,7 @@ def columns_for(model, fields, settings, given, targets, index, own=None):
 def draw_fourm(model, fields, settings, path):
     """The picture that the settings ask for; without given and target: each from rgb alone, and rgb from the caption."""
     settings, own = settings | dict(n=settings['n'] or 6), own_input(model, fields, settings)
-    index = np.arange(settings['n'])
+    index = np.arange(min(settings['n'], len(fields.load(settings['split'], model.fields[0]))))
     if settings['chain'] or settings['given'] or settings['target'] or own:
         chains = [parse_chain(settings, model)]
     else:
@@ -508,12 +541,295 @@ def score_fourm(model, fields, settings, data, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Flow
+
+COUNTS = (1, 2, 4, 10, 20, 50, 100)  # evaluations of the network, in pictures and scores
+SCALES = (0, 1, 1.5, 2, 3, 5, 10)    # of guidance
+
+
+def follow(model, labels, settings):
+    """model.generate as the settings say, for labels (n,): the trajectory (steps + 1, n, ...), and evaluations of the network.
+    What is left open: 20 evaluations, by Euler's method; a single one where the model knows mean velocities."""
+    device, mean = model.net.head.weight.device, model.config.mean > 0
+    method = settings['method'] or ('jump' if mean else 'euler')
+    steps = settings['steps'] or (1 if method == 'jump' else 10 if method in ('midpoint', 'heun') else 20)
+    try:
+        interval = tuple(map(float, settings['interval'].split(',')))
+        if len(interval) != 2:
+            raise ValueError(f'interval={settings["interval"]!r}: write two times between 0 and 1, as in 0.1,0.8')
+        with exact(settings, device):
+            trajectory, evaluations = model.generate(
+                torch.as_tensor(labels, device=device), steps, method, settings['guidance'] or 1.0, interval,
+                torch.Generator(device).manual_seed(settings['seed']))
+    except ValueError as error:
+        raise UserError(str(error))
+    return trajectory.cpu(), evaluations
+
+
+def flow_samples(model, labels, settings, size=64):
+    """Only where the trajectories end: pictures (n, H, W) or (n, H, W, 3) uint8, or points (n, d)."""
+    ends = torch.cat([follow(model, part, settings | dict(seed=settings['seed'] + i))[0][-1]
+                      for i, part in enumerate(np.array_split(labels, -(-len(labels) // size)))])
+    return (flow.to_pixels(ends).squeeze(-1) if model.config.image_size else ends).numpy()
+
+
+def in_colour(pictures):
+    return np.repeat(pictures, 3, -1) if pictures.shape[-1] == 1 else pictures  # (..., H, W, 3)
+
+
+def draw_flow(model, fields, settings, path):
+    """Pictures of each class; or, by `show`, how some come about, what more evaluations bring, what guidance does."""
+    if not model.config.image_size:
+        return draw_points(model, fields, settings, path)
+    classes, size, show = model.config.n_classes, model.config.image_size, settings['show']
+    chosen = [int(c) for c in settings['labels'].split(',') if c] or list(range(classes)) or [0] * 8
+    scale, n = max(1, 56 // size), settings['n'] or (8 if show == 'grid' else 10)
+
+    def ends(changes):
+        return in_colour(flow.to_pixels(follow(model, np.resize(chosen, n), settings | changes)[0][-1]).numpy())
+    if show == 'grid':
+        drawn = in_colour(flow.to_pixels(follow(model, np.repeat(chosen, n), settings)[0][-1]).numpy())
+        names = [fields.classes[c] for c in chosen] if classes else [f'drawn {i + 1}' for i in range(len(chosen))]
+        columns = dict(zip(names, drawn.reshape(len(chosen), n, *drawn.shape[1:])))
+    elif show == 'path':
+        trajectory, _ = follow(model, np.resize(chosen, n), settings)
+        frames = in_colour(flow.to_pixels(trajectory).numpy())  # (steps + 1, n, H, W, 3)
+        save_gif([tile(frame, -(-n // 2)) for frame in frames], path.with_suffix('.gif'), scale)
+        kept = np.linspace(0, len(frames) - 1, min(11, len(frames))).round().astype(int)
+        columns = {f'step {i}': frames[i] for i in kept}
+    elif show == 'steps':
+        columns = {f'{count}': ends(dict(steps=count)) for count in COUNTS}
+    else:
+        columns = {f's = {scale}': ends(dict(guidance=scale or 1e-9)) for scale in SCALES}  # guidance=0 leaves the choice open
+    save_grid(columns, path, scale)
+
+
+def draw_points(model, fields, settings, path, side=200):
+    """Where points are, and where to, at five times; beside them the density that the model has learned and the true one."""
+    if settings['show'] != 'grid' or settings['labels']:
+        raise UserError('show and labels are for models of pictures, this one is of points: leave them out')
+    trajectory, _ = follow(model, np.zeros(settings['n'] or 4000, int), settings | dict(steps=max(4, settings['steps'] or 40)))
+    save_gif([fields.scatter(points.numpy(), side) for points in trajectory], path.with_suffix('.gif'))
+    last, corners, columns = len(trajectory) - 1, torch.from_numpy(fields.grid(14)), {}
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        place = round(share * last)
+        t = 1 - place / last
+        velocity = -model.field(torch.zeros(len(corners), dtype=torch.long))(corners, t).detach()
+        columns[f't = {t:.2f}: points, -v'] = [fields.scatter(trajectory[place].numpy(), side),
+                                               fields.arrows(corners.numpy(), velocity.numpy(), side)]
+    points = fields.grid(side // 2)
+    learned = np.exp(likelihoods(model, torch.from_numpy(points), torch.zeros(len(points), dtype=torch.long)).numpy())
+    truth = fields.log_density(points)
+    top = np.exp(truth).max() if truth is not None else np.quantile(learned, 0.995)
+    blank = np.full((side // 2, side // 2, 3), 255, np.uint8)
+    columns['learned density, true'] = [fields.heat(learned.reshape(side // 2, -1), top), blank if truth is None else
+                                        fields.heat(np.exp(truth).reshape(side // 2, -1), top)]
+    save_grid(columns, path, 1)
+
+
+def likelihoods(model, x, labels, probes=1, seed=0, tolerance=1e-4, size=500):
+    """ln p in nats (n,) of x (n, ...) as the network sees it: with the exact divergence of points, random probes of pictures."""
+    found, random = [], torch.Generator().manual_seed(seed)
+    for part, label in zip(x.split(size), labels.split(size)):
+        probe = flow.unit_probes(part) if part[0].numel() <= 8 else flow.random_probes(part, probes, random)
+        try:
+            found.append(model.log_prob(part, label, probe, tolerance))
+        except ValueError as error:
+            raise UserError(str(error))
+    return torch.cat(found).double()
+
+
+def score_flow(model, fields, settings, data, path):
+    """The squared error by time, the likelihood, and how good samples are by the number of evaluations."""
+    total, size = {}, 250
+    for j in range(-(-data.n // size)):
+        with torch.no_grad(), exact(settings, model.net.head.weight.device):
+            total = add_logs(total, model(evaluation_batch(data, model, dict(micro_batch_size=size), j))[1])
+    errors, _ = means(total)
+    scores = {('squared error' if name == 'loss' else f'squared error, t in {name[2:].replace("_", "..")}'): alone(value, data.n)
+              for name, value in sorted(errors.items())}
+    scores |= (score_pictures if model.config.image_size else score_points)(model, fields, settings, data)
+    save_scores(scores, path)
+
+
+def score_points(model, fields, settings, data):
+    """KL(data || model) by the exact trace; Wasserstein-2 distances by evaluations, beside that of real points from others."""
+    points = torch.from_numpy(np.array(data.arrays['point'][:settings['n_score'] * 10]))
+    learned = likelihoods(model, points, torch.zeros(len(points), dtype=torch.long)).numpy()
+    truth = fields.log_density(points.numpy())
+    parts = np.stack((-learned if truth is None else truth - learned, np.ones(len(points))), -1)[:, None]
+    scores = {'nats/point' if truth is None else 'KL(data || model), nats': bootstrap(parts)}
+    n = min(6000, settings['n_score'] * 6)
+    floor = fields.score(fields.fresh(n, 2)).mean()
+    for steps in (1, 2, 4, 20):
+        found = fields.score(flow_samples(model, np.zeros(n, int), settings | dict(steps=steps), n))
+        scores[f'W2, {steps} steps'] = bootstrap(np.stack((found, np.ones(len(found))), -1)[:, None]) | dict(floor=floor)
+    return scores
+
+
+def score_pictures(model, fields, settings, data):
+    """Bits a number by Hutchinson's estimate; where the data has a judge, what it says by the number of evaluations."""
+    config, n = model.config, min(data.n, max(8, settings['n_score'] // 16))
+    batch = data.rows(np.arange(n))
+    x = flow.from_pixels(batch['image'], torch.Generator().manual_seed(0))
+    labels = batch.get('label', torch.zeros(n, dtype=torch.long))
+    nats = likelihoods(model, x, labels, tolerance=1e-3, size=32).numpy() / x[0].numel()
+    bits = np.stack((7 - nats / math.log(2), np.ones(n)), -1)[:, None]  # 7: one of 256 levels is 2 / 256 wide
+    scores = {'bits/dim' + ' given the class' * (config.n_classes > 0): bootstrap(bits) | dict(baseline=8.0)}
+    if not config.n_classes:
+        return scores
+    labels = np.arange(settings['n_score']) % config.n_classes
+    for count in [settings['steps']] if settings['steps'] else COUNTS[:-1]:
+        started = time.perf_counter()
+        drawn = flow_samples(model, labels, settings | dict(steps=count))
+        seconds = (time.perf_counter() - started) / len(labels)
+        for name, score in judged(fields.score(drawn, labels), len(labels)).items():
+            if name in ('accuracy', 'frechet') or count in (20, settings['steps']):
+                scores[f'{count} steps: {name}'] = score
+        scores[f'{count} steps: seconds/image'] = alone(seconds, len(labels))
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nanoVLM
+
+def pad_in_front(rows):
+    longest = max(map(len, rows))
+    return torch.tensor([[-1] * (longest - len(row)) + row for row in rows])
+
+
+def look(model, fields, images, n=1):
+    """Reads pictures (S, m, H, W, C) once, for n questions about each; returns the cache behind which these go."""
+    prompt = torch.full(images.shape[:2], fields.template.image)
+    return model.read(prompt.to(model.language.turn.device), torch.as_tensor(np.array(images)).to(model.language.turn.device), n)
+
+
+def ask(model, fields, cache, questions, settings, first=()):
+    """The stream of answers (B,) to B questions of any lengths, behind what the cache holds and the tokens `first`."""
+    tokens = pad_in_front([[*first, *fields.template.ask(question)] for question in questions])
+    room, device = model.length - cache.filled, model.language.turn.device
+    if tokens.size(1) >= room:
+        raise UserError(f'the question has {tokens.size(1)} tokens, and the context has room for {room}, the answer included: '
+                        'shorten it')
+    how = (chosen_temperature(settings, 0.0), settings['top_k'], settings['top_p'], settings['min_p'])
+    generator = torch.Generator(device).manual_seed(settings['seed'])
+    return model.stream(tokens.to(device), cache, settings['max_new_tokens'], *how, fields.template.end, generator)
+
+
+def answers(model, fields, images, questions, settings):
+    """One answer each to S lists of n questions about S pictures (S, m, H, W, C): lists of lists of texts."""
+    n = len(questions[0])
+    with exact(settings, model.language.turn.device):
+        drawn = list(ask(model, fields, look(model, fields, images, n), [q for row in questions for q in row], settings))
+    texts = [fields.decode(ids) for ids in torch.stack(drawn, 1).tolist()]
+    return [texts[i:i + n] for i in range(0, len(texts), n)]
+
+
+def chat(model, fields, images, settings):
+    """Questions from the keyboard, answers word by word; pictures and all turns before stay in the cache."""
+    cache, last = look(model, fields, images), []
+    print('Ask about the picture; an empty line ends.')
+    for question in iter(lambda: input('> ').strip(), ''):
+        ids = []
+        try:
+            stream = ask(model, fields, cache, [question], settings, last)
+        except UserError:  # full: only the pictures are kept
+            cache, last = look(model, fields, images), []
+            stream = ask(model, fields, cache, [question], settings)
+        for token in stream:
+            before, ids = fields.decode(ids), [*ids, int(token)]
+            print(fields.decode(ids)[len(before):], end='', flush=True)
+        last = ids[-1:]  # not in the cache yet
+        print()
+
+
+def in_rows(images, n):
+    """Pictures of n conversations, one (H, W, C) or several each -> (n, m, H, W, C)."""
+    return images.reshape(n, -1, *images.shape[-3:])
+
+
+def own_questions(model, fields, settings):
+    """Answers to the user's questions about the user's pictures; each question is asked about each picture."""
+    images, m = np.stack([fields.read_image(file) for file in settings['image'].split(',')]), model.config.n_images
+    if len(images) % m:
+        raise UserError(f'{len(images)} pictures, and this model reads {m} at a time')
+    images = in_rows(images, len(images) // m)
+    if settings['chat']:
+        return chat(model, fields, images[:1], settings)
+    texts = [settings['text']]
+    if settings['prompts']:
+        texts = Path(settings['prompts']).read_text(encoding='utf-8').splitlines()
+    for row in answers(model, fields, images, [texts] * len(images), settings):
+        print('\n'.join(row))
+
+
+def draw_vlm(model, fields, settings, path):
+    """Held-out pictures with questions, answers and marks; or the user's own."""
+    if settings['image']:
+        return own_questions(model, fields, settings)
+    if settings['chat'] or settings['text'] or settings['prompts']:
+        raise UserError('questions need --image=FILE, the picture that they are about')
+    lines = fields.questions(settings['split'])[:settings['n'] or 6]
+    images = in_rows(fields.pictures(settings['split'], [line['image'] for line in lines]), len(lines))
+    asked = [(6 * line['turns'])[:6] for line in lines]  # equally many about each
+    found = answers(model, fields, images, [[question for question, _ in turns] for turns in asked], settings)
+    talks = [dict.fromkeys((q, answer, truth) for (q, truth), answer in zip(turns, row)) for turns, row in zip(asked, found)]
+    save_answers(images[:, 0], [list(talk) for talk in talks], path)
+
+
+def right_answers(model, fields, settings, name='questions', shift=0):
+    """{family: (n, 1, 2)} right and all answers about each picture, and answers a second; shift > 0 shows another picture."""
+    lines, families, total = fields.questions(settings['split'], name)[:settings['n_score']], {}, 0
+    shown, started = np.roll([line['image'] for line in lines], shift, 0), time.perf_counter()
+    for start in tqdm(range(0, len(lines), 32), desc=f'score {name}', unit='batch', leave=False):
+        part = lines[start:start + 32]
+        most = max(len(line['turns']) for line in part)
+        images = in_rows(fields.pictures(settings['split'], shown[start:start + 32]), len(part))
+        asked = [[question for question, _ in (most * line['turns'])[:most]] for line in part]
+        for i, (line, row) in enumerate(zip(part, answers(model, fields, images, asked, settings)), start):
+            for (_, truth), family, answer in zip(line['turns'], line['families'], row):
+                for key in {family or 'all', 'all'}:
+                    families.setdefault(key, np.zeros((len(lines), 1, 2)))[i, 0] += (answer == truth, 1)
+                total += 1
+    return families, total / (time.perf_counter() - started)
+
+
+def majority(fields):
+    """{family: its most frequent answer in training}, and of all."""
+    heard = {}
+    for line in fields.questions('train')[:5000]:
+        for (_, answer), family in zip(line['turns'], line['families']):
+            heard.setdefault(family or 'all', Counter())[answer] += 1
+    return {family: counter.most_common(1)[0][0] for family, counter in heard.items()}
+
+
+def score_vlm(model, fields, settings, data, path):
+    """Share of answers that are right to the letter, each question asked by itself, by family; beside it the family's most
+    frequent answer, what the model says to another picture, and what a model says that was trained without pictures."""
+    settings = settings | dict(max_new_tokens=min(settings['max_new_tokens'], 32))
+    (found, rate), usual = right_answers(model, fields, settings), majority(fields)
+    lines = fields.questions(settings['split'])[:settings['n_score']]
+    guesses = [(family or 'all', truth == usual[family or 'all'])
+               for line in lines for (_, truth), family in zip(line['turns'], line['families'])]
+    blind = {family: float(np.mean([hit for name, hit in guesses if family in (name, 'all')])) for family in found}
+    scores = {family: bootstrap(parts) | dict(baseline=blind[family]) for family, parts in sorted(found.items())}
+    more = {'another picture': right_answers(model, fields, settings, shift=1)[0]}
+    if settings['blind']:
+        other = load_model(Path(settings['blind'], settings['checkpoint']))[0].to(model.language.turn.device)
+        more['no picture'] = right_answers(other, fields, settings)[0]
+    if Path(fields.folder, settings['split'], 'new_pairs.jsonl').is_file():
+        more['new pairs'] = right_answers(model, fields, settings, 'new_pairs')[0]
+    scores |= {f'{name}: {family}': bootstrap(parts) for name, part in more.items() for family, parts in sorted(part.items())}
+    save_scores(scores | {'answers/s': alone(rate, len(guesses))}, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # All chapters
 
 # (model, fields, settings, path of a picture): writes it, or returns texts
-DRAW = dict(gpt=draw_gpt, maskgit=draw_maskgit, fourm=draw_fourm)
+DRAW = dict(gpt=draw_gpt, maskgit=draw_maskgit, fourm=draw_fourm, flow=draw_flow, vlm=draw_vlm)
 # (model, fields, settings, validation data, path of scores.json)
-SCORE = dict(gpt=score_gpt, maskgit=score_maskgit, fourm=score_fourm)
+SCORE = dict(gpt=score_gpt, maskgit=score_maskgit, fourm=score_fourm, flow=score_flow, vlm=score_vlm)
 
 
 def chapter_of(model):
@@ -534,7 +850,13 @@ def draw(model, folder, meta, path):
 
 def check(settings, model):
     """Raises UserError where a setting has no meaning, or none for this model."""
-    for name, known in dict(order=ORDERS, schedule=('', *SCHEDULES), shape=SHAPES, show=('grid', 'gif', 'swap')).items():
+    chapter = chapter_of(model)
+    for name in set(' '.join(BELONGS.values()).split()) - set(BELONGS[chapter].split()):
+        if settings[name] not in [SETTINGS[name]]:  # in: nan is itself
+            others = ', '.join(other for other, names in BELONGS.items() if name in names.split())
+            raise UserError(f'{name} is a setting of {others}, this run is of {chapter}: leave it out')
+    words = dict(order=ORDERS, schedule=('', *SCHEDULES), shape=SHAPES, show=SHOWS.get(chapter, ('grid',)))
+    for name, known in words.items():
         if settings[name] not in known:
             raise UserError(f'{name} is one of {", ".join(filter(None, known))}')
     if settings['n'] < 0 or settings['steps'] < 0 or min(settings[name] for name in ('max_new_tokens', 'n_score', 'gap')) < 1:
@@ -547,15 +869,60 @@ def check(settings, model):
         raise UserError(f'top_k={settings["top_k"]} must be 0 (all) to {most or "the size of the vocabulary"}')
     if not 0 <= settings['complete'] < 1:
         raise UserError(f'complete={settings["complete"]} must be at least 0 and below 1')
-    for name, chapters in BELONGS.items():
-        if settings[name] not in [SETTINGS[name]] and chapter_of(model) not in chapters.split():  # in: nan is itself
-            raise UserError(f'{name} is a setting of {chapters.replace(" ", ", ")}, this run is of {chapter_of(model)}: leave it out')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which generator? One table and one picture of several runs on MNIST
+
+BINARY = dict(  # (model, fields, labels, settings) -> binary pictures (n, 14, 14), whatever the chapter works on
+    gpt=lambda model, fields, labels, settings: fields.decode(generate_pictures(model, settings, labels[:, None])),
+    maskgit=lambda model, fields, labels, settings: fields.decode(
+        fill(model, settings, torch.full((len(labels), model.N), -1), torch.as_tensor(labels))),
+    flow=lambda model, fields, labels, settings: fields.binary(flow_samples(model, labels, settings)))
+
+
+def compare(settings):
+    """The runs named by `compare`, each in a row: size, training time, likelihood in its own representation (those of two rows
+    compare only where these are the same), the judge of 14x14 binary pictures, to which all are reduced, and speed."""
+    rows, columns, labels = [], {}, np.arange(settings['n_score']) % 10
+    for name in settings['compare'].split(','):
+        model, checkpoint = load_model(Path(name, settings['checkpoint']))
+        chapter, folder = chapter_of(model), Path('data', checkpoint['settings']['dataset'])
+        if chapter not in BINARY or checkpoint['meta']['prepare'] != 'mnist':
+            raise UserError(f'{name}: compare is for runs of {", ".join(BINARY)} on MNIST')
+        check_data(folder, read_meta(folder), checkpoint)
+        fields, scores = fields_of(folder, checkpoint['meta']), Path(name, 'scores.json')
+        known = json.loads(scores.read_text()) if scores.is_file() else {}
+        own = next((f'{known[key]["value"]:.3g} {key}' for key in known if 'nats/image' in key or 'bits/dim' in key), '-')
+        started = time.perf_counter()
+        drawn = np.concatenate([BINARY[chapter](model, fields, part, settings | dict(seed=settings['seed'] + i))
+                                for i, part in enumerate(np.array_split(labels, -(-len(labels) // 64)))])
+        seconds = (time.perf_counter() - started) / len(labels)
+        found = {key: score['value'] if 'value' in score else score['parts'][..., 0].mean()
+                 for key, score in fields.score(drawn, labels).items()}
+        count = sum(p.numel() for p in model.parameters())
+        rows.append(f'| {chapter} | {count / 1e6:.2f} M | {checkpoint["seconds"]:.0f} s | {own} | {found["accuracy"]:.1%} | '
+                    f'{found["frechet"]:.3f} | {found["precision"]:.3f}, {found["recall"]:.3f} | {seconds * 1000:.0f} ms |')
+        order = np.argsort(labels[:100], kind='stable')
+        columns[chapter] = [np.repeat(tile(drawn[:100][order], 10)[..., None], 3, -1)]
+    real = fields.score(fields.real('train', 14)[:len(labels)], fields.load('train', 'label')[:len(labels)])
+    order = np.argsort(fields.load('val', 'label')[:1000], kind='stable')
+    columns['held out'] = [np.repeat(tile(fields.real('val', 14)[order[5::10][:100]], 10)[..., None], 3, -1)]
+    rows.append(f'| real digits | | | | {real["accuracy"]["ceiling"]:.1%} | {real["frechet"]["floor"]:.3f} | '
+                f'{real["precision"]["ceiling"]:.3f}, {real["recall"]["ceiling"]:.3f} | |')
+    head = '| | parameters | training | likelihood, given the class | class accuracy | Fréchet | precision, recall | an image |'
+    table = '\n'.join([head, '|---' * 8 + '|', *rows])
+    print(table)
+    Path('out/compare.md').write_text(table + '\n')
+    save_grid(columns, Path('out/compare.png'), 1)
 
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     device = find_device(settings['device'])
     set_up(device, training=False)
+    if settings['compare']:
+        return compare(settings)
     path = find_weights(settings['init_from']) if settings['init_from'] else Path(settings['out_dir'], settings['checkpoint'])
     model, checkpoint = load_model(path)
     model.to(device)

@@ -3,7 +3,7 @@ The judge: a small convolutional classifier, trained on a data set's own picture
 
 No network is downloaded for it. Its distances therefore compare only with others by the same judge, and every score stands beside
 what real pictures reach (ceiling or floor) and what a blind generator reaches (baseline). There is one judge for each
-representation: 28x28 grey levels, and the 14x14 binary pictures that are MNIST's tokens.
+representation: 28x28 grey levels, the 14x14 binary pictures that are MNIST's tokens, 32x32 in colour.
 """
 import numpy as np
 import torch
@@ -19,39 +19,43 @@ def convolution(inputs, outputs, stride=1):
 
 
 class Judge(nn.Module):
-    """Pictures of `size` (14 or 28) pixels a side, uint8 -> one of 10 classes."""
-    def __init__(self, size):
+    """Pictures of `size` (14, 28 or 32) pixels a side, uint8, grey or, twice as wide, in colour -> one of 10 classes."""
+    def __init__(self, size, channels=1):
         super().__init__()
-        self.size = size
+        self.size, self.channels, D = size, channels, 64 if channels == 1 else 128
         self.body = nn.Sequential(
-            *convolution(1, 16, stride=size // 14), *convolution(16, 16),              # (B, 16, 14, 14)
-            *convolution(16, 32, stride=2), *convolution(32, 32),                      # (B, 32, 7, 7)
-            *convolution(32, 64, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())     # (B, 64)
-        self.head = nn.Linear(64, 10)
+            *convolution(channels, D // 4, stride=size // 14), *convolution(D // 4, D // 4),  # (B, D / 4, 14, 14), or 16, 16
+            *convolution(D // 4, D // 2, stride=2), *convolution(D // 2, D // 2),             # (B, D / 2, 7, 7)
+            *convolution(D // 2, D, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())         # (B, D)
+        self.head = nn.Linear(D, 10)
+
+    def see(self, images):
+        """(B, H, W) or (B, H, W, C) uint8 tensor -> what the head sees (B, D), in float32 on every machine."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.body(images.reshape(*images.shape[:3], self.channels).movedim(-1, 1) / 255)
 
     def forward(self, images):
-        """(B, H, W) uint8 tensor -> logits (B, 10), in float32 on every machine."""
-        with torch.autocast(images.device.type, enabled=False):
-            return self.head(self.body(images[:, None] / 255))
+        """(B, H, W) or (B, H, W, C) uint8 tensor -> logits (B, 10)."""
+        return self.head(self.see(images))
 
     @torch.no_grad()
     def features(self, images):
-        """(n, H, W) uint8 array -> (n, 64) float32 array: what the head sees, in which distances are measured."""
-        return torch.cat([self.body(part[:, None] / 255) for part in torch.tensor(images).split(1000)]).numpy()
+        """(n, H, W) or (n, H, W, C) uint8 array -> (n, D) float32 array: what the head sees, in which distances are measured."""
+        return torch.cat([self.see(part) for part in torch.tensor(images).split(1000)]).numpy()
 
     @torch.no_grad()
     def logits(self, images):
-        """(n, H, W) uint8 array -> (n, 10) float32 array."""
+        """(n, H, W) or (n, H, W, C) uint8 array -> (n, 10) float32 array."""
         return self.head(torch.from_numpy(self.features(images))).numpy()
 
     def save(self, path):
-        torch.save(dict(size=self.size, weights=self.state_dict()), path)
+        torch.save(dict(size=self.size, channels=self.channels, weights=self.state_dict()), path)
 
     @classmethod
     def load(cls, path):
         try:
             saved = torch.load(path, map_location='cpu', weights_only=True)
-            judge = cls(saved['size'])
+            judge = cls(saved['size'], saved.get('channels', 1))
             judge.load_state_dict(saved['weights'])
         except Exception as error:  # the unpickler fails in many ways
             raise UserError(f'{path}: missing, truncated or not a judge ({type(error).__name__}); delete {path.parent} '
@@ -60,9 +64,9 @@ class Judge(nn.Module):
 
 
 def train_judge(images, labels, seed=0, steps=1500, batch_size=128):
-    """A judge trained on pictures (n, H, H) uint8 with labels (n,), each moved by up to H/14 pixels whenever it is seen."""
+    """A judge trained on pictures (n, H, H) or (n, H, H, C) uint8 with labels (n,), each moved by up to H/14 pixels when seen."""
     size, reach = images.shape[1], images.shape[1] // 14
-    padded = F.pad(torch.tensor(images), (reach,) * 4)
+    padded = F.pad(torch.tensor(images), (0,) * 2 * (images.ndim - 3) + (reach,) * 4)
     labels, place, random = torch.tensor(labels).long(), torch.arange(size), np.random.default_rng((seed, 7))
 
     def batch_of():
@@ -73,7 +77,7 @@ def train_judge(images, labels, seed=0, steps=1500, batch_size=128):
     def loss_of(judge, images, labels):
         return F.cross_entropy(judge(images), labels, label_smoothing=0.05)
     torch.manual_seed(seed)
-    return fit(Judge(size), loss_of, batch_of, steps, f'judge {size}x{size}')
+    return fit(Judge(size, *images.shape[3:]), loss_of, batch_of, steps, f'judge {size}x{size}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ MNIST as pictures and as tokens: 28x28 handwritten digits, and the same in 14x14
 
     python -m prepare.mnist                    60,000 digits to train on, 10,000 for validation
     python -m prepare.mnist --subset=t10k      only the small files: 9,000 and 1,000, for slow links
-    python -m prepare.mnist --fashion=True     FashionMNIST (Xiao et al., 1708.07747), in data/fashion_mnist
+    python -m prepare.fashion_mnist            clothes instead of digits (Xiao et al., 1708.07747), in data/fashion_mnist
 
 A row of tokens is the class (0..9), then 49 patches in raster order: 10 + the four bits of the patch, also in raster order, the
 first the most significant. So there are 26 different tokens. Training rows come in --views=8 views: 0 is the plain picture, the
@@ -81,8 +81,8 @@ def read_splits(settings):
     try:
         return {'train': read_part('train', settings['fashion']), 'val': read_part('t10k', settings['fashion'])}
     except UserError as error:
-        raise UserError(f'{error}; or make the small data set: python -m prepare.mnist --subset=t10k'
-                        + ' --fashion=True' * settings['fashion'])
+        name = 'fashion_mnist' if settings['fashion'] else 'mnist'
+        raise UserError(f'{error}; or make the small data set: python -m prepare.{name} --subset=t10k')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,6 +149,11 @@ class Fields:
     def decode(self, tokens):
         """Tokens (n, 50) or (n, 49), on the CPU -> binary pictures (n, 14, 14), see to_images."""
         return to_images(tokens)
+
+    @staticmethod
+    def binary(images):
+        """Grey pictures (n, 28, 28) reduced to what the tokens keep: (n, 14, 14)."""
+        return binary(images)
 
     def encode(self, images, labels):
         """Pictures (n, 14, 14) and labels (n,) -> tokens (n, 50) int64 tensor."""

@@ -109,6 +109,25 @@ def test_texts(text_run, capsys):
         assert capsys.readouterr().out.strip() == together.strip()
 
 
+def test_a_draft_changes_nothing_but_the_speed(text_run, capsys):
+    train.main(**(GPT | dict(n_head=1, n_embd=8)), dataset='story', block_size=16, out_dir='out/story_draft', pictures=False)
+    train.main(**GPT, dataset='story', block_size=8, out_dir='out/story_short', pictures=False)
+    Path('other.txt').write_text('abcab' * 100)
+    text.main(input='other.txt', out='data/other')
+    train.main(**GPT, dataset='other', block_size=16, out_dir='out/other', pictures=False)
+    capsys.readouterr()
+    for draft in ('', '--draft=story_draft'):
+        sample.main(f'--out_dir={text_run}', '--prompt=The cat', '--max_new_tokens=40', '--temperature=0', *draft.split())
+    once, again = capsys.readouterr().out.split('The cat')[1:3]
+    assert once == again
+    for arguments, message in ((['--draft=story_short'], 'must be a GPT with a context of at least 16 tokens'),
+                               (['--draft=other'], 'has other tokens than this run'),
+                               (['--draft=nowhere'], 'no such checkpoint'),
+                               (['--draft=story_draft', '--n=2'], 'draft makes a single text faster')):
+        with pytest.raises(UserError, match=message):
+            sample.main(f'--out_dir={text_run}', *arguments)
+
+
 def test_a_text_without_lines(work, capsys):
     """Its alphabet has no line's end to begin with; training draws all the same."""
     Path('flat.txt').write_text('abcab' * 100)

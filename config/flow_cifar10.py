@@ -1,0 +1,17 @@
+# Flow matching on CIFAR-10, 32x32 in colour: 13 M parameters, as the course's model, with 256 tokens a picture.
+# 78,000 steps x 64 pictures = 5 M pictures, 100 epochs of 50,000: about 13 M parameters x 6 x 256 tokens x 5 M = 1e17 FLOP, which is
+# an hour or two of one GPU at 20 to 40 TFLOP/s. Not yet run on the real pictures: neither they nor a GPU were at hand.
+model = 'flow'
+dataset = 'cifar10'
+patch = 2
+n_layer = 8
+n_head = 6
+n_embd = 288
+mlp_width = 768
+batch_size = 64
+micro_batch_size = 64
+max_iters = 78_000
+ema = 0.9995
+eval_interval = 7800
+eval_iters = 40
+log_interval = 100

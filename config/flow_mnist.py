@@ -1,0 +1,9 @@
+model = 'flow'
+dataset = 'mnist'
+batch_size = 32
+micro_batch_size = 32
+max_iters = 4500
+learning_rate = 3e-3
+ema = 0.999
+eval_interval = 1500
+log_interval = 20

@@ -1,0 +1,102 @@
+"""
+CIFAR-10 (Krizhevsky, 2009): 32x32 colour photographs of ten kinds of things, 50,000 to train on, 10,000 for validation.
+
+    python -m prepare.cifar10
+
+The binary version of the public archive: files of records, each a byte of class and 3 x 1,024 bytes of red, green and blue.
+Nothing is unpickled, and no path is trusted: the known names are read from the archive, nothing is written where it says.
+image.npy holds (n, views, 32, 32, 3): two for training, the picture and its mirror image, one for validation; label.npy (n,). The
+archive is downloaded once into the cache folder.
+"""
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+import config
+from config import UserError
+from prepare import judge
+from prepare.download import download
+
+SETTINGS = dict(seed=0, out='data/cifar10')
+URL, ARCHIVE = 'https://www.cs.toronto.edu/~kriz/', 'cifar-10-binary.tar.gz'
+MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
+FILES = dict(train=[f'data_batch_{i}.bin' for i in range(1, 6)], val=['test_batch.bin'])
+RECORD = 1 + 3 * 32 * 32  # bytes
+CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+JUDGE_STEPS = 4000
+
+
+def read_archive(path):
+    """{split: (images (n, 32, 32, 3) uint8, labels (n,) uint8)}, read from the archive's known members alone."""
+    try:
+        with tarfile.open(path) as archive:
+            members = {Path(member.name).name: member for member in archive
+                       if member.isfile() and member.size <= 10_000 * RECORD}
+            content = {name: archive.extractfile(members[name]).read() for names in FILES.values() for name in names}
+    except (OSError, EOFError, tarfile.TarError, KeyError) as error:
+        raise UserError(f'{path}: not the binary version of CIFAR-10 ({type(error).__name__}: {error}); delete it and run this '
+                        'again')
+    splits = {}
+    for split, names in FILES.items():
+        data = b''.join(content[name] for name in names)
+        records = np.frombuffer(data[:len(data) // RECORD * RECORD], np.uint8).reshape(-1, RECORD)
+        if len(data) % RECORD or not len(records) or records[:, 0].max() > 9:
+            raise UserError(f'{path}: its {split} records are damaged; delete it and run this again')
+        splits[split] = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy(), records[:, 0].copy()
+    return splits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder as sample.py sees it
+
+class Fields:
+    """Scores the pictures of a data folder, (n, 32, 32, 3) uint8."""
+    def __init__(self, folder):
+        self.folder, self.classes = Path(folder), CLASSES
+
+    def load(self, split, name):
+        path = self.folder / split / f'{name}.npy'
+        try:
+            return np.load(path, mmap_mode='r')
+        except (OSError, ValueError) as error:
+            raise UserError(f'{path}: missing or damaged ({error}); delete {self.folder} to make it anew')
+
+    def score(self, images, labels, split='val'):
+        """{metric: dict} of pictures (n, 32, 32, 3) uint8 made for labels (n,), as judge.score returns it."""
+        n, train = min(len(images), len(self.load(split, 'label'))), self.load('train', 'image')
+        return judge.score(judge.Judge.load(self.folder / 'judge.pt'), images[:n], np.asarray(labels)[:n],
+                           self.load(split, 'image')[:n, 0], self.load(split, 'label')[:n], [train[:, 0], train[:, 1]],
+                           self.load('train', 'label'))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making it
+
+def main(*arguments, **overrides):
+    settings = config.apply(config.read(arguments, overrides), SETTINGS)
+    splits = read_archive(download(URL + ARCHIVE, ARCHIVE, MD5))
+    folder = Path(settings['out'])
+    (folder / 'meta.json').unlink(missing_ok=True)  # an older one is not to vouch for these files
+    for split, (images, labels) in splits.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        views = np.stack((images, images[:, :, ::-1]), 1) if split == 'train' else images[:, None]
+        np.save(folder / split / 'image.npy', views)
+        np.save(folder / split / 'label.npy', labels)
+    network = judge.train_judge(*splits['train'], settings['seed'], JUDGE_STEPS)
+    network.save(folder / 'judge.pt')
+    held_out, truth = splits['val']
+    right = float((network.logits(held_out).argmax(1) == truth).mean())
+    print(f'judge of 32x32 pictures: {right:.1%} of {len(truth):,} held-out ones right')
+    meta = dict(kind='rows', fields=dict(image=256, label=10), views=dict(image=2), prepare='cifar10', classes=CLASSES,
+                config=dict(image_size=32, channels=3, n_classes=10), quality=dict(judge=right), settings=settings)
+    (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
+
+
+if __name__ == '__main__':
+    try:
+        main(*sys.argv[1:])
+    except (UserError, OSError) as error:
+        sys.exit(f'error: {error}')

@@ -1,0 +1,415 @@
+"""Flow matching: solvers against equations with known solutions, guidance, likelihoods, the network, and the commands."""
+import io
+import json
+import math
+import tarfile
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flow
+import sample
+import train
+from config import UserError
+from prepare import cifar10, judge, mnist, toy2d
+from tests.test_download import server  # noqa: F401, a fixture
+from tests.test_mnist import toy_digits
+
+TINY = dict(n_layer=2, n_head=2, n_embd=16, mlp_width=16, patch=4, image_size=8)
+
+
+def random_model(**changes):
+    """A small model whose zero-initialised matrices have moved."""
+    torch.manual_seed(0)
+    model = flow.Flow(flow.Config(**(TINY | changes)))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Solvers
+
+def decay(z, t):
+    """dz/dt = -z cos t: z(t) = z(0) exp(-sin t)."""
+    return -z * math.cos(t)
+
+
+@pytest.mark.parametrize('method, order', [('euler', 1), ('midpoint', 2), ('heun', 2)])
+def test_order_of_convergence(method, order):
+    start, truth, errors = torch.ones(3, dtype=torch.float64), math.exp(-math.sin(2)), []
+    for steps in (20, 40, 80):
+        trajectory, evaluations = flow.solve(decay, start, torch.linspace(0, 2, steps + 1, dtype=torch.float64), method)
+        assert trajectory.shape == (steps + 1, 3) and evaluations == steps * order and (trajectory[0] == start).all()
+        errors.append(abs(trajectory[-1, 0].item() - truth))
+    for coarse, fine in zip(errors, errors[1:]):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+def test_adaptive_order_and_count():
+    errors, calls = [], []
+    for tolerance in (1e-4, 1e-6, 1e-8):
+        n = [0]
+
+        def velocity(z, t):
+            n[0] += 1
+            return decay(z, t)
+        trajectory, evaluations = flow.solve_adaptive(velocity, torch.ones(2, dtype=torch.float64), 2.0, 0.0, tolerance)
+        assert evaluations == n[0]
+        errors.append(abs(trajectory[-1, 0].item() - math.exp(math.sin(2))))
+        calls.append(evaluations)
+    assert errors[0] < 1e-3 and errors[1] < 1e-5 and errors[2] < 1e-7 and calls[0] < calls[1] < calls[2]
+    assert calls[2] / calls[0] < 10  # of order 5: a ten-thousandth of the error for 10000^(1/5) = 6 times the steps
+
+
+def test_dormand_prince_is_of_order_5():
+    errors = []
+    for steps in (4, 8, 16):  # fixed steps: a tolerance that accepts all, one call a step
+        z = torch.ones(1, dtype=torch.float64)
+        for i in range(steps):
+            t, h, slopes = 2 * i / steps, 2 / steps, [decay(z, 2 * i / steps)]
+            for weights in flow.DORMAND_PRINCE:
+                at = z + h * sum(w * s for w, s in zip(weights, slopes))
+                slopes.append(decay(at, t + h * sum(weights)))
+            z = at
+        errors.append(abs(z.item() - math.exp(-math.sin(2))))
+    assert math.log2(errors[1] / errors[2]) > 4.5
+    assert sum(flow.ORDER_5_MINUS_4) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_adaptive_solver_gives_up_in_one_line():
+    with pytest.raises(ValueError, match='in 97 evaluations of at most 100: raise the limit') as error:
+        flow.solve_adaptive(lambda z, t: 1000 * torch.cos(1000 * z + t), torch.ones(4), 0.0, 1.0, 1e-8, 100)
+    assert '\n' not in str(error.value)
+    with pytest.raises(ValueError, match='adaptive solver'):
+        flow.solve_adaptive(lambda z, t: z * math.nan, torch.ones(4), 0.0, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Path, times, transport
+
+def test_path_and_times():
+    data, noise = torch.zeros(5, 3, 2, 2), torch.ones(5, 3, 2, 2)
+    z, velocity = flow.path(data, noise, torch.tensor([0, 0.25, 0.5, 0.75, 1]))
+    assert (z[:, 0, 0, 0] == torch.tensor([0, 0.25, 0.5, 0.75, 1])).all() and (velocity == 1).all()
+    generator = torch.Generator().manual_seed(0)
+    uniform = flow.sample_times(1000, 'uniform', 1.0, generator)
+    normal = flow.sample_times(1000, 'logit_normal', 1.0, generator)
+    assert uniform.sort().values.sub(torch.linspace(0, 1, 1000)).abs().max() < 2e-3  # one from each thousandth
+    assert normal.logit().mean().abs() < 0.02 and normal.logit().std() == pytest.approx(1, abs=0.03)
+    assert flow.sample_times(1000, 'uniform', 3.0, generator).mean() > 0.6
+    assert flow.shifted(torch.tensor([0.0, 1.0]), 3.0).tolist() == [0, 1]
+
+
+def test_transport_is_nearly_optimal():
+    generator = torch.Generator().manual_seed(0)
+    data, noise, one = torch.randn(64, 2, generator=generator), torch.randn(64, 2, generator=generator), torch.zeros(64).long()
+    order = flow.transport(data, noise, one, 200, generator)
+    assert order.sort().values.equal(torch.arange(64))
+    cost = (data[:, None] - noise).square().sum(-1)
+    found, best = cost[range(64), order].mean(), cost[range(64), toy2d.assignment(cost.numpy())].mean()
+    assert best <= found < 1.25 * best < 0.2 * cost.mean()  # no exchange of two is left, one of three may be
+    label = torch.arange(64) % 4
+    order = flow.transport(data, noise, label, 200, generator)
+    assert (label == label[order]).all()  # noise is exchanged within a class alone
+
+
+def test_exact_assignment():
+    random = np.random.default_rng(0)
+    for n in (1, 2, 6):
+        for _ in range(5):
+            cost = random.random((n, n))
+            best = min(cost[range(n), list(columns)].sum() for columns in permutations(range(n)))
+            found = toy2d.assignment(cost)
+            assert sorted(found) == list(range(n)) and cost[range(n), found].sum() == pytest.approx(best)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Likelihood and guidance
+
+def gaussian_field(mean, std):
+    """The exact velocity of the flow between N(mean, std^2) and noise: E[noise - data | z_t]."""
+    def field(z, t, before=None):
+        variance = (1 - t) ** 2 * std ** 2 + t ** 2
+        return -mean + (t - (1 - t) * std ** 2) / variance * (z - (1 - t) * mean)
+    return field
+
+
+def test_likelihood_of_a_gaussian():
+    generator = torch.Generator().manual_seed(0)
+    x = 0.5 + 0.3 * torch.randn(200, 2, generator=generator)
+    truth = -(x - 0.5).square().sum(1) / 2 / 0.09 - math.log(2 * math.pi * 0.09)
+    found, evaluations = flow.log_likelihood(gaussian_field(0.5, 0.3), x, flow.unit_probes(x), 1e-5)
+    assert (found - truth).abs().max() < 0.01 * 2 and evaluations < 200  # nats; 2 dimensions
+    field = gaussian_field(0.5, 0.3)
+    forward = flow.solve_adaptive(field, x, 0.0, 1.0)[0][-1]
+    assert (flow.solve_adaptive(field, forward, 1.0, 0.0)[0][-1] - x).abs().max() < 1e-2  # there and back
+
+
+def test_hutchinson_agrees_with_the_exact_trace():
+    model, generator = random_model(), torch.Generator().manual_seed(0)
+    x, label = torch.rand(4, 1, 8, 8, generator=generator) * 2 - 1, torch.tensor([0, 3, 9, 10])
+    exact = model.log_prob(x, label, flow.unit_probes(x), 1e-3)
+    drawn = torch.stack([model.log_prob(x, label, flow.random_probes(x, 1, generator), 1e-3) for _ in range(24)])
+    error = drawn.std(0) / 24 ** 0.5
+    assert ((drawn.mean(0) - exact).abs() < 4 * error + 1e-2).all() and (error > 0).all()
+
+
+def test_guidance():
+    model, label = random_model(channels=3), torch.tensor([1, 2])
+    z, t = torch.randn(2, 3, 8, 8), 0.4
+    with torch.no_grad():
+        plain, none = model.field(label)(z, t), model.field(torch.full_like(label, 10))(z, t)
+        assert torch.equal(model.field(label, 1.0)(z, t), plain)  # s = 1 is none
+        strong = model.field(label, 3.0)(z, t)
+        assert torch.allclose(strong, none + 3 * (plain - none), atol=1e-5)
+        assert ((strong - plain).abs().amax((0, 2, 3)) > 1e-4).all()  # on all channels
+        assert torch.equal(model.field(label, 3.0, (0.5, 0.9))(z, t), plain)  # outside of its interval
+
+
+def test_generation():
+    model, label = random_model(), torch.tensor([3, 4, 5])
+    for method, evaluations in (('euler', 6), ('heun', 12)):
+        a, n = model.generate(label, 6, method, 2.0, generator=torch.Generator().manual_seed(1))
+        b, _ = model.generate(label, 6, method, 2.0, generator=torch.Generator().manual_seed(1))
+        assert a.shape == (7, 3, 1, 8, 8) and n == evaluations and torch.equal(a, b)  # same seed, same picture
+    assert not torch.equal(a, model.generate(label, 6, method, 2.0, generator=torch.Generator().manual_seed(2))[0])
+
+
+@pytest.mark.parametrize('changes, arguments, message', [
+    ({}, dict(steps=0), 'steps=0 must be at least 1'),
+    ({}, dict(label=torch.tensor([11])), 'this model has classes 0 to 9'),
+    ({}, dict(label=torch.tensor([-1])), 'this model has classes 0 to 9'),
+    ({}, dict(method='rk4'), 'choose one of euler, midpoint, heun, jump'),
+    ({}, dict(method='jump'), 'jump needs a model trained with mean > 0'),
+    (dict(label_drop=0.0), dict(guidance=2.0), 'guidance needs a model that was trained with labels'),
+    (dict(n_classes=0), dict(guidance=2.0, label=torch.tensor([0])), 'guidance needs a model'),
+])
+def test_faults_of_generation(changes, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        random_model(**changes).generate(**(dict(label=torch.tensor([1])) | arguments))
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(patch=3), 'image_size=8 must be a multiple of patch=3'), (dict(times='normal'), 'must be uniform or logit_normal'),
+    (dict(mean=1.0), 'below 1'), (dict(shift=0.0), 'shift must be above 0')])
+def test_faults_of_the_config(changes, message):
+    with pytest.raises(AssertionError, match=message):
+        flow.Flow(flow.Config(**(TINY | changes)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+def test_draw_and_first_loss():
+    model, generator = flow.Flow(flow.Config(**TINY | dict(channels=3, label_drop=0.5))), torch.Generator().manual_seed(0)
+    batch = dict(image=torch.randint(256, (40, 8, 8, 3)), label=torch.arange(40) % 10)
+    drawn = model.draw(batch, generator, None)
+    assert drawn['data'].shape == drawn['noise'].shape == (40, 3, 8, 8) and drawn['data'].abs().max() <= 1
+    assert torch.equal(flow.to_pixels(drawn['data']).long(), batch['image'])
+    assert 8 < (drawn['label'] == 10).sum() < 32 and ((drawn['label'] == batch['label']) | (drawn['label'] == 10)).all()
+    loss, logs = model(drawn)
+    assert loss.item() == pytest.approx((drawn['noise'] - drawn['data']).square().mean().item(), rel=1e-5)  # the first velocity is 0
+    assert sum(logs[name][1] for name in logs if name.startswith('t_')) == 40 and logs['tokens'][0] == 40 * 4
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize('changes', [{}, dict(mean=0.5), dict(image_size=0, channels=2, transport=5, n_embd=32)])
+def test_learns_one_sample(changes):
+    """Each kind of model comes to draw the one sample that it has seen."""
+    torch.manual_seed(0)
+    model = flow.Flow(flow.Config(**TINY | dict(image_size=4, patch=2, n_embd=32, n_layer=1) | changes))
+    image = torch.zeros(1, 4, 4, dtype=torch.long)
+    image[:, 1:3] = 255
+    row = dict(image=image) if model.config.image_size else dict(point=torch.tensor([[0.5, -1.0]]))
+    row = {name: x.repeat(64, *[1] * (x.ndim - 1)) for name, x in (row | dict(label=torch.tensor([0]))).items()}
+    optimizer, generator = torch.optim.Adam(model.parameters(), 2e-2), torch.Generator().manual_seed(0)
+    for step in range(80):
+        optimizer.param_groups[0]['lr'] = 2e-2 * (1 - step / 80)
+        loss, logs = model(model.draw(row, generator, None))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    steps, method = (1, 'jump') if model.config.mean else (20, 'euler')
+    drawn = model.generate(torch.zeros(4, dtype=torch.long), steps, method, generator=generator)[0][-1]
+    truth = image[:, None] / 127.5 - 1 if model.config.image_size else row['point'][:1]
+    assert (drawn - truth).abs().mean() < 0.6 * truth.abs().mean()
+
+
+def test_mean_velocity_by_differences():
+    model = random_model(mean=0.5)
+    z, v, label = torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2])
+    t, before, h = torch.tensor([0.5, 0.7, 0.9]), torch.tensor([0.5, 0.2, 0.0]), 5e-4
+    found = model.mean_velocity(z, v, t, label, before)
+    with torch.no_grad():
+        slope = (model.net(z + h * v, t + h, label, before) - model.net(z - h * v, t - h, label, before)) / (2 * h)
+    assert torch.allclose(found, v - (t - before).view(3, 1, 1, 1) * slope, atol=0.02) and torch.equal(found[0], v[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+def test_densities_of_the_toys():
+    fields_of = {'gaussians': 1.0, 'checkerboard': 1.0}
+    grid = toy2d.Fields.grid(480)
+    for name in fields_of:
+        assert np.exp(toy2d.log_density(name, grid)).sum() * (2 * toy2d.EXTENT / 480) ** 2 == pytest.approx(1, abs=0.01)
+        assert np.isfinite(toy2d.log_density(name, toy2d.DRAW[name](500, np.random.default_rng(0)))).all()
+    assert toy2d.log_density('moons', grid) is None
+
+
+def archive_of(files):
+    """A gzipped tar of {name: content}."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w:gz') as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def toy_cifar(n=20):
+    """Files of CIFAR-10's names and format: a bright channel and its half tell the class."""
+    files, random = {}, np.random.default_rng(0)
+    for name in ('data_batch_1', 'data_batch_2', 'data_batch_3', 'data_batch_4', 'data_batch_5', 'test_batch'):
+        labels = (np.arange(n) % 10).astype(np.uint8)
+        images = random.integers(0, 50, (n, 3, 32, 32)).astype(np.uint8)
+        for image, label in zip(images, labels):
+            image[label % 3, :, 16 * (label // 5):][:, 4 * (label % 5):] = 255
+        files[f'cifar-10-batches-bin/{name}.bin'] = np.concatenate((labels[:, None], images.reshape(n, -1)), 1).tobytes()
+    return files
+
+
+@pytest.fixture
+def cifar(server, work, monkeypatch):  # noqa: F811
+    """A function that serves an archive of these files, and makes the data set from it."""
+    monkeypatch.setattr(cifar10, 'URL', server.url)
+    monkeypatch.setattr(cifar10, 'MD5', '')
+    monkeypatch.setattr(cifar10, 'JUDGE_STEPS', 3)
+    monkeypatch.setattr(judge.train_judge, '__defaults__', (0, 3, 16))
+
+    def make(files):
+        server.files[cifar10.ARCHIVE] = files if isinstance(files, bytes) else archive_of(files)
+        cifar10.main(out='data/toy_cifar')
+    return make
+
+
+def test_cifar10_end_to_end(cifar, capsys):
+    cifar(toy_cifar() | {'../../outside.txt': b'x', '/absolute.txt': b'x'})
+    assert not Path('../outside.txt').exists() and not Path('outside.txt').exists()
+    first = np.frombuffer(toy_cifar()['cifar-10-batches-bin/data_batch_1.bin'], np.uint8)[1:3073].reshape(3, 32, 32)
+    images = np.load('data/toy_cifar/train/image.npy')
+    assert images.shape == (100, 2, 32, 32, 3) and (images[0, 0].transpose(2, 0, 1) == first).all()
+    assert (images[:, 1] == images[:, 0, :, ::-1]).all() and np.load('data/toy_cifar/val/label.npy').shape == (20,)
+    train.main(**RUN, dataset='toy_cifar', out_dir='out/flow_cifar', patch=8)
+    sample.main('--out_dir=out/flow_cifar', '--score=True', '--n_score=20', '--steps=2')
+    scores = json.loads(Path('out/flow_cifar/scores.json').read_text())
+    assert {'squared error', 'bits/dim given the class', '2 steps: accuracy', '2 steps: frechet'} <= scores.keys()
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda files: b'no archive', 'not the binary version of CIFAR-10'),
+    (lambda files: archive_of(files)[:5000], 'not the binary version of CIFAR-10'),
+    (lambda files: {name: files[name] for name in list(files)[:-1]}, "KeyError: 'test_batch.bin'"),
+    (lambda files: files | {'cifar-10-batches-bin/test_batch.bin': b'\0' * 3074}, 'its val records are damaged'),
+    (lambda files: files | {'cifar-10-batches-bin/test_batch.bin': b'\x0a' * 3073}, 'its val records are damaged')])
+def test_damaged_archives(cifar, damage, message):
+    with pytest.raises(UserError, match=message) as error:
+        cifar(damage(toy_cifar()))
+    assert '\n' not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+RUN = dict(model='flow', n_layer=1, n_head=2, n_embd=16, mlp_width=16, batch_size=8, micro_batch_size=8, max_iters=2,
+           eval_iters=1, ema=0.9, device='cpu', dtype='float32', compile=False, pictures=False)
+
+
+@pytest.fixture(scope='module')
+def digits(work):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mnist, 'read_part', lambda part, fashion: toy_digits(200 if part == 'train' else 60, len(part)))
+        patch.setattr(judge.train_judge, '__defaults__', (0, 5, 32))
+        mnist.main(views=2, out='data/flow_digits')
+    train.main(**RUN | dict(pictures=True), dataset='flow_digits', out_dir='out/flow_digits', patch=14)
+    return 'out/flow_digits'
+
+
+def newest(out_dir, before, kind='png'):
+    new, = set(Path(out_dir).glob(f'sample_*.{kind}')) - before
+    image = Image.open(new)
+    image.load()
+    new.unlink()
+    return image
+
+
+def draw(out_dir, *arguments, kind='png'):
+    before = set(Path(out_dir).glob('sample_*'))
+    sample.main(f'--out_dir={out_dir}', *arguments)
+    return newest(out_dir, before, kind)
+
+
+def test_pictures_of_digits(digits):
+    assert Path(digits, 'sample_000002.png').exists()
+    assert draw(digits, '--n=2', '--steps=2').size == (10 * 60 - 4, 18 + 2 * 60 - 4)
+    assert draw(digits, '--n=2', '--steps=2', '--labels=3,5', '--guidance=2', '--interval=0.2,0.8').size[0] == 2 * 60 - 4
+    assert draw(digits, '--n=2', '--show=guidance', '--steps=1').size[0] == 7 * 60 - 4
+    assert draw(digits, '--n=2', '--show=path', '--steps=4').size[0] == 5 * 60 - 4
+    before = set(Path(digits).glob('sample_*'))
+    for seed in (1, 1, 2):
+        sample.main(f'--out_dir={digits}', '--n=1', '--show=path', '--steps=3', f'--seed={seed}')
+    gifs = sorted(set(Path(digits).glob('sample_*.gif')) - before)
+    assert gifs and Image.open(gifs[0]).n_frames > 1
+
+
+def test_which_generator(digits, capsys):
+    train.main(model='gpt', dataset='flow_digits', out_dir='out/gpt_digits', n_layer=1, n_head=2, n_embd=16, batch_size=4,
+               max_iters=1, device='cpu', dtype='float32', compile=False, pictures=False)
+    sample.main(f'--compare=out/gpt_digits,{digits}', '--n_score=40')
+    table = capsys.readouterr().out
+    assert '| gpt |' in table and '| flow |' in table and '| real digits |' in table
+    assert Image.open('out/compare.png').size[0] == 3 * 153 - 4 - 0
+
+
+def test_scores_of_points(work, capsys):
+    toy2d.main(n_train=300, n_val=300, out='data/points')
+    train.main(**RUN, dataset='points', out_dir='out/points', label_drop=0.0)
+    sample.main('--out_dir=out/points', '--score=True', '--n_score=20')
+    scores = json.loads(Path('out/points/scores.json').read_text())
+    assert {'squared error', 'KL(data || model), nats', 'W2, 1 steps', 'W2, 20 steps'} <= scores.keys()
+    assert scores['W2, 1 steps']['floor'] > 0 and scores['KL(data || model), nats']['value'] > 0
+    assert draw('out/points', '--n=50', '--steps=4').size == (6 * 204 - 4, 18 + 2 * 204 - 4)
+
+
+def test_scenes(work):
+    train.main(**RUN | dict(pictures=True), dataset='scenes', out_dir='out/flow_scenes_test', patch=8)
+    assert Path('out/flow_scenes_test/sample_000002.png').exists()
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--steps=-1'], 'steps must be at least 0'), (['--labels=12'], 'this model has classes 0 to 9'),
+    (['--interval=1'], 'write two times between 0 and 1'), (['--method=rk4'], 'choose one of euler'),
+    (['--show=all'], 'choose grid'), (['--order=raster'], 'order is a setting of'),
+    (['--compare=out/points_not'], 'no such checkpoint')])
+def test_faults(digits, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        sample.main(f'--out_dir={digits}', *arguments)
+    assert '\n' not in str(error.value)
+
+
+def test_data_that_is_not_a_number(work):
+    toy2d.main(n_train=20, n_val=20, out='data/nan')
+    points = np.load('data/nan/train/point.npy')
+    points[3, 1] = np.nan
+    np.save('data/nan/train/point.npy', points)
+    with pytest.raises(UserError, match='holds numbers that are not finite'):
+        train.main(**RUN, dataset='nan', out_dir='out/nan')
+    with pytest.raises(UserError, match='choose one of gaussians'):
+        toy2d.main(name='circle')
