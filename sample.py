@@ -343,8 +343,8 @@ def draw_maskgit(model, fields, settings, path):
 
 
 def score_maskgit(model, fields, settings, data, path):
-    """The likelihood bound on the validation set beside the exact value of a GPT; where the data has a judge, what it says of pictures
-    drawn in each order in 1, 4, 8 ... steps, with the time that they took; a picture of each order shows some."""
+    """The likelihood bound on the validation set beside the exact value of a GPT; where the data has a judge, what it says of
+    pictures drawn in each order in 1, 4, 8 ... steps, and the time that they took; a picture of each order shows some."""
     device, found = model.turn.device, []
     generator = torch.Generator().manual_seed(settings['seed'])
     for ids in tqdm(np.array_split(np.arange(data.n), -(-data.n // 64)), desc='bound', unit='batch'):
