@@ -244,17 +244,19 @@ SHAPES, SWEEP = ('half', 'box', 'random'), (1, 4, 8, 16, 32, 49)
 
 
 def fill(model, settings, tokens, classes=None, history=False):
-    """model.generate as the settings say, for tokens (n, N) and classes (n,). steps=0 is 16 for a picture, and for a text one for
-    two tokens."""
+    """model.generate as the settings say, for tokens (n, N) and classes (n,). What is left open: pictures in 16 steps, those of a
+    class at temperature 0.8 and guided by 1.5; texts in one step for two tokens."""
     device, most = model.turn.device, int((tokens < 0).sum(1).max())
     steps = settings['steps'] or min(16 if len(model.grid) == 2 else -(-most // 2), most)
+    guided = model.config.n_classes and model.config.label_dropout
+    temperature, guidance = chosen_temperature(settings, 0.8 if guided else 1.0), settings['guidance'] or (1.5 if guided else 1.0)
     end, start = (None if math.isnan(settings[name]) else settings[name] for name in ('temperature_end', 'guidance_start'))
     try:
         with exact(settings, device):
             return model.generate(
-                tokens.to(device), None if classes is None else classes.to(device), steps, chosen_temperature(settings, 1.0), end,
-                settings['top_k'], settings['top_p'], settings['order'], settings['schedule'] or 'cosine',
-                settings['guidance'] or 1.0, start, settings['choice_temperature'],
+                tokens.to(device), None if classes is None else classes.to(device), steps, temperature, end, settings['top_k'],
+                settings['top_p'], settings['order'], settings['schedule'] or 'cosine', guidance, start,
+                settings['choice_temperature'],
                 torch.Generator(device).manual_seed(settings['seed']), history).cpu()
     except ValueError as error:
         raise UserError(str(error))
@@ -341,8 +343,8 @@ def draw_maskgit(model, fields, settings, path):
 
 
 def score_maskgit(model, fields, settings, data, path):
-    """The likelihood bound on the validation set beside the exact value of a GPT, and, where the data has a judge, what it says of
-    pictures drawn in each order in 1, 4, 8 ... steps, with the time that they took; one picture shows them all."""
+    """The likelihood bound on the validation set beside the exact value of a GPT; where the data has a judge, what it says of
+    pictures drawn in each order in 1, 4, 8 ... steps, and the time that they took; a picture of each order shows some."""
     device, found = model.turn.device, []
     generator = torch.Generator().manual_seed(settings['seed'])
     for ids in tqdm(np.array_split(np.arange(data.n), -(-data.n // 64)), desc='bound', unit='batch'):
@@ -370,7 +372,7 @@ def read_floors(path):
 
 
 def score_samples(model, fields, settings, path):
-    """The judge's scores of n_score pictures for each order and number of steps, or, where steps are set, for these and the order."""
+    """The judge's scores of n_score pictures for each order and number of steps; where steps are set, for these and the order."""
     classes, scores = torch.arange(settings['n_score']) % model.config.n_classes, {}
     sweep = [settings['steps']] if settings['steps'] else [steps for steps in SWEEP if steps <= model.N]
     for order in [settings['order']] if settings['steps'] else ORDERS:
@@ -386,6 +388,7 @@ def score_samples(model, fields, settings, path):
             title = f'{steps}: {found["accuracy"]["value"]:.0%} {found["frechet"]["value"]:.2f}'
             columns[title] = pictures_of(model, fields, tokens[:model.config.n_classes])
         save_grid(columns, path.with_stem(f'{path.stem}_{order}'), 6)
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
