@@ -156,8 +156,8 @@ def solve_adaptive(velocity, z, start, end, tolerance=1e-4, limit=1000):
 # Guidance and likelihood
 
 def guided(velocity, label, none, scale, interval=(0.0, 1.0)):
-    """The velocity function (z, t) -> v for labels (B,), moved away from that without a label (2207.12598), scale 1 being none, at
-    times within the interval (2404.07724: early and late it does harm). velocity: (z, t (B,), label, before (B,)) -> v."""
+    """The velocity function (z, t) -> v for labels (B,), moved away from that without a label (2207.12598), scale 1 being none,
+    at times within the interval (2404.07724: early and late it does harm). velocity: (z, t (B,), label, before (B,)) -> v."""
     def field(z, t, before=None):
         at = [z.new_full((len(label),), time) for time in (t, t if before is None else before)]
         if scale == 1 or not interval[0] <= t <= interval[1]:

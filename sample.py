@@ -34,7 +34,7 @@ import flow
 from config import UserError
 from prepare.report import alone, bootstrap, save_gif, save_grid, save_scores, tile
 from train import (Data, add_logs, autocast, check_data, evaluation_batch, find_device, find_dtype, find_weights, load_model,
-                   means, read_meta, set_up)
+                   means, read_meta, set_up, to_device)
 
 SETTINGS = dict(
     out_dir='out/nano4m',     # the run
@@ -256,7 +256,7 @@ def draw_flow(model, fields, settings, path):
     elif show == 'steps':
         columns = {f'{count}': ends(dict(steps=count)) for count in COUNTS}
     else:
-        columns = {f's = {scale}': ends(dict(guidance=scale or 1e-9)) for scale in SCALES}  # guidance=0 leaves the choice open
+        columns = {f's = {s}': ends(dict(guidance=s or 1e-9)) for s in SCALES}  # guidance=0 would leave the choice open
     save_grid(columns, path, scale)
 
 
@@ -266,13 +266,14 @@ def draw_points(model, fields, settings, path, side=200):
         raise UserError('show and labels are for models of pictures, this one is of points: leave them out')
     trajectory, _ = follow(model, np.zeros(settings['n'] or 4000, int), settings | dict(steps=max(4, settings['steps'] or 40)))
     save_gif([fields.scatter(points.numpy(), side) for points in trajectory], path.with_suffix('.gif'))
-    last, corners, columns = len(trajectory) - 1, torch.from_numpy(fields.grid(14)), {}
+    device, last, columns = model.net.head.weight.device, len(trajectory) - 1, {}
+    corners = torch.from_numpy(fields.grid(14)).to(device)
     for share in (0, 0.25, 0.5, 0.75, 1):
         place = round(share * last)
         t = 1 - place / last
-        velocity = -model.field(torch.zeros(len(corners), dtype=torch.long))(corners, t).detach()
+        velocity = -model.field(torch.zeros(len(corners), dtype=torch.long, device=device))(corners, t).detach().cpu()
         columns[f't = {t:.2f}: points, -v'] = [fields.scatter(trajectory[place].numpy(), side),
-                                               fields.arrows(corners.numpy(), velocity.numpy(), side)]
+                                               fields.arrows(corners.cpu().numpy(), velocity.numpy(), side)]
     points = fields.grid(side // 2)
     learned = np.exp(likelihoods(model, torch.from_numpy(points), torch.zeros(len(points), dtype=torch.long)).numpy())
     truth = fields.log_density(points)
@@ -283,13 +284,13 @@ def draw_points(model, fields, settings, path, side=200):
     save_grid(columns, path, 1)
 
 
-def likelihoods(model, x, labels, probes=1, seed=0, tolerance=1e-4, size=500):
-    """ln p in nats (n,) of x (n, ...) as the network sees it: with the exact divergence of points, random probes of pictures."""
-    found, random = [], torch.Generator().manual_seed(seed)
-    for part, label in zip(x.split(size), labels.split(size)):
-        probe = flow.unit_probes(part) if part[0].numel() <= 8 else flow.random_probes(part, probes, random)
+def likelihoods(model, x, labels, tolerance=1e-4, size=2500):
+    """ln p in nats (n,) of x (n, ...) as the network sees it: with the exact divergence of points, a random probe of pictures."""
+    found, random, device = [], torch.Generator().manual_seed(0), model.net.head.weight.device
+    for part, label in zip(x.to(device).split(size), labels.to(device).split(size)):
+        probe = flow.unit_probes(part) if part[0].numel() <= 8 else flow.random_probes(part, 1, random)
         try:
-            found.append(model.log_prob(part, label, probe, tolerance))
+            found.append(model.log_prob(part, label, probe, tolerance).cpu())
         except ValueError as error:
             raise UserError(str(error))
     return torch.cat(found).double()
@@ -297,10 +298,11 @@ def likelihoods(model, x, labels, probes=1, seed=0, tolerance=1e-4, size=500):
 
 def score_flow(model, fields, settings, data, path):
     """The squared error by time, the likelihood, and how good samples are by the number of evaluations."""
-    total, size = {}, 250
+    total, size, device = {}, 250, model.net.head.weight.device
     for j in range(-(-data.n // size)):
-        with torch.no_grad(), exact(settings, model.net.head.weight.device):
-            total = add_logs(total, model(evaluation_batch(data, model, dict(micro_batch_size=size), j))[1])
+        with torch.no_grad(), exact(settings, device):
+            batch = evaluation_batch(data, model, dict(micro_batch_size=size), j)
+            total = add_logs(total, model(to_device(batch, device))[1])
     errors, _ = means(total)
     scores = {('squared error' if name == 'loss' else f'squared error, t in {name[2:].replace("_", "..")}'): alone(value, data.n)
               for name, value in sorted(errors.items())}

@@ -213,7 +213,7 @@ def test_draw_and_first_loss():
     assert torch.equal(flow.to_pixels(drawn['data']).long(), batch['image'])
     assert 8 < (drawn['label'] == 10).sum() < 32 and ((drawn['label'] == batch['label']) | (drawn['label'] == 10)).all()
     loss, logs = model(drawn)
-    assert loss.item() == pytest.approx((drawn['noise'] - drawn['data']).square().mean().item(), rel=1e-5)  # the first velocity is 0
+    assert loss.item() == pytest.approx((drawn['noise'] - drawn['data']).square().mean().item(), rel=1e-5)  # the first is 0
     assert sum(logs[name][1] for name in logs if name.startswith('t_')) == 40 and logs['tokens'][0] == 40 * 4
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
