@@ -1,12 +1,14 @@
 """
-What the parts of chapter 1 cost on this machine, each beside the plain way to do the same.
+What the parts of chapters 1 to 3 cost on this machine, each beside the plain way to do the same.
 
     python bench.py                           all of it, about five minutes on two CPU cores
-    python bench.py --part=generation         training, generation or cross_entropy
+    python bench.py --part=generation         training, generation, unmasking, cross_entropy or padding
 
 Training: a step of the GPT of config/gpt_shakespeare.py, float32 and eager against bfloat16 and compiled. Generation: with a KV
-cache against running the whole context for every token, and by batch. Cross-entropy: a large vocabulary with all logits at once
-against chunks of rows. Times are medians; both sides are checked to compute the same thing.
+cache against running the whole context for every token, and by batch. Unmasking: pictures of 49 tokens by MaskGIT in a few steps
+against a GPT of the same size with its cache. Cross-entropy: a large vocabulary with all logits at once against chunks of rows.
+Padding: nano4M with every slot filled and codes by their digits against the same model with padded slots and one head for all
+codes, 64 real targets a sample. Times are medians; both sides are checked to compute the same thing.
 """
 import multiprocessing
 import resource
@@ -15,15 +17,19 @@ import sys
 import time
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 import config
+import fourm
+import maskgit
 import sample
 import train
 from config import UserError
-from gpt import GPT, Config, cross_entropy
+from gpt import GPT, Config, cross_entropy, norm
 
 SETTINGS = dict(
-    part='all',               # training, generation, cross_entropy
+    part='all',               # training, generation, unmasking, cross_entropy, padding
     device='auto',
     n_layer=6, n_head=4, n_embd=256,
     n_kv_head=0,              # fewer heads of keys and values make the cache smaller; 0 is n_head
@@ -32,6 +38,7 @@ SETTINGS = dict(
     max_new_tokens=1000,      # generated in a context of 1,024
     vocab_size=65536,         # of the cross-entropy
     rows=4096,
+    samples=8,                # in a step of nano4M
     repeats=5,
 )
 
@@ -111,6 +118,42 @@ def bench_generation(settings, device):
             report(f'generation, batch {batch}, KV cache', took, batch * n, seconds / n)
 
 
+def bench_unmasking(settings, device):
+    """Pictures of 7x7 tokens, one and 64 at once. A GPT takes 49 steps and computes each token once; MaskGIT takes 8 steps and
+    computes all tokens in each: 8 times the work in a sixth of the steps."""
+    train.set_up(device, training=False)
+    own = {name: settings[name] for name in ('n_layer', 'n_head', 'n_embd')}
+    gpt = GPT(Config(vocab_size=26, block_size=49, **own)).to(device).eval()
+    masked = maskgit.MaskGIT(maskgit.Config(vocab_size=26, grid='7x7', n_classes=10, **own)).to(device).eval()
+    with sample.exact(dict(dtype='auto'), device):
+        for batch in (1, 64):
+            start = torch.zeros(batch, 1, dtype=torch.long, device=device)
+            hidden = torch.full((batch, 49), -1, device=device)
+            slow = median_seconds(lambda: gpt.generate(start, 49), device, settings['repeats'])
+            report(f'pictures, batch {batch}, GPT, 49 steps, KV cache', slow, batch * 49, slow / (batch * 49))
+            for steps in (1, 4, 8, 16):
+                fast = median_seconds(lambda: masked.generate(hidden, start[:, 0], steps), device, settings['repeats'])
+                report(f'pictures, batch {batch}, MaskGIT, {steps} steps', fast, batch * 49, slow / (batch * 49))
+
+
+def peak_memory(device):
+    """GiB, of this process so far."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def in_a_process(work, *arguments):
+    """What work(*arguments, queue) puts into the queue, in a process of its own, so that its peak memory is its own."""
+    context = multiprocessing.get_context('spawn')
+    queue = context.Queue()
+    process = context.Process(target=work, args=(*arguments, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
 def gradient_of_head(chunked, settings, device, queue):
     """Loss, seconds and peak memory in GiB of a large head's forward and backward pass, in a process of its own."""
     torch.manual_seed(0)
@@ -118,12 +161,7 @@ def gradient_of_head(chunked, settings, device, queue):
     x = torch.randn(settings['rows'], settings['n_embd'], device=device, requires_grad=True)
     head = torch.randn(V, settings['n_embd'], device=device, requires_grad=True)
     targets = torch.randint(V, (settings['rows'],), device=device)
-
-    def memory():
-        if device.type == 'cuda':
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    before = memory()
+    before = peak_memory(device)
 
     def step():
         x.grad = head.grad = None
@@ -131,18 +169,14 @@ def gradient_of_head(chunked, settings, device, queue):
         loss.backward()
         return loss
     took = median_seconds(step, device, 3)
-    queue.put((step().item(), took, (memory() - before) / 2 ** 30))
+    queue.put((step().item(), took, peak_memory(device) - before))
 
 
 def bench_cross_entropy(settings, device):
     """Forward and backward pass of a head with a large vocabulary, in float32."""
-    context, losses, against = multiprocessing.get_context('spawn'), [], 0
+    losses, against = [], 0
     for chunked in (False, True):
-        queue = context.Queue()
-        process = context.Process(target=gradient_of_head, args=(chunked, settings, str(device), queue))
-        process.start()
-        loss, seconds, gib = queue.get()
-        process.join()
+        loss, seconds, gib = in_a_process(gradient_of_head, chunked, settings, str(device))
         losses.append(loss)
         against = against or seconds / settings['rows']
         report(f'head of {settings["vocab_size"]:,}, {"in chunks" if chunked else "at once"}: {gib:.2f} GiB', seconds,
@@ -150,7 +184,79 @@ def bench_cross_entropy(settings, device):
     assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]
 
 
-PARTS = dict(training=bench_training, generation=bench_generation, cross_entropy=bench_cross_entropy)
+class Padded(nn.Module):
+    """The slow way: a FourM's own blocks and places, but masks hide slots that are empty, and one table of 64,000 embeddings and
+    one head of 64,000 serve all codes: all logits at once, for empty targets too."""
+    def __init__(self, model, vocabulary, D):
+        super().__init__()
+        self.N, self.turns = model.N, model.turns
+        self.encoder, self.decoder = model.encoder, model.decoder
+        self.place_embedding, self.query_embedding = model.place_embedding, model.query_embedding
+        self.embedding, self.head = nn.Embedding(vocabulary, D), nn.Linear(D, vocabulary, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, batch):
+        inputs, targets = batch['input_index'], batch['target_index']  # (B, K) and (B, M), N where empty
+        mask = (inputs < self.N)[:, None, None]  # (B, 1, 1, K)
+        turn, context_turn = self.turns(targets), self.turns(inputs)
+        x = norm(self.embedding(batch['input_ids']) + self.place_embedding(inputs))
+        for block in self.encoder:
+            x = x + block.attention(norm(x), context_turn, mask=mask)
+            x = x + block.mlp(norm(x))
+        context, x = norm(x) + self.place_embedding(inputs), norm(self.query_embedding(targets))
+        for block in self.decoder:
+            x = x + block.cross(norm(x), turn, context, context_turn, mask=mask)
+            x = x + block.mlp(norm(x))
+        logits = self.head(norm(x)).float()  # (B, M, 64000)
+        return F.cross_entropy(logits.flatten(0, 1), batch['target_ids'].flatten(), ignore_index=-1), {}
+
+
+def step_of_nano4m(plain, empty, settings, device, queue):
+    """Loss, seconds and peak memory in GiB of a step of config/nano4m_multiclevr.py on 64 real inputs and 64 real targets of each
+    sample, the plain way with `empty` more slots for both. AdamW alone: Muon takes the same time in all, most of it where
+    samples are few."""
+    torch.manual_seed(0)
+    train.set_up(torch.device(device))
+    device, names, B = torch.device(device), ('rgb', 'depth', 'normal'), settings['samples']
+    before = peak_memory(device)
+    modalities = ' '.join(f'{name}:5*5*5*8*8*8:16x16' for name in names)
+    model = fourm.FourM(fourm.Config(modalities, n_layer_encoder=6, n_layer_decoder=6, n_head=8, n_embd=512, empty=0.0,
+                                     input_slots='64', target_slots='64', whole=0.0))
+    ids = {name: torch.randint(64000, (B, 256)) for name in names}
+    batch = model.draw(ids, torch.Generator().manual_seed(0), torch.Generator())
+    assert (batch['input_index'] < model.N).all() and (batch['target_index'] < model.N).all()  # 64 + 64 real ones
+    if plain:
+        batch['target_ids'] = torch.cat([ids[name] for name in names], 1).gather(1, batch['target_index'])
+        nothing = dict(input_ids=0, input_index=model.N, target_index=model.N, target_ids=-1)
+        batch = {name: F.pad(batch[name], (0, empty), value=value) for name, value in nothing.items()}
+        model = Padded(model, 64000, 512)
+    model, batch = model.to(device), train.to_device(batch, device)
+    options = train.SETTINGS | dict(muon=False)
+    optimizers, dtype = train.make_optimizers(model, options), train.find_dtype('auto', device)
+
+    def step():
+        with train.autocast(device, dtype):
+            loss = model(batch)[0]
+        loss.backward()
+        train.update(optimizers, options, 0)
+        return loss
+    first = step().item()
+    queue.put((first, median_seconds(step, device, settings['repeats']), peak_memory(device) - before))
+
+
+def bench_padding(settings, device):
+    """A training step of the course's nano4M at its size, the same real tokens in all; padded as its batches are, half empty."""
+    against, losses, targets = 0, [], 64 * settings['samples']
+    for name, plain, empty in (('half empty, all logits', True, 64), ('all logits', True, 0), ('as in chapter 3', False, 0)):
+        loss, seconds, gib = in_a_process(step_of_nano4m, plain, empty, settings, str(device))
+        losses.append(loss)
+        against = against or seconds / targets
+        report(f'nano4M, {name}: {gib:.2f} GiB', seconds, targets, against)
+    assert max(losses) - min(losses) < 1e-3  # ln 64,000
+
+
+PARTS = dict(training=bench_training, generation=bench_generation, unmasking=bench_unmasking, cross_entropy=bench_cross_entropy,
+             padding=bench_padding)
 
 
 def main(*arguments, **overrides):

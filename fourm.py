@@ -17,8 +17,8 @@ input slots, target slots and, sorted by modality, the rows that each output hea
     python sample.py --out_dir=out/nano4m --chain="rgb>depth:8,normal:8,scene_desc"
 
 Papers: 4M (Mizrahi et al., 2312.06647), 4M-21 (2406.09406). What differs: image tokens are FSQ codes (2309.15505), embedded and
-predicted digit by digit, so that 65,536 codes need 64 logits; rotary positions beside the added ones; input slots that a
-sample cannot fill hold a learned null token instead of padding behind a mask.
+predicted digit by digit; rotary positions beside the added ones; input slots that a sample cannot fill hold a learned null token
+instead of padding behind a mask. The encoder's block, the head and the loop that fills pictures in are chapter 2's.
 """
 import math
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import MLP, Attention, norm, rotary, sample_token
+from gpt import MLP, Attention, norm, rotary
+from maskgit import Block, Head, digit_vectors, unmask
 
 
 @dataclass
@@ -152,19 +153,6 @@ def draw_masks(present, sections, is_text, K, M, config, generator):
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers
 
-class EncoderBlock(nn.Module):
-    """Every visible token looks at every other, whatever their modalities."""
-    def __init__(self, config):
-        super().__init__()
-        self.attention = Attention(config.n_embd, config.n_head)
-        self.mlp = MLP(config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x, turn):
-        x = x + self.dropout(self.attention(norm(x), turn))
-        return x + self.dropout(self.mlp(norm(x)))
-
-
 class DecoderBlock(nn.Module):
     """Queries look at the encoder's output, not at each other: they hold no content that another one could use, and so an
     answer never depends on what else is asked (4M's decoder also has self-attention; here it cost time and helped no score)."""
@@ -177,69 +165,6 @@ class DecoderBlock(nn.Module):
     def forward(self, x, turn, context, context_turn):
         x = x + self.dropout(self.cross(norm(x), turn, context, context_turn))
         return x + self.dropout(self.mlp(norm(x)))
-
-
-class Head(nn.Module):
-    """Distribution over the tokens of one modality, digit by digit: p(id | h) = prod_d p(digit_d | h, digits before d).
-
-    Each digit drawn is added, as a vector, to what the next one is predicted from, as in NADE (Larochelle & Murray, 2011):
-    exact for any joint distribution's chain rule, at the price of a few small softmaxes. A text token is a single digit.
-    """
-    def __init__(self, levels, n_embd):
-        super().__init__()
-        self.levels = levels
-        self.out = nn.ModuleList(nn.Linear(n_embd, level, bias=False) for level in levels)
-        self.embedding = nn.ModuleList(nn.Embedding(level, n_embd) for level in levels[:-1])
-        for out in self.out:
-            nn.init.zeros_(out.weight)  # the first loss is ln(V), exactly
-
-    def logits(self, h, d):
-        return self.out[d](F.gelu(h)).float()  # (..., levels[d])
-
-    def tell(self, h, d, digit):
-        """Lets the digits after number d know its value; the last one needs not be told."""
-        return h + self.embedding[d](digit) if d < len(self.embedding) else h
-
-    def forward(self, h, ids):
-        """-ln p(ids | h) in nats: h (R, D) and ids (R,) -> (R,)."""
-        nll = 0
-        for d, digit in enumerate(digits_of(ids, self.levels)):
-            nll = nll + F.cross_entropy(self.logits(h, d), digit, reduction='none')
-            h = self.tell(h, d, digit)
-        return nll
-
-    def sample(self, h, h_without, guidance, temperature, top_k, top_p, generator):
-        """Draws ids (B, Q) for h (B, Q, D), each digit with this temperature, top_k and top_p; returns their ln p too.
-
-        Where guidance is not 1, logits are moved away from those of h_without (classifier-free guidance, 2207.12598).
-        """
-        ids = log_p = 0
-        for d, level in enumerate(self.levels):
-            logits = self.logits(h, d)
-            if guidance != 1:
-                without = self.logits(h_without, d)
-                logits = without + guidance * (logits - without)
-            digit = sample_token(logits, temperature, top_k, top_p, generator=generator)
-            log_p = log_p + logits.log_softmax(-1).gather(-1, digit[..., None])[..., 0]
-            ids = ids * level + digit
-            h = self.tell(h, d, digit)
-            h_without = self.tell(h_without, d, digit) if guidance != 1 else h
-        return ids, log_p
-
-
-def digit_vectors(level, D):
-    """First embeddings (level, D) of an FSQ digit: its levels are an order, so that neighbours start alike."""
-    waves = torch.cat(rotary(torch.arange(level)[:, None] * 2 * math.pi / level, D, theta=100), -1)  # (level, D)
-    return waves @ torch.randn(D, D) / D ** 0.5
-
-
-def digits_of(ids, levels):
-    """Mixed-radix digits of ids, most significant first: a list of tensors shaped like ids."""
-    digits = []
-    for level in reversed(levels):
-        digits.append(ids % level)
-        ids = ids // level
-    return digits[::-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +205,7 @@ class FourM(nn.Module):
         waves = torch.cat(rotary(coordinates, D, theta=100), -1)  # (N + 1, D)
         self.place_embedding = nn.Embedding.from_pretrained(waves + torch.randn(n + 1, D)[modality_of], freeze=False)
         self.query_embedding = nn.Embedding.from_pretrained(waves + torch.randn(n + 1, D)[modality_of], freeze=False)
-        self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.n_layer_encoder))
+        self.encoder = nn.ModuleList(Block(config) for _ in range(config.n_layer_encoder))
         self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layer_decoder))
         self.heads = nn.ModuleDict({m.name: Head(m.levels, D) for m in self.modalities})
 
@@ -373,9 +298,9 @@ class FourM(nn.Module):
         section 3.1).
 
         given: {name: (B, size) ids}; -1 marks what is unknown, so that parts of a target may be given too. Images are filled in
-        `steps` steps, in random order (ROAR), raster order or by confidence (MaskGIT, 2202.04200), the tokens of a step
-        being drawn at once; schedule 'linear' fills as many each step, 'cosine' few first. Texts are written from left to
-        right and stop at their end token. guidance > 1 makes the other modalities count for more than they did in training.
+        `steps` steps by chapter 2's `unmask`: order random (ROAR), confidence (MaskGIT), raster or halton; schedule linear,
+        cosine or constant. Texts are written from left to right and stop at their end token. guidance > 1 makes the other
+        modalities count for more than they did in training.
         Returns {name: (B, size) ids}, -1 after the end of a text.
         """
         ids = self.join(given)
@@ -395,19 +320,15 @@ class FourM(nn.Module):
         return self.heads[m.name].sample(h, h_without, guidance, **draw)
 
     def fill(self, ids, m, draw, steps, order, schedule):
-        """Fills the unknown tokens of image modality m into ids, in place."""
+        """Fills the unknown tokens of image modality m into ids, in place; in fewer steps where fewer tokens are unknown."""
         index = torch.arange(m.places.start, m.places.stop, device=ids.device).expand(len(ids), -1)  # (B, n)
-        place = torch.rand(index.shape, generator=draw['generator'], device=ids.device) if order == 'random' else index
-        unknown = (ids[:, m.places] < 0).sum(1, keepdim=True)  # (B, 1)
-        steps = max(1, min(steps, int(unknown.max())))
-        for step in range(steps):
-            left = ids[:, m.places] < 0
-            tokens, log_p = self.draw_tokens(ids, m, index, **draw)
-            done = (step + 1) / steps
-            done = done if schedule == 'linear' else 1 - math.cos(math.pi / 2 * done)
-            now = (unknown * done).ceil() - (unknown - left.sum(1, keepdim=True))  # tokens of this step, a sample
-            rank = torch.where(left, -log_p if order == 'confidence' else place, torch.inf).argsort(-1).argsort(-1)
-            ids[:, m.places] = torch.where(left & (rank < now), tokens, ids[:, m.places])
+
+        def predict(tokens, progress):
+            ids[:, m.places] = tokens
+            return self.draw_tokens(ids, m, index, **draw)
+        if unknown := int((ids[:, m.places] < 0).sum(1).max()):
+            steps = min(steps, unknown)
+            *_, ids[:, m.places] = unmask(ids[:, m.places], predict, m.grid, steps, order, schedule, generator=draw['generator'])
 
     def write(self, ids, m, draw, *_):
         """Writes text modality m into ids from left to right, in place; nothing stands after an end token."""

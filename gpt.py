@@ -155,12 +155,32 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return logits
 
 
+def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The law that `sample_token` draws from: logits (..., V) -> (..., V)."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
+    return filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
+
+
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
     """Draws ids (...) from logits (..., V); temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
+    p = probabilities(logits, temperature, top_k, top_p, min_p)
     return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
+
+
+def accept(p, q, guesses, generator=None):
+    """Speculative sampling (arXiv 2211.17192, section 2.3): the first k guesses, then one token more, (k + 1,), each of law p.
+
+    guesses (n,) were drawn from q (n, V); p (n + 1, V) is wanted. A guess x is kept with probability min(1, p(x) / q(x)). The first
+    that is not is replaced by a draw from what q gives too rarely, max(p - q, 0); behind n kept ones comes a draw from p.
+    """
+    at = torch.arange(len(guesses), device=guesses.device)
+    u = torch.rand(len(guesses), generator=generator, device=p.device)
+    kept = (u * q[at, guesses] < p[at, guesses]).long().cumprod(0).sum()
+    rest = (p - F.pad(q, (0, 0, 0, 1)))[kept].clamp(min=0) + 1e-30 * p[kept]  # not all zero, however p and q are rounded
+    return torch.cat((guesses[:kept], torch.multinomial(rest, 1, generator=generator)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,6 +348,34 @@ class GPT(nn.Module):
         """All that `stream` yields, behind the prompts: (B, T0 + n), n <= max_new_tokens."""
         new = list(self.stream(tokens, max_new_tokens, temperature, top_k, top_p, min_p, end, generator, chunk))
         return torch.cat((tokens, torch.stack(new, dim=1)), dim=1) if new else tokens
+
+    @torch.no_grad()
+    def speculate(self, draft, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None,
+                  ahead=4):
+        """As `stream` for a single row, tokens (1, T0), and with the same law, in fewer passes: a small GPT, `draft`, guesses `ahead`
+        tokens one by one; one pass of this model, which costs little more than for one token, says which of them to keep."""
+        law, T, left = (temperature, top_k, top_p, min_p), self.config.block_size, max_new_tokens
+        context, caches = tokens if tokens.size(1) <= T else tokens[:, -(T // 2):], (KVCache(T), KVCache(T))
+        while left > 0:
+            if context.size(1) > T:  # starts anew at the same places as `stream`
+                context, caches = context[:, -(T // 2):], (KVCache(T), KVCache(T))
+            known, q = context.size(1), []
+            n = min(ahead, T - known, left - 1)
+            for _ in range(n):
+                x = draft.trunk(context[:, caches[0].filled:], caches[0])  # the draft reads what it has not read yet
+                q.append(probabilities(draft.logits(x[:, -1]), *law))  # (1, V)
+                context = torch.cat((context, torch.multinomial(q[-1], 1, generator=generator)), dim=1)
+            x = self.trunk(context[:, caches[1].filled:], caches[1])[0, -n - 1:]
+            p = probabilities(self.logits(x), *law)  # (n + 1, V)
+            new = accept(p, torch.cat(q) if q else p[:0], context[0, known:], generator)
+            context, left = torch.cat((context[:, :known], new[None]), dim=1), left - len(new)
+            for model, cache in zip((draft, self), caches):  # forget the guesses that were not kept
+                cache.filled = min(cache.filled, context.size(1) - 1)
+                cache.last = model.embedding(context[:, cache.filled - 1:cache.filled])  # for the token shift
+            for token in new.split(1):
+                yield token
+                if token == end:
+                    return
 
 
 Model = GPT

@@ -10,12 +10,16 @@ One sampler for all chapters: draws what a trained model generates, and scores i
     python sample.py --out_dir=out/gpt_mnist                                     ten digits of each class
     python sample.py --out_dir=out/gpt_mnist --complete=0.5                      held-out digits, completed from their upper half
     python sample.py --init_from=smollm2 --prompt="The capital of France is"
+    python sample.py --out_dir=out/maskgit_mnist --order=halton --steps=16       ten digits of each class
+    python sample.py --out_dir=out/maskgit_mnist --complete=0.5 --shape=box      held-out digits, filled in around a box
+    python sample.py --out_dir=out/maskgit_mnist --show=gif                      how pictures come about; also swap: other classes
+    python sample.py --out_dir=out/maskgit_text --prompt="ROMEO:" --after="JULIET:" --gap=100
     python sample.py --out_dir=out/flow_mnist --steps=20 --guidance=2            digits, from noise in 20 steps
     python sample.py --out_dir=out/flow_mnist --show=path                        how they come about; also steps, guidance: sweeps
     python sample.py --out_dir=out/flow_toy2d                                    points, their velocities, the learned density
     python sample.py --compare=out/gpt_mnist,out/flow_mnist                      which generator? one table, one picture
 
-A chain names what is given, then targets with optional steps and order (random, confidence, raster), each of which, once
+A chain names what is given, then targets with optional steps and order (random, confidence, raster, halton), each of which, once
 generated, conditions the next. Pictures are written as PNG into the run's folder, scores as scores.json; the path is printed.
 """
 import importlib
@@ -23,6 +27,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +37,7 @@ from tqdm import tqdm
 import config
 import flow
 from config import UserError
+from maskgit import ORDERS, SCHEDULES
 from prepare.report import alone, bootstrap, save_gif, save_grid, save_scores, tile
 from train import (Data, add_logs, autocast, check_data, evaluation_batch, find_device, find_dtype, find_weights, load_model,
                    means, read_meta, set_up, to_device)
@@ -51,30 +57,41 @@ SETTINGS = dict(
     text='',                  # a text of your own for the given text modality
     image='',                 # a picture file of your own for the given rgb
     # how
-    steps=0,                  # decoding steps of an image; 0 chooses these three for each target, see `manner`
+    steps=0,                  # decoding steps; 0 chooses (nano4M: for each target this and the next two, see `manner`)
     temperature=math.nan,     # 0 takes the likeliest token; nan chooses (GPT: 0.8 for text, 1 for pictures)
     guidance=0.0,             # above 1 what is given counts for more than in training; 0 chooses
     top_k=0, top_p=1.0,
     min_p=0.0,                # GPT
-    order='random',           # random (ROAR), confidence (MaskGIT), raster
-    schedule='linear',        # linear, cosine: how many tokens a step
-    prompt='',                # GPT: the text to go on with; '' is the beginning of a text
+    order='random',           # random (ROAR), confidence (MaskGIT), raster, halton
+    schedule='',              # linear, cosine, constant: how many tokens a step; '' is linear (nano4M) or cosine (MaskGIT)
+    temperature_end=math.nan,  # MaskGIT: of the last step; nan is that of the first
+    guidance_start=math.nan,  # MaskGIT: guidance of the first step; nan is that of the last
+    choice_temperature=0.0,   # MaskGIT: of the noise on confidences
+    prompt='',                # the text to go on with; '' is the beginning of a text (MaskGIT: nothing)
     prompts='',               # GPT: a file with one prompt a line, all continued in one batch
     max_new_tokens=500,       # GPT
-    complete=0.0,             # GPT on pictures: the share of held-out pictures that is given
-    show='grid',              # flow: grid (classes), path (from noise to picture, also as GIF), steps, guidance (sweeps)
+    draft='',                 # GPT: the run of a small model on the same data, whose guesses make a single text faster, not other
+    complete=0.0,             # pictures: the share of held-out pictures that is given
+    shape='half',             # MaskGIT: which share: half (from above), box (around it), random (patches)
+    after='',                 # MaskGIT: the text behind a gap
+    gap=50,                   # MaskGIT: tokens between prompt and after
+    show='grid',              # MaskGIT: grid, gif (how pictures come about), swap (held-out pictures with other classes)
+                              # flow: grid (classes), path (from noise to picture, also as GIF), steps, guidance (sweeps)
     labels='',                # flow: classes to draw, '3,5'; '' is all
     method='',                # flow: euler, midpoint, heun, or jump, where the model knows mean velocities; '' is jump or euler
     interval='0,1',           # flow: the times between which guidance acts
-    compare='',               # runs on MNIST, 'out/gpt_mnist,out/flow_mnist': one table and one picture of all
     score=False,              # compute and save the scores, of all pairs or those that given and target name
     n_score=1000,             # held-out scenes, or generated digits, to score
+    against='',               # MaskGIT: scores.json of a GPT on the same data, whose exact values then stand as floor
+    compare='',               # runs on MNIST, 'out/gpt_mnist,out/flow_mnist': one table and one picture of all
 )
-ORDERS = ('random', 'confidence', 'raster')
-BELONGS = dict(  # the chapters that a setting means something to; to all, where it is not named
-    given='fourm', target='fourm', chain='fourm', text='fourm', image='fourm', guidance='fourm flow', steps='fourm flow',
-    order='fourm', schedule='fourm', min_p='gpt', prompt='gpt', prompts='gpt', max_new_tokens='gpt', complete='gpt',
-    show='flow', method='flow', interval='flow', labels='flow')
+BELONGS = dict(  # settings that mean nothing to the chapters that do not name them
+    gpt='prompt prompts max_new_tokens min_p draft complete',
+    maskgit='steps order schedule guidance guidance_start temperature_end choice_temperature prompt after gap complete shape show '
+            'against',
+    fourm='given target chain text image steps order schedule guidance',
+    flow='steps guidance interval method labels show')
+SHOWS = dict(maskgit=('grid', 'gif', 'swap'), flow=('grid', 'path', 'steps', 'guidance'))
 
 
 def chosen_temperature(settings, default):
@@ -85,6 +102,10 @@ def exact(settings, device):
     """Autocast for a GPT: float32 on a CPU unless asked otherwise; one token at a time has no use for faster matrix products."""
     cpu = settings['dtype'] == 'auto' and device.type == 'cpu'
     return autocast(device, torch.float32 if cpu else find_dtype(settings['dtype'], device))
+
+
+def read_ids(fields, name, split, index):
+    return torch.from_numpy(fields.load(split, name)[index].astype(np.int64))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,15 +134,30 @@ def read_prompts(model, fields, settings):
     return torch.tensor([[-1] * (longest - len(prompt)) + prompt for prompt in prompts])
 
 
+def read_draft(model, fields, settings):
+    """The small GPT of another run, whose tokens have to mean the same."""
+    draft, checkpoint = load_model(find_weights(settings['draft']))
+    if chapter_of(draft) != 'gpt' or draft.config.block_size < model.config.block_size:
+        raise UserError(f'draft={settings["draft"]!r}: must be a GPT with a context of at least {model.config.block_size} tokens')
+    theirs = fields_of(Path('data', checkpoint['settings']['dataset']), checkpoint['meta'])
+    if [theirs.decode([i]) for i in range(draft.config.vocab_size)] != [fields.decode([i]) for i in range(model.config.vocab_size)]:
+        raise UserError(f'draft={settings["draft"]!r} has other tokens than this run: train it on the same data')
+    return draft.to(model.turn.device)
+
+
 def write_texts(model, fields, settings):
     """Continues the prompts and prints them; a single one appears as it is written. Returns the texts."""
     if settings['complete']:
         raise UserError('complete is for models of pictures, this one is of text: leave it out')
     tokens = read_prompts(model, fields, settings).to(model.turn.device)
     device, alone, end = tokens.device, len(tokens) == 1, -1 if fields.end is None else fields.end
-    rows, waiting = tokens.tolist(), tokens[0].tolist()
+    rows, waiting, stream = tokens.tolist(), tokens[0].tolist(), model.stream
+    if settings['draft']:
+        if not alone:
+            raise UserError('draft makes a single text faster: leave it out, or give one prompt and no n')
+        stream = partial(model.speculate, read_draft(model, fields, settings))
     with exact(settings, device):
-        for new in model.stream(tokens, settings['max_new_tokens'], *sampler(model, settings, 0.8, end)):
+        for new in stream(tokens, settings['max_new_tokens'], *sampler(model, settings, 0.8, end)):
             for row, token in zip(rows, new.tolist()):
                 row.append(token)
             waiting.append(rows[0][-1])
@@ -167,8 +203,8 @@ def draw_gpt(model, fields, settings, path):
     """Pictures at `path`, or texts on the screen; returns these."""
     if not hasattr(fields, 'classes'):
         return write_texts(model, fields, settings)
-    if settings['prompt'] or settings['prompts']:
-        raise UserError('prompt and prompts are for models of text, this one is of pictures: leave them out')
+    if settings['prompt'] or settings['prompts'] or settings['draft']:
+        raise UserError('prompt, prompts and draft are for models of text, this one is of pictures: leave them out')
     draw_digits(model, fields, settings, path)
 
 
@@ -193,6 +229,310 @@ def score_gpt(model, fields, settings, data, path):
         for name, score in fields.score(fields.decode(tokens), labels).items():
             scores[name] = (bootstrap(score.pop('parts')) if 'parts' in score else alone(score.pop('value'), len(labels))) | score
         scores['generation, tokens/s'] = alone(rate, len(labels))
+    save_scores(scores, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MaskGIT
+
+SHAPES, SWEEP = ('half', 'box', 'random'), (1, 4, 8, 16, 32, 49)
+
+
+def fill(model, settings, tokens, classes=None, history=False):
+    """model.generate as the settings say, for tokens (n, N) and classes (n,). steps=0 is 16 for a picture, and for a text one for
+    two tokens."""
+    device, most = model.turn.device, int((tokens < 0).sum(1).max())
+    steps = settings['steps'] or min(16 if len(model.grid) == 2 else -(-most // 2), most)
+    end, start = (None if math.isnan(settings[name]) else settings[name] for name in ('temperature_end', 'guidance_start'))
+    try:
+        with exact(settings, device):
+            return model.generate(
+                tokens.to(device), None if classes is None else classes.to(device), steps, chosen_temperature(settings, 1.0), end,
+                settings['top_k'], settings['top_p'], settings['order'], settings['schedule'] or 'cosine',
+                settings['guidance'] or 1.0, start, settings['choice_temperature'],
+                torch.Generator(device).manual_seed(settings['seed']), history).cpu()
+    except ValueError as error:
+        raise UserError(str(error))
+
+
+def pictures_of(model, fields, tokens):
+    """Pictures (n, H, W, 3) uint8 of tokens (n, N), grey where they are unknown."""
+    if model.config.n_classes:
+        pictures = np.repeat(fields.decode(tokens)[..., None], 3, -1)
+    else:
+        pictures = fields.decode('rgb', tokens.clamp(min=0))
+    patch = pictures.shape[1] // model.grid[0]
+    unknown = (tokens < 0).view(-1, *model.grid).numpy().repeat(patch, 1).repeat(patch, 2)[..., None]
+    return np.where(unknown, np.uint8(128), pictures)
+
+
+def held_out(model, fields, settings, n):
+    """The first n held-out samples: tokens (n, N) and classes (n,), None where there are none."""
+    if model.config.n_classes:
+        tokens = read_ids(fields, 'tokens', settings['split'], np.arange(n))[:, 0]
+        return tokens[:, 1:], tokens[:, 0]
+    return read_ids(fields, 'rgb', settings['split'], np.arange(n)), None
+
+
+def hidden_places(grid, share, shape, seed):
+    """Which places (N,) of a grid are not given when a share of them is: the lower ones, a box in the middle, or random ones."""
+    N = math.prod(grid)
+    if shape == 'box':
+        scale = (1 - share) ** 0.5
+        y, x = ((torch.arange(side) + 0.5 - side / 2).abs() <= max(1, side * scale) / 2 for side in grid)
+        return (y[:, None] & x).flatten()
+    order = torch.arange(N) if shape == 'half' else torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+    return order >= round(share * N)
+
+
+def draw_pictures(model, fields, settings, path):
+    """Pictures of each class; or held-out ones, what is given of them and three completions; or under other classes; or a GIF."""
+    n, empty = settings['n'] or 10, torch.full((1, model.N), -1)
+    classes = torch.arange(model.config.n_classes).repeat_interleave(n) if model.config.n_classes else None
+    scale = max(1, 60 // pictures_of(model, fields, empty).shape[1])
+    if settings['show'] == 'gif':
+        states = fill(model, settings, empty.repeat(n * (model.config.n_classes or n), 1), classes, history=True)
+        frames = [tile(pictures_of(model, fields, tokens), n) for tokens in states]  # a row a class
+        return save_gif(frames, path.with_suffix('.gif'), scale)
+    if not settings['complete'] and settings['show'] == 'grid':
+        drawn = pictures_of(model, fields, fill(model, settings, empty.repeat(n * (model.config.n_classes or 6), 1), classes))
+        names = fields.classes if model.config.n_classes else [f'drawn {i + 1}' for i in range(6)]
+        return save_grid(dict(zip(names, drawn.reshape(-1, n, *drawn.shape[1:]))), path, scale)
+    truth, classes = held_out(model, fields, settings, n)
+    given = truth.masked_fill(hidden_places(model.grid, settings['complete'] or 0.3, settings['shape'], settings['seed']), -1)
+    columns = dict(truth=truth, given=given)
+    if settings['show'] == 'swap':
+        if classes is None:
+            raise UserError('show=swap needs a model of classes: choose grid or gif')
+        columns |= {name: fill(model, settings, given, classes * 0 + i) for i, name in enumerate(fields.classes)}
+    else:
+        seeds = {f'drawn {i}': settings['seed'] + i for i in (1, 2, 3)}
+        columns |= {name: fill(model, settings | dict(seed=seed), given, classes) for name, seed in seeds.items()}
+    save_grid({title: pictures_of(model, fields, tokens) for title, tokens in columns.items()}, path, scale)
+
+
+def fill_texts(model, fields, settings):
+    """Texts of the model's whole length, from a prompt, a gap and what stands behind it; prints and returns them."""
+    prompt, after = fields.encode(settings['prompt']), fields.encode(settings['after'])
+    start = len(prompt) + (settings['gap'] if settings['after'] else 0)
+    if start + len(after) > model.N:
+        raise UserError(f'prompt, gap and after have {start + len(after)} tokens, this model fills {model.N}: shorten them')
+    tokens = torch.full((settings['n'] or 1, model.N), -1)
+    tokens[:, :len(prompt)], tokens[:, start:start + len(after)] = prompt, after
+    texts = [fields.decode(row) for row in fill(model, settings, tokens).tolist()]
+    print('\n-----\n'.join(texts))
+    return texts
+
+
+def draw_maskgit(model, fields, settings, path):
+    """Pictures at `path`, or texts on the screen; returns these."""
+    if len(model.grid) == 1:
+        if settings['complete'] or settings['show'] != 'grid':
+            raise UserError('complete and show are for models of pictures, this one is of text: leave them out')
+        return fill_texts(model, fields, settings)
+    if settings['prompt'] or settings['after']:
+        raise UserError('prompt and after are for models of text, this one is of pictures: leave them out')
+    draw_pictures(model, fields, settings, path)
+
+
+def score_maskgit(model, fields, settings, data, path):
+    """The likelihood bound on the validation set beside the exact value of a GPT, and, where the data has a judge, what it says of
+    pictures drawn in each order in 1, 4, 8 ... steps, with the time that they took; one picture shows them all."""
+    device, found = model.turn.device, []
+    generator = torch.Generator().manual_seed(settings['seed'])
+    for ids in tqdm(np.array_split(np.arange(data.n), -(-data.n // 64)), desc='bound', unit='batch'):
+        tokens = data.rows(ids)['tokens'].to(device)
+        with exact(settings, device):
+            bound = model.log_prob_bound(tokens[:, -model.N:], tokens[:, 0] if model.config.n_classes else None, 16, generator)
+        found.append(torch.stack((bound, (tokens[:, -model.N:] >= 0).sum(1)), -1).cpu())
+    nll = torch.cat(found)[:, None].double().numpy()  # (n, 1, 2): nats and tokens of each sample
+    floors = read_floors(settings['against'])
+    scores = {'nats/token': bootstrap(nll) | dict(baseline=math.log(model.config.vocab_size))}
+    if len(model.grid) == 2:
+        scores['nats/image given the class' if model.config.n_classes else 'nats/image'] = bootstrap(nll / [1, model.N])
+    scores = {f'{name}, at most': score | floors.get(name, {}) for name, score in scores.items()}
+    if model.config.n_classes:
+        scores |= score_samples(model, fields, settings, path.with_name('sweep.png'))
+    save_scores(scores, path)
+
+
+def read_floors(path):
+    """{metric: dict(floor=value)} of a scores.json."""
+    try:
+        return {name: dict(floor=score['value']) for name, score in json.loads(Path(path).read_text()).items()} if path else {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'against={path!r}: not a scores.json ({type(error).__name__})')
+
+
+def score_samples(model, fields, settings, path):
+    """The judge's scores of n_score pictures for each order and number of steps, or, where steps are set, for these and the order."""
+    classes, scores = torch.arange(settings['n_score']) % model.config.n_classes, {}
+    sweep = [settings['steps']] if settings['steps'] else [steps for steps in SWEEP if steps <= model.N]
+    for order in [settings['order']] if settings['steps'] else ORDERS:
+        columns = {}
+        for steps in tqdm(sweep, desc=order, unit='sweep'):
+            again, started = settings | dict(order=order, steps=steps), time.perf_counter()
+            tokens = torch.cat([fill(model, again | dict(seed=settings['seed'] + i), torch.full((len(part), model.N), -1), part)
+                                for i, part in enumerate(classes.split(64))])
+            seconds, pictures = time.perf_counter() - started, fields.decode(tokens)
+            found = {name: (bootstrap(score.pop('parts')) if 'parts' in score else alone(score.pop('value'), len(classes))) | score
+                     for name, score in fields.score(pictures, classes.numpy()).items()}
+            found['seconds/image'] = alone(seconds / len(classes), len(classes))
+            scores |= {f'{order}, {steps} steps: {name}': score for name, score in found.items()}
+            title = f'{steps}: {found["accuracy"]["value"]:.0%} {found["frechet"]["value"]:.2f}'
+            columns[title] = pictures_of(model, fields, tokens[:model.config.n_classes])
+        save_grid(columns, path.with_stem(f'{path.stem}_{order}'), 6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nano4M: chains
+
+def parse_chain(settings, model):
+    """The given modalities and the targets as (name, steps, order), checked against those of the model."""
+    names = [m.name for m in model.modalities]
+    given, target = settings['chain'].split('>') if settings['chain'].count('>') == 1 else (settings['given'], settings['target'])
+    if settings['chain'] and settings['chain'].count('>') != 1:
+        raise UserError(f'--chain={settings["chain"]!r}: write given>target,target:steps:order, as in "rgb>depth:8,scene_desc"')
+    given = [name for name in given.split(',') if name]
+    targets = []
+    for entry in target.split(',') if target else [name for name in names if name not in given]:
+        name, *rest = entry.split(':')
+        steps, order = (rest + [''] * 2)[:2] if len(rest) < 3 else ('?', '')
+        if (steps and not steps.isdecimal()) or (order and order not in ORDERS):
+            raise UserError(f'target {entry!r}: write name:steps:order with a number of steps and one of {", ".join(ORDERS)}')
+        targets.append((name, int(steps or settings['steps']), order or settings['order']))  # 0 steps: chosen by `manner`
+    for name in given + [name for name, *_ in targets]:
+        if name not in names:
+            raise UserError(f'there is no modality {name!r}; this model has {", ".join(names)}')
+    asked = given + [name for name, *_ in targets]
+    if repeated := [name for name in asked if asked.count(name) > 1]:
+        raise UserError(f'{repeated[0]!r} stands twice among given and targets')
+    return given, targets
+
+
+def manner(model, name, known, steps, settings):
+    """(steps, temperature, guidance) for a target. Where the rgb picture is known, hardly more than one answer is right: the likeliest
+    one, at once. Otherwise many are, and a picture's tokens have to agree with each other: a few at a time, drawn at random."""
+    is_text = next(m.is_text for m in model.modalities if m.name == name)
+    chosen = (1, 0.0, 1.0) if is_text or name != 'rgb' and 'rgb' in known else (8, 0.4, 2.0)
+    return steps or chosen[0], chosen_temperature(settings, chosen[1]), settings['guidance'] or chosen[2]
+
+
+def generate(model, given, targets, settings, generator=None):
+    """Runs a chain: {name: ids} for the given and all generated modalities."""
+    known, device = dict(given), model.turn.device
+    for name, steps, order in targets:
+        steps, temperature, guidance = manner(model, name, known, steps, settings)
+        with autocast(device, find_dtype(settings['dtype'], device)):
+            known |= model.generate(known, [name], steps, temperature, settings['top_k'], settings['top_p'], order,
+                                    settings['schedule'] or 'linear', guidance, generator)
+    return known
+
+
+def columns_for(model, fields, settings, given, targets, index, own=None):
+    """Columns {title: [pictures]} of one chain: what is given, then each target's truth beside what was generated."""
+    ids = own or {name: read_ids(fields, name, settings['split'], index) for name in given}
+    ids = ids or {targets[0][0]: torch.full((settings['n'], fields.load('val', targets[0][0]).shape[1]), -1)}
+    generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
+    found = generate(model, ids, targets, settings, generator)
+    columns = {}
+    for name in [*given, *(name for name, *_ in targets)]:
+        raw = fields.decode(name, found[name])
+        drawn = [fields.picture(name, one) for one in raw]
+        if own is None and given:
+            truth = [fields.picture(name, one) for one in fields.truth(settings['split'], name, index)]
+            columns[f'{name} (given)' if name in given else f'{name} (truth)'] = truth
+        if name not in given or own is not None:
+            columns[f'{name} (given)' if name in given else name] = drawn
+        if isinstance(raw, list) and (own is not None or len(index) <= 2):
+            print('\n'.join(dict.fromkeys(f'{name}: {text}' for text in raw)))  # equal ones once
+    return columns
+
+
+def draw_fourm(model, fields, settings, path):
+    """The picture that the settings ask for; without given and target: each from rgb alone, and rgb from the caption."""
+    settings, own = settings | dict(n=settings['n'] or 6), own_input(model, fields, settings)
+    index = np.arange(min(settings['n'], len(fields.load(settings['split'], model.fields[0]))))
+    if settings['chain'] or settings['given'] or settings['target'] or own:
+        chains = [parse_chain(settings, model)]
+    else:
+        names = [m.name for m in model.modalities]
+        first = names[0]
+        chains = [([first], [(name, settings['steps'], settings['order'])]) for name in names[1:]]
+        if 'caption' in names[1:]:
+            chains.append((['caption'], [(first, settings['steps'], settings['order'])]))
+    columns = {}
+    for given, targets in chains:
+        columns |= columns_for(model, fields, settings, given, targets, index, own)
+    save_grid(columns, path)
+
+
+def own_input(model, fields, settings):
+    """The user's text or picture as the given modality; None where there is none."""
+    if not (settings['text'] or settings['image']):
+        return None
+    given, _ = parse_chain(settings, model)
+    own = {}
+    for name in given:
+        is_text = next(m.is_text for m in model.modalities if m.name == name)
+        if is_text and settings['text']:
+            own[name] = fields.read_text(name, settings['text'])
+        elif not is_text and settings['image']:
+            own[name] = fields.read_image(name, settings['image'])
+        else:
+            raise UserError(f'--given={name} needs {"--text" if is_text else "--image"} beside '
+                            f'{"--image" if is_text else "--text"}; or give neither, for held-out scenes')
+    if not own:
+        raise UserError('--text and --image need --given=NAME, the modality that they are')
+    return {name: ids.repeat(settings['n'] or 6, 1) for name, ids in own.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nano4M: scores
+
+def retrieval(model, fields, settings, n, gallery=100):
+    """Recall@1 of captions by pictures and of pictures by captions within galleries of 100 held-out scenes, ranked by
+    ln p(caption | rgb) - ln p(caption); equal captions count as the same."""
+    hits = {'rgb>caption': [], 'caption>rgb': []}
+    for start in range(0, n - n % gallery, gallery):
+        index = np.arange(start, start + gallery)
+        rgb, captions = (read_ids(fields, name, settings['split'], index) for name in ('rgb', 'caption'))
+        with autocast(model.turn.device, find_dtype(settings['dtype'], model.turn.device)):
+            ratio = (model.log_prob({'rgb': rgb}, 'caption', captions)
+                     - model.log_prob({'rgb': torch.full_like(rgb[:1], -1)}, 'caption', captions)).cpu()
+        same = (captions[:, None] == captions[None]).all(-1)
+        hits['rgb>caption'] += same[range(gallery), ratio.argmax(1)].tolist()
+        hits['caption>rgb'] += same[range(gallery), ratio.argmax(0)].tolist()
+    return {f'{way}/recall_at_1_of_{gallery}': np.stack((np.array(h, float), np.ones(len(h))), -1)[:, None] for way, h in hits.items()}
+
+
+def score_fourm(model, fields, settings, data, path):
+    """Every modality from every other: each cell's metrics with ceiling (the tokenizer's own reconstruction, or the text itself) and
+    baseline (a predictor that sees nothing). Prints a table and writes scores.json."""
+    names, split = model.fields, settings['split']
+    index = np.arange(min(settings['n_score'], data.n))
+    scores, bounds = {}, {}
+    for name in names:  # what a perfect and what a blind model would reach
+        ceiling = fields.score(name, fields.decode(name, read_ids(fields, name, split, index)), split, index)
+        blind = fields.score(name, fields.baseline(name, split, index), split, index)
+        bounds[name] = {key: dict(ceiling=bootstrap(ceiling[key], 1)['value'], baseline=bootstrap(blind[key], 1)['value'])
+                        for key in ceiling}
+    real = fields.score('rgb', fields.truth(split, 'rgb', index), split, index) if 'rgb' in names else {}
+    scores |= {f'parser on true renders/{key}': bootstrap(parts) for key, parts in real.items()}
+    parse_chain(settings, model)  # complains of unknown names
+    sources, targets = (settings[key].split(',') if settings[key] else names for key in ('given', 'target'))
+    cells = [(a, b) for b in names for a in names if a != b and a in sources and b in targets]
+    for a, b in tqdm(cells, desc='score', unit='cell'):
+        parts = []
+        for part in np.array_split(index, max(1, len(index) // 250)):
+            given = {a: read_ids(fields, a, split, part)}
+            generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
+            ids = generate(model, given, [(b, settings['steps'], settings['order'])], settings, generator)[b]
+            parts.append(fields.score(b, fields.decode(b, ids), split, part))
+        for key in parts[0]:
+            scores[f'{a}>{b}/{key}'] = bootstrap(np.concatenate([part[key] for part in parts])) | bounds[b][key]
+    if {'rgb', 'caption'} <= set(names) and len(index) >= 100:
+        scores |= {key: bootstrap(parts) | dict(baseline=0.01) for key, parts in retrieval(model, fields, settings, len(index)).items()}
     save_scores(scores, path)
 
 
@@ -350,166 +690,12 @@ def score_pictures(model, fields, settings, data):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# nano4M: chains
-
-def parse_chain(settings, model):
-    """The given modalities and the targets as (name, steps, order), checked against those of the model."""
-    names = [m.name for m in model.modalities]
-    given, target = settings['chain'].split('>') if settings['chain'].count('>') == 1 else (settings['given'], settings['target'])
-    if settings['chain'] and settings['chain'].count('>') != 1:
-        raise UserError(f'--chain={settings["chain"]!r}: write given>target,target:steps:order, as in "rgb>depth:8,scene_desc"')
-    given = [name for name in given.split(',') if name]
-    targets = []
-    for entry in target.split(',') if target else [name for name in names if name not in given]:
-        name, *rest = entry.split(':')
-        steps, order = (rest + [''] * 2)[:2] if len(rest) < 3 else ('?', '')
-        if (steps and not steps.isdecimal()) or (order and order not in ORDERS):
-            raise UserError(f'target {entry!r}: write name:steps:order with a number of steps and one of {", ".join(ORDERS)}')
-        targets.append((name, int(steps or settings['steps']), order or settings['order']))  # 0 steps: chosen by `manner`
-    for name in given + [name for name, *_ in targets]:
-        if name not in names:
-            raise UserError(f'there is no modality {name!r}; this model has {", ".join(names)}')
-    asked = given + [name for name, *_ in targets]
-    if repeated := [name for name in asked if asked.count(name) > 1]:
-        raise UserError(f'{repeated[0]!r} stands twice among given and targets')
-    return given, targets
-
-
-def manner(model, name, known, steps, settings):
-    """(steps, temperature, guidance) for a target. Where the rgb picture is known, hardly more than one answer is right: the likeliest
-    one, at once. Otherwise many are, and a picture's tokens have to agree with each other: a few at a time, drawn at random."""
-    is_text = next(m.is_text for m in model.modalities if m.name == name)
-    chosen = (1, 0.0, 1.0) if is_text or name != 'rgb' and 'rgb' in known else (8, 0.4, 2.0)
-    return steps or chosen[0], chosen_temperature(settings, chosen[1]), settings['guidance'] or chosen[2]
-
-
-def generate(model, given, targets, settings, generator=None):
-    """Runs a chain: {name: ids} for the given and all generated modalities."""
-    known, device = dict(given), model.turn.device
-    for name, steps, order in targets:
-        steps, temperature, guidance = manner(model, name, known, steps, settings)
-        with autocast(device, find_dtype(settings['dtype'], device)):
-            known |= model.generate(known, [name], steps, temperature, settings['top_k'], settings['top_p'], order,
-                                    settings['schedule'], guidance, generator)
-    return known
-
-
-def read_ids(fields, name, split, index):
-    return torch.from_numpy(fields.load(split, name)[index].astype(np.int64))
-
-
-def columns_for(model, fields, settings, given, targets, index, own=None):
-    """Columns {title: [pictures]} of one chain: what is given, then each target's truth beside what was generated."""
-    ids = own or {name: read_ids(fields, name, settings['split'], index) for name in given}
-    ids = ids or {targets[0][0]: torch.full((settings['n'], fields.load('val', targets[0][0]).shape[1]), -1)}
-    generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
-    found = generate(model, ids, targets, settings, generator)
-    columns = {}
-    for name in [*given, *(name for name, *_ in targets)]:
-        raw = fields.decode(name, found[name])
-        drawn = [fields.picture(name, one) for one in raw]
-        if own is None and given:
-            truth = [fields.picture(name, one) for one in fields.truth(settings['split'], name, index)]
-            columns[f'{name} (given)' if name in given else f'{name} (truth)'] = truth
-        if name not in given or own is not None:
-            columns[f'{name} (given)' if name in given else name] = drawn
-        if isinstance(raw, list) and (own is not None or len(index) <= 2):
-            print('\n'.join(dict.fromkeys(f'{name}: {text}' for text in raw)))  # equal ones once
-    return columns
-
-
-def draw_fourm(model, fields, settings, path):
-    """The picture that the settings ask for; without given and target: each from rgb alone, and rgb from the caption."""
-    settings, own = settings | dict(n=settings['n'] or 6), own_input(model, fields, settings)
-    index = np.arange(settings['n'])
-    if settings['chain'] or settings['given'] or settings['target'] or own:
-        chains = [parse_chain(settings, model)]
-    else:
-        names = [m.name for m in model.modalities]
-        first = names[0]
-        chains = [([first], [(name, settings['steps'], settings['order'])]) for name in names[1:]]
-        if 'caption' in names[1:]:
-            chains.append((['caption'], [(first, settings['steps'], settings['order'])]))
-    columns = {}
-    for given, targets in chains:
-        columns |= columns_for(model, fields, settings, given, targets, index, own)
-    save_grid(columns, path)
-
-
-def own_input(model, fields, settings):
-    """The user's text or picture as the given modality; None where there is none."""
-    if not (settings['text'] or settings['image']):
-        return None
-    given, _ = parse_chain(settings, model)
-    own = {}
-    for name in given:
-        is_text = next(m.is_text for m in model.modalities if m.name == name)
-        if is_text and settings['text']:
-            own[name] = fields.read_text(name, settings['text'])
-        elif not is_text and settings['image']:
-            own[name] = fields.read_image(name, settings['image'])
-        else:
-            raise UserError(f'--given={name} needs {"--text" if is_text else "--image"} beside '
-                            f'{"--image" if is_text else "--text"}; or give neither, for held-out scenes')
-    if not own:
-        raise UserError('--text and --image need --given=NAME, the modality that they are')
-    return {name: ids.repeat(settings['n'] or 6, 1) for name, ids in own.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# nano4M: scores
-
-def retrieval(model, fields, settings, n, gallery=100):
-    """Recall@1 of captions by pictures and of pictures by captions within galleries of 100 held-out scenes, ranked by
-    ln p(caption | rgb) - ln p(caption); equal captions count as the same."""
-    hits = {'rgb>caption': [], 'caption>rgb': []}
-    for start in range(0, n - n % gallery, gallery):
-        index = np.arange(start, start + gallery)
-        rgb, captions = (read_ids(fields, name, settings['split'], index) for name in ('rgb', 'caption'))
-        with autocast(model.turn.device, find_dtype(settings['dtype'], model.turn.device)):
-            ratio = (model.log_prob({'rgb': rgb}, 'caption', captions)
-                     - model.log_prob({'rgb': torch.full_like(rgb[:1], -1)}, 'caption', captions)).cpu()
-        same = (captions[:, None] == captions[None]).all(-1)
-        hits['rgb>caption'] += same[range(gallery), ratio.argmax(1)].tolist()
-        hits['caption>rgb'] += same[range(gallery), ratio.argmax(0)].tolist()
-    return {f'{way}/recall_at_1_of_{gallery}': np.stack((np.array(h, float), np.ones(len(h))), -1)[:, None] for way, h in hits.items()}
-
-
-def score_fourm(model, fields, settings, data, path):
-    """Every modality from every other: each cell's metrics with ceiling (the tokenizer's own reconstruction, or the text itself) and
-    baseline (a predictor that sees nothing). Prints a table and writes scores.json."""
-    names, split = model.fields, settings['split']
-    index = np.arange(min(settings['n_score'], data.n))
-    scores, bounds = {}, {}
-    for name in names:  # what a perfect and what a blind model would reach
-        ceiling = fields.score(name, fields.decode(name, read_ids(fields, name, split, index)), split, index)
-        blind = fields.score(name, fields.baseline(name, split, index), split, index)
-        bounds[name] = {key: dict(ceiling=bootstrap(ceiling[key], 1)['value'], baseline=bootstrap(blind[key], 1)['value'])
-                        for key in ceiling}
-    real = fields.score('rgb', fields.truth(split, 'rgb', index), split, index) if 'rgb' in names else {}
-    scores |= {f'parser on true renders/{key}': bootstrap(parts) for key, parts in real.items()}
-    parse_chain(settings, model)  # complains of unknown names
-    sources, targets = (settings[key].split(',') if settings[key] else names for key in ('given', 'target'))
-    cells = [(a, b) for b in names for a in names if a != b and a in sources and b in targets]
-    for a, b in tqdm(cells, desc='score', unit='cell'):
-        parts = []
-        for part in np.array_split(index, max(1, len(index) // 250)):
-            given = {a: read_ids(fields, a, split, part)}
-            generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
-            ids = generate(model, given, [(b, settings['steps'], settings['order'])], settings, generator)[b]
-            parts.append(fields.score(b, fields.decode(b, ids), split, part))
-        for key in parts[0]:
-            scores[f'{a}>{b}/{key}'] = bootstrap(np.concatenate([part[key] for part in parts])) | bounds[b][key]
-    if {'rgb', 'caption'} <= set(names) and len(index) >= 100:
-        scores |= {key: bootstrap(parts) | dict(baseline=0.01) for key, parts in retrieval(model, fields, settings, len(index)).items()}
-    save_scores(scores, path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # All chapters
 
-DRAW = dict(gpt=draw_gpt, flow=draw_flow, fourm=draw_fourm)  # (model, fields, settings, path of a picture): writes it, or returns texts
-SCORE = dict(gpt=score_gpt, flow=score_flow, fourm=score_fourm)  # (model, fields, settings, validation data, path of scores.json)
+# (model, fields, settings, path of a picture): writes it, or returns texts
+DRAW = dict(gpt=draw_gpt, maskgit=draw_maskgit, fourm=draw_fourm, flow=draw_flow)
+# (model, fields, settings, validation data, path of scores.json)
+SCORE = dict(gpt=score_gpt, maskgit=score_maskgit, fourm=score_fourm, flow=score_flow)
 
 
 def chapter_of(model):
@@ -530,22 +716,25 @@ def draw(model, folder, meta, path):
 
 def check(settings, model):
     """Raises UserError where a setting has no meaning, or none for this model."""
-    if settings['order'] not in ORDERS or settings['schedule'] not in ('linear', 'cosine'):
-        raise UserError(f'order is one of {", ".join(ORDERS)}, schedule linear or cosine')
-    if settings['n'] < 0 or settings['steps'] < 0 or settings['max_new_tokens'] < 1 or settings['n_score'] < 1:
-        raise UserError('n and steps must be at least 0, max_new_tokens and n_score at least 1')
-    if not 0 < settings['top_p'] <= 1 or not 0 <= settings['min_p'] <= 1 or settings['temperature'] < 0:
-        raise UserError('top_p must be in (0, 1], min_p in [0, 1], temperature at least 0')
+    shows = SHOWS.get(chapter_of(model), ('grid',))
+    for name, known in dict(order=ORDERS, schedule=('', *SCHEDULES), shape=SHAPES, show=shows).items():
+        if settings[name] not in known:
+            raise UserError(f'{name} is one of {", ".join(filter(None, known))}')
+    if settings['n'] < 0 or settings['steps'] < 0 or min(settings[name] for name in ('max_new_tokens', 'n_score', 'gap')) < 1:
+        raise UserError('n and steps must be at least 0, max_new_tokens, n_score and gap at least 1')
+    if not 0 < settings['top_p'] <= 1 or not 0 <= settings['min_p'] <= 1 or settings['temperature'] < 0 or (
+            settings['temperature_end'] < 0 or settings['choice_temperature'] < 0):
+        raise UserError('top_p must be in (0, 1], min_p in [0, 1], temperatures at least 0')
     most = getattr(model.config, 'vocab_size', None)
     if settings['top_k'] < 0 or most and settings['top_k'] > most:
         raise UserError(f'top_k={settings["top_k"]} must be 0 (all) to {most or "the size of the vocabulary"}')
-    if settings['show'] not in ('grid', 'path', 'steps', 'guidance'):
-        raise UserError(f'show={settings["show"]!r}: choose grid, path, steps or guidance')
     if not 0 <= settings['complete'] < 1:
         raise UserError(f'complete={settings["complete"]} must be at least 0 and below 1')
-    for name, chapters in BELONGS.items():
-        if settings[name] != SETTINGS[name] and chapter_of(model) not in chapters.split():
-            raise UserError(f'{name} is a setting of {chapters.replace(" ", ", ")}, this run is of {chapter_of(model)}: leave it out')
+    chapter = chapter_of(model)
+    for name in set(' '.join(BELONGS.values()).split()) - set(BELONGS[chapter].split()):
+        if settings[name] not in [SETTINGS[name]]:  # in: nan is itself
+            others = ', '.join(other for other, names in BELONGS.items() if name in names.split())
+            raise UserError(f'{name} is a setting of {others}, this run is of {chapter}: leave it out')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ import config
 from config import UserError
 
 SETTINGS = dict(
-    model='gpt',              # the chapter: gpt, fourm
+    model='gpt',              # the chapter: gpt, maskgit, fourm, flow, vlm
     dataset='shakespeare',    # data/NAME, made by prepare/NAME.py
     out_dir='',               # the run's folder; '' is out/CONFIGNAME
     init_from='resume',       # 'resume' goes on with the run in out_dir if there is one; 'scratch' moves that one aside; the name
@@ -106,9 +106,9 @@ def find_dtype(name, device):
 
 
 def set_up(device, threads=0, training=True):
-    """Process-wide choices. On a CPU attention is better written out than fused while sequences are short: the backward pass of
-    PyTorch 2.13's fused CPU kernel took 5 times as long at 64 tokens, 1.4 times at 256 and half as long at 1,024. Its forward pass
-    is the faster one when 32 texts are written at once."""
+    """Process-wide choices. On a CPU attention is better written out than fused while sequences are short: the backward pass
+    of PyTorch 2.13's fused CPU kernel took 5 times as long at 64 tokens, 1.4 times at 256 and half as long at 1,024. Its forward
+    pass is the faster one when 32 texts are written at once."""
     torch.set_float32_matmul_precision('high')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
@@ -189,9 +189,10 @@ def read_meta(folder):
 def prepare(dataset):
     """Makes data/NAME on the first run; under torchrun process 0 does and the others wait for meta.json, written last."""
     folder = Path('data', dataset)
-    if not Path('prepare', f'{dataset}.py').is_file() and not folder.is_dir():
-        known = ', '.join(sorted(path.stem for path in Path('prepare').glob('*.py')))
-        raise UserError(f'dataset={dataset!r}: there is neither {folder} nor prepare/{dataset}.py (there are {known})')
+    known = sorted(path.stem for path in Path('prepare').glob('*.py') if '__main__' in path.read_text())
+    if dataset not in known and not (folder / 'meta.json').is_file():
+        raise UserError(f'dataset={dataset!r}: there is neither {folder}/meta.json nor a script prepare/{dataset}.py (there are '
+                        f'{", ".join(known)})')
     make_once(dataset, folder / 'meta.json')
     return folder, read_meta(folder)
 
@@ -202,6 +203,8 @@ def make_once(name, path):
         print(f'{path} is missing: running python -m prepare.{name}', flush=True)
         if subprocess.run([sys.executable, '-m', f'prepare.{name}']).returncode:
             raise UserError(f'python -m prepare.{name} failed: see its message above')
+        if not path.is_file():
+            raise UserError(f'python -m prepare.{name} does not make {path}: is {name!r} what you meant?')
     while not path.is_file():
         time.sleep(1)
 
@@ -235,9 +238,11 @@ class Data:
     def read(path, vocabulary):
         try:
             array = np.load(path, mmap_mode='r')
-        except (OSError, ValueError) as error:
-            raise UserError(f'{path}: missing or damaged ({error}); delete {path.parent.parent} to make it anew')
-        low, high = array.min(initial=0), array.max(initial=0)
+            low, high = array.min(initial=0), array.max(initial=0)
+            assert array.ndim and array.dtype.kind in 'iuf', f'not an array of numbers: {array.dtype}'
+        except Exception as error:  # NumPy fails in many ways
+            raise UserError(f'{path}: missing or damaged ({str(error) or type(error).__name__}); delete {path.parent.parent} to '
+                            'make it anew')
         if vocabulary and (low < -1 or high >= vocabulary):  # -1 marks the places after the end of a text
             raise UserError(f'{path}: token ids run from {low} to {high}, outside the vocabulary of {vocabulary}')
         if not np.isfinite(low + high):  # of real numbers
@@ -245,7 +250,7 @@ class Data:
         return array
 
     def rows(self, ids, shift=0, view=0):
-        """{field: (B, ...)} of the samples with these ids, integers as int64, reals as float32; -1 is after the end of a stream."""
+        """{field: (B, ...)} of the samples with these ids, integers as int64, reals as float32; -1 is behind a stream's end."""
         views, over = self.meta.get('views', {}), None
         if self.meta['kind'] == 'stream':
             ids = shift + ids[:, None] * self.block_size + np.arange(self.block_size + 1)  # (B, T + 1)
@@ -360,7 +365,7 @@ def check_data(folder, meta, checkpoint):
 
 
 def load_model(path):
-    """The trained model of a checkpoint (its mean weights, where it has them), in evaluation mode on the CPU, and the checkpoint."""
+    """The model of a checkpoint (with its mean weights, if it has any), in evaluation mode on the CPU, and the checkpoint."""
     checkpoint = read_checkpoint(path)
     chapter = importlib.import_module(checkpoint['settings']['model'])
     model = chapter.Model(chapter.Config(**checkpoint['model_config']))
@@ -372,8 +377,8 @@ def load_model(path):
 # Optimizers
 
 def orthogonal(x, dtype):
-    """Matrices x (n, rows, columns) -> about the nearest ones with orthonormal rows or columns (Newton-Schulz, as in Jordan et al.,
-    "Muon", 2024): five times, a polynomial aX + bXX'X + c(XX')^2 X brings all singular values nearer to 1, to about 0.7 .. 1.2."""
+    """Matrices x (n, rows, columns) -> about the nearest ones with orthonormal rows or columns (Newton-Schulz, as in Jordan et
+    al., "Muon", 2024): five times, aX + bXX'X + c(XX')^2 X brings all singular values nearer to 1, in the end to 0.7 .. 1.2."""
     tall = x.size(1) > x.size(2)
     x = (x.mT if tall else x).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -531,7 +536,7 @@ def lock(out_dir):
 
 
 def find_run(out_dir, settings, stack):
-    """The checkpoint of the run in out_dir, with which this one goes on, or None. Process 0 locks the folder until `stack` ends."""
+    """The checkpoint of the run in out_dir, which is to go on, or None; process 0 locks the folder until `stack` ends."""
     last = out_dir / 'ckpt_last.pt'
     if settings['init_from'] == 'scratch' and last.exists() and is_main():
         aside = next(path for i in range(1, 10 ** 6) if not (path := Path(f'{out_dir}.{i}')).exists())
@@ -547,8 +552,8 @@ def find_run(out_dir, settings, stack):
     checkpoint = read_checkpoint(last)
     before = checkpoint['settings']
     if changed := [name for name in settings if name not in FREE and settings[name] != before.get(name)]:
-        raise UserError(f'{out_dir} holds a run with {changed[0]}={before.get(changed[0])!r}, not {settings[changed[0]]!r}: '
-                        'choose another --out_dir=, or --init_from=scratch to move it aside')
+        differ = ', '.join(f'{name}={before.get(name)!r}, not {settings[name]!r}' for name in changed[:3])
+        raise UserError(f'{out_dir} holds a run with {differ}: choose another --out_dir=, or --init_from=scratch moves it aside')
     return checkpoint
 
 
@@ -701,7 +706,8 @@ def run(assigned, files, stack):
 
     start, best, seconds, tokens, skipped = (state[name] for name in ('step', 'best', 'seconds', 'tokens', 'skipped'))
     if start >= settings['max_iters']:
-        print(f'{out_dir}: finished at step {start}; raise max_iters to go on, or --init_from=scratch to start anew')
+        print(f'{out_dir}: finished at step {start}, best val_loss {best:.4f}; raise max_iters to go on, or --init_from=scratch '
+              'to start anew')
         return {}
     mine = range(rank, n_micro, world)
     jobs = ((train_data, raw_model, settings, step, j) for step in range(start, settings['max_iters']) for j in mine)
@@ -773,8 +779,9 @@ def run(assigned, files, stack):
                 save('ckpt_fault.pt', step)
                 samples = train_data.ids(step * settings['batch_size'], settings['batch_size'])
                 log({'step': step, 'grad_norm': str(norm), 'samples': samples})
-                raise UserError(f'step {step}: the gradient is not finite ({norm}). The state before it is in {out_dir}/ckpt_fault.pt, '
-                                'its samples in log.jsonl; lower the learning rates, or leave such steps out by --skip=10')
+                raise UserError(f'step {step}: the gradient is not finite ({norm}). The state before it is in '
+                                f'{out_dir}/ckpt_fault.pt, its samples in log.jsonl; lower the learning rates, or leave such '
+                                'steps out by --skip=10')
         if math.isfinite(norm) or scaler.is_enabled():
             update(optimizers, settings, step, scaler)
         else:

@@ -3,7 +3,7 @@ MNIST as pictures and as tokens: 28x28 handwritten digits, and the same in 14x14
 
     python -m prepare.mnist                    60,000 digits to train on, 10,000 for validation
     python -m prepare.mnist --subset=t10k      only the small files: 9,000 and 1,000, for slow links
-    python -m prepare.mnist --fashion=True     FashionMNIST (Xiao et al., 1708.07747), in data/fashion_mnist
+    python -m prepare.fashion_mnist            clothes instead of digits (Xiao et al., 1708.07747), in data/fashion_mnist
 
 A row of tokens is the class (0..9), then 49 patches in raster order: 10 + the four bits of the patch, also in raster order, the
 first the most significant. So there are 26 different tokens. Training rows come in --views=8 views: 0 is the plain picture, the
@@ -26,6 +26,7 @@ import config
 from config import UserError
 from prepare import judge
 from prepare.download import download
+from prepare.pictures import read_square
 
 SETTINGS = dict(subset='', fashion=False, views=8, seed=0, out='')  # out: '' is data/mnist or data/fashion_mnist
 MNIST = 'https://ossci-datasets.s3.amazonaws.com/mnist/'
@@ -80,8 +81,8 @@ def read_splits(settings):
     try:
         return {'train': read_part('train', settings['fashion']), 'val': read_part('t10k', settings['fashion'])}
     except UserError as error:
-        raise UserError(f'{error}; or make the small data set: python -m prepare.mnist --subset=t10k'
-                        + ' --fashion=True' * settings['fashion'])
+        name = 'fashion_mnist' if settings['fashion'] else 'mnist'
+        raise UserError(f'{error}; or make the small data set: python -m prepare.{name} --subset=t10k')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,13 +161,7 @@ class Fields:
 
     def read_image(self, path):
         """A user's square picture file -> a binary picture (14, 14); one with a bright upper edge, ink on paper, is inverted."""
-        try:
-            image = Image.open(path).convert('L')
-        except OSError as error:
-            raise UserError(f'{path}: not a picture that Pillow can read ({error})')
-        if image.width != image.height:
-            raise UserError(f'{path}: {image.width}x{image.height} pixels; give a square picture (28x28 is best)')
-        pixels = np.asarray(image.convert('F').resize((14, 14), Image.BOX))
+        pixels = np.asarray(read_square(path, 28).convert('L').convert('F').resize((14, 14), Image.BOX))
         return np.where((255 - pixels if pixels[0].mean() > 127.5 else pixels) > 127.5, 255, 0).astype(np.uint8)
 
     def real(self, split, size, view=0):

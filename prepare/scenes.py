@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw
 import config
 from config import UserError
 from prepare import image_tokenizers, scenes_parser
+from prepare.pictures import read_square
 from prepare.scenes_render import COLORS, MATERIALS, SHAPES, SIZES, make
 from prepare.text_tokenizers import decode_row, encode_rows, load_words, save_words
 
@@ -91,6 +92,32 @@ def parse_text(name, text):
         found = re.findall(rf'x=(-?\d+) y=(-?\d+) Shape: {choice("shape")} Color: {choice("color")} Material: {choice("material")}', text)
         rows = [(SHAPES.index(sh), COLOR_NAMES.index(c), MATERIALS.index(m), -1, int(x), int(y)) for x, y, sh, c, m in found]
     return np.array(rows, np.int64).reshape(-1, 6)
+
+
+def drawing(name, text, side):
+    """Objects of a text as symbols in a picture (side, side, 3): at their positions, or, where the text has none, in a row."""
+    objects = parse_text(name, text)
+    canvas = Image.new('RGB', (4 * side, 4 * side), (225, 225, 225))
+    draw = ImageDraw.Draw(canvas)
+    for i, (shape, color, material, size, x, y) in enumerate(objects):
+        x, y = (x, y) if name == 'scene_desc' else (side * (i + 0.5) / len(objects), side / 2)
+        r = (0.09 if size == 0 else 0.065) * 4 * side if name == 'caption' else 0.08 * 4 * side
+        box = (4 * x - r, 4 * y - r, 4 * x + r, 4 * y + r)
+        outline = 'white' if MATERIALS[material] == 'metal' else 'black'
+        style = dict(fill=COLORS[COLOR_NAMES[color]], outline=outline, width=side // 10)
+        if SHAPES[shape] == 'cylinder':
+            draw.rounded_rectangle((box[0] + r / 4, box[1], box[2] - r / 4, box[3]), radius=r / 2, **style)
+        else:
+            (draw.rectangle if SHAPES[shape] == 'cube' else draw.ellipse)(box, **style)
+    return np.asarray(canvas.resize((side, side), Image.LANCZOS))
+
+
+def typical(objects):
+    """What a predictor that sees nothing says: the most frequent number of objects (n, K, 6), and of each the most frequent
+    attributes. Returns rows of integers."""
+    count = np.bincount((objects[..., 0] >= 0).sum(1)).argmax()
+    return [[np.bincount(column[column >= 0] if j < 4 else column.clip(0)).argmax() for j, column in enumerate(slot.T)]
+            for slot in objects[:, :count].transpose(1, 0, 2)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,12 +250,7 @@ class Fields:
         """A user's picture file -> token ids (1, size); any mode, and any size that is square, is brought to the data's."""
         if name != 'rgb':
             raise UserError(f'--image gives the modality rgb, not {name}')
-        try:
-            image = Image.open(path).convert('RGB')
-        except OSError as error:
-            raise UserError(f'{path}: not a picture that Pillow can read ({error})')
-        if image.width != image.height:
-            raise UserError(f'{path}: {image.width}x{image.height} pixels; give a square picture ({self.size}x{self.size} is best)')
+        image = read_square(path, self.size)
         return self.encode('rgb', np.asarray(image.resize((self.size, self.size), Image.BICUBIC))[None])
 
     def picture(self, name, raw):
@@ -243,23 +265,7 @@ class Fields:
         if name == 'segmentation':
             palette = np.array([(140, 140, 140)] + [np.array(rgb) * (0.6 + 0.2 * s) for s in range(3) for rgb in COLORS.values()])
             return palette[raw].astype(np.uint8)
-        return self.drawing(name, raw)
-
-    def drawing(self, name, text):
-        """Objects of a text as symbols: at their positions, or, where the text has none, in a row."""
-        objects, side = parse_text(name, text), self.size
-        canvas = Image.new('RGB', (4 * side, 4 * side), (225, 225, 225))
-        draw = ImageDraw.Draw(canvas)
-        for i, (shape, color, material, size, x, y) in enumerate(objects):
-            x, y = (x, y) if name == 'scene_desc' else (side * (i + 0.5) / len(objects), side / 2)
-            r = (0.09 if size == 0 else 0.065) * 4 * side if name == 'caption' else 0.08 * 4 * side
-            box = (4 * x - r, 4 * y - r, 4 * x + r, 4 * y + r)
-            style = dict(fill=COLORS[COLOR_NAMES[color]], outline='white' if MATERIALS[material] == 'metal' else 'black', width=6)
-            if SHAPES[shape] == 'cylinder':
-                draw.rounded_rectangle((box[0] + r / 4, box[1], box[2] - r / 4, box[3]), radius=r / 2, **style)
-            else:
-                (draw.rectangle if SHAPES[shape] == 'cube' else draw.ellipse)(box, **style)
-        return np.asarray(canvas.resize((side, side), Image.LANCZOS))
+        return drawing(name, raw, self.size)
 
     def score(self, name, raw, split, index):
         """Metrics of raw values against the truth: {metric: (n, k, 2)}, numerators and denominators."""
@@ -283,10 +289,7 @@ class Fields:
             constant = raw.mean(0) if name != 'segmentation' else np.array(
                 [[np.bincount(pixel).argmax() for pixel in row] for row in raw.transpose(1, 2, 0)])
             return np.repeat(constant[None], len(index), 0)
-        objects = self.load('train', 'raw_objects')[:2000]
-        count = np.bincount((objects[..., 0] >= 0).sum(1)).argmax()
-        rows = [[np.bincount(column[column >= 0] if j < 4 else column.clip(0)).argmax() for j, column in enumerate(slot.T)]
-                for slot in objects[:, :count].transpose(1, 0, 2)]
+        rows = typical(self.load('train', 'raw_objects')[:2000])
         return [dict(caption=caption, scene_desc=scene_desc)[name](rows)] * len(index)
 
 

@@ -1,12 +1,13 @@
 """
 What is lost when runs are killed? Real processes, of a tiny model of each chapter, receive signals at random moments.
 
-    python -m tests.faults --rounds=200
+    python -m tests.faults --rounds=200 --fuzz=100000
 
 A round starts a training run, sends it SIGKILL, SIGTERM, SIGINT or SIGUSR1 after a random time, and gives the same command
 again until it ends by itself, sometimes after further signals. It counts as right if every checkpoint found on the way could be
 read, at most one evaluation interval was done twice after each kill, and weights, their running mean and the log are, bit for
-bit, those of a run that nobody disturbed. tests/test_train.py plays a few rounds.
+bit, those of a run that nobody disturbed. Fuzzing reads damaged files and odd settings: each has to be understood, or refused by
+one UserError. tests/test_train.py plays a few rounds of both.
 """
 import json
 import multiprocessing
@@ -17,16 +18,21 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import config
+import gpt
+import sample
 import train
 from config import UserError
+from prepare import mnist, text, text_tokenizers
 
-SETTINGS = dict(rounds=20, seed=0)
+SETTINGS = dict(rounds=20, fuzz=2000, seed=0)
 RUN = dict(batch_size=8, micro_batch_size=4, max_iters=60, eval_interval=15, log_interval=3, warmup_iters=2, device='cpu',
            dtype='float32', compile=False, pictures=False, threads=1)
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -36,7 +42,7 @@ CASES = {  # chapter: what its data are, and its settings
     'maskgit': (dict(kind='rows', fields=dict(tokens=50), config=dict(vocab_size=50, grid='4x4')),
                 SMALL | dict(dropout=0.1)),
     'fourm': (dict(kind='rows', fields=dict(a=64, b=20), config=dict(modalities='a:8*8:4x4 b:20:8')),
-              dict(n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=16, input_slots='8,16', target_slots='16', dropout=0.1)),
+              dict(n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=16, input_slots='16', target_slots='16', dropout=0.1)),
     'flow': (dict(kind='rows', fields=dict(point=0), config=dict(image_size=0, channels=16, n_classes=0)),
              SMALL | dict(ema=0.9)),
     'vlm': (dict(kind='rows', fields=dict(image=256, tokens=50, counted=2),
@@ -62,18 +68,20 @@ def make_data(chapter, meta):
     (folder / 'meta.json').write_text(json.dumps(meta | dict(prepare='none')))
 
 
-def start(chapter, out_dir):
+def start(chapter, out_dir, environment={}, **changes):
     """The run as a process; forked, so that nothing has to be imported again, but with signals and files of its own."""
-    process = multiprocessing.get_context('fork').Process(target=as_a_program, args=(chapter, out_dir))
+    process = multiprocessing.get_context('fork').Process(target=as_a_program, args=(chapter, out_dir, environment, changes))
     process.start()
     return process
 
 
-def as_a_program(chapter, out_dir):
+def as_a_program(chapter, out_dir, environment, changes):
     sys.stdout = sys.stderr = open(os.devnull, 'w')
+    os.environ |= environment
     train.matmul_rate = lambda device, dtype: 1e9  # half a second of each start
+    settings = RUN | CASES[chapter][1] | dict(model=chapter, dataset=chapter, out_dir=out_dir) | changes
     try:
-        stopped = train.main(**RUN, **CASES[chapter][1], model=chapter, dataset=chapter, out_dir=out_dir).get('stopped')
+        stopped = train.main(**settings).get('stopped')
     except KeyboardInterrupt:
         os._exit(99)
     os._exit(128 + stopped if stopped else 0)
@@ -83,7 +91,8 @@ def result(out_dir):
     """What two equal runs have in common: the checkpoints' contents, and the log without times."""
     kept = [train.read_checkpoint(Path(out_dir, f'ckpt_{name}.pt')) for name in ('last', 'best')]
     lines = [json.loads(line) for line in Path(out_dir, 'log.jsonl').read_text().splitlines()]
-    state, timed = ('step', 'best', 'tokens', 'weights', 'ema', 'optimizers'), ('seconds', 'tokens_per_second', 'mfu', 'data_wait')
+    state = ('step', 'best', 'tokens', 'weights', 'ema', 'optimizers')
+    timed = ('seconds', 'tokens_per_second', 'mfu', 'data_wait')
     return ([{name: checkpoint.get(name) for name in state} for checkpoint in kept],
             [{name: value for name, value in line.items() if name not in timed} for line in lines])
 
@@ -128,6 +137,64 @@ def play(chapter, out_dir, whole, seconds, draw):
             return signals, repeated, f'{done - saved} steps lost'
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Fuzzing
+
+def damaged(data, draw):
+    """Bytes with a few of them flipped, cut out, doubled or made up."""
+    data = bytearray(data)
+    for _ in range(draw.choice([1, 1, 2, 5])):
+        i, n = draw.randrange(len(data) + 1), draw.choice([1, 1, 4, 30])
+        data[i:i + n] = draw.choice([b'', bytes(data[i:i + n] * 2), draw.randbytes(n), bytes(byte ^ 1 << draw.randrange(8)
+                                                                                              for byte in data[i:i + n])])
+    return bytes(data)
+
+
+def readers():
+    """name: (a good input, what reads a file of such)."""
+    Path('good').mkdir()
+    np.save('good/a.npy', np.arange(60).reshape(20, 3))
+    Image.new('RGB', (28, 28), 'red').save('good/a.png')
+    Image.new('L', (28, 28)).save('good/a.jpg')
+    meta = json.dumps(CASES['gpt'][0] | dict(prepare='none'))
+    Path('encoding').mkdir()
+    text_tokenizers.save_encoding(Path('encoding/encoding.json'), text_tokenizers.Characters(list('abc é')))
+    model, fields = gpt.GPT(gpt.Config(block_size=8)), text.Fields('encoding')
+    return dict(
+        setting=(b'--learning_rate=3e-3', lambda path: config.apply(config.read([path.read_bytes().decode(errors='replace')]),
+                                                                    train.SETTINGS) if path.read_bytes()[:2] == b'--' else None),
+        meta=(meta.encode(), lambda path: train.read_meta(path.parent)),
+        array=(Path('good/a.npy').read_bytes(), lambda path: train.Data.read(path, 60)),
+        checkpoint=(Path('out/gpt/ckpt_last.pt').read_bytes(), train.read_checkpoint),
+        png=(Path('good/a.png').read_bytes(), lambda path: mnist.Fields.read_image(None, path)),
+        jpeg=(Path('good/a.jpg').read_bytes(), lambda path: mnist.Fields.read_image(None, path)),
+        prompts=('ab c\né\n'.encode(), lambda path: sample.read_prompts(model, fields, dict(n=0, prompt='', prompts=str(path)))),
+        encoding=(Path('encoding/encoding.json').read_bytes(), text_tokenizers.load_encoding))
+
+
+def fuzz(n, draw):
+    """Damaged inputs for each reader in turn; returns the number of those that ended in anything but an answer or a UserError."""
+    faults, kinds = 0, readers()
+    names = dict(meta='meta.json')
+    for i in range(n):
+        name = list(kinds)[i % len(kinds)]
+        good, read = kinds[name]
+        path = Path('bad', names.get(name, name))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(damaged(good, draw))
+        try:
+            with warnings.catch_warnings(action='ignore'):
+                read(path)
+        except UserError as error:
+            assert str(error)
+        except Exception as error:
+            faults += 1
+            print(f'{name}: {type(error).__name__}: {str(error)[:200]} from {path.read_bytes()[:300]}', flush=True)
+    return faults
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
 def main(*arguments, **overrides):
     """Plays the rounds, chapter by chapter in turn; prints a line for each fault and a summary; returns the number of faults."""
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
@@ -136,8 +203,7 @@ def main(*arguments, **overrides):
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            chapters = [chapter for chapter in CASES if Path(train.__file__).with_name(f'{chapter}.py').is_file()]
-            whole = {}
+            chapters, whole = [c for c in CASES if Path(train.__file__).with_name(f'{c}.py').is_file()], {}
             for chapter in chapters:
                 make_data(chapter, CASES[chapter][0])
                 began, process = time.monotonic(), start(chapter, f'out/{chapter}')
@@ -150,10 +216,12 @@ def main(*arguments, **overrides):
                 if wrong:
                     print(f'round {i}, {chapter}: {wrong}', flush=True)
                 shutil.rmtree(f'out/{i}', ignore_errors=True)
+            odd = fuzz(settings['fuzz'], draw)
         finally:
             os.chdir(before)
-    print(f'{settings["rounds"]} rounds of {", ".join(chapters)}: {signals} signals, {repeated} steps done twice, {faults} faults')
-    return faults
+    print(f'{settings["rounds"]} rounds of {", ".join(chapters)}: {signals} signals, {repeated} steps done twice, {faults} wrong')
+    print(f'{settings["fuzz"]} damaged inputs: {odd} not refused properly')
+    return faults + odd
 
 
 if __name__ == '__main__':

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourm import Config, FourM, Modality, budget_keys, digits_of, draw_masks, log_dirichlet, smallest
+from fourm import Config, FourM, Modality, budget_keys, draw_masks, log_dirichlet, smallest
+from maskgit import halton_rank
 
 SPEC = 'rgb:4*4*3:2x3 depth:7:3x3 caption:12:8'
 
@@ -146,13 +147,6 @@ def test_same_seeds_same_batch_and_k_from_shared():
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
-def test_digits():
-    levels = [4, 5, 3]
-    digits = torch.stack(digits_of(torch.arange(60), levels), -1)
-    assert torch.equal(digits @ torch.tensor([15, 3, 1]), torch.arange(60))
-    assert (digits < torch.tensor(levels)).all() and len(digits.unique(dim=0)) == 60
-
-
 def test_first_loss_is_ln_v():
     model = small()
     _, logs = model(model.draw(fake_batch(model, 32), *generators(0)))
@@ -264,13 +258,14 @@ def slow_generate(model, given, m, steps, order, random, longest):
             left = [p for p in places if p not in known]
             found = dict(zip(places, answers()))
             now = math.ceil(len(unknown) * (step + 1) / steps) - (len(unknown) - len(left))
-            key = {'raster': lambda p: p, 'confidence': lambda p: found[p][1], 'random': lambda p: random[p - places[0]]}[order]
+            key = {'raster': lambda p: p, 'confidence': lambda p: found[p][1], 'random': lambda p: random[p - places[0]],
+                   'halton': lambda p: halton_rank(m.grid)[p - places[0]]}[order]
             for place in sorted(left, key=key)[:now]:
                 known[place] = found[place][0]
     return [known.get(p, -1) for p in places]
 
 
-@pytest.mark.parametrize('order', ['random', 'confidence', 'raster'])
+@pytest.mark.parametrize('order', ['random', 'confidence', 'raster', 'halton'])
 @pytest.mark.parametrize('steps', [1, 2, 4, 9, 100])
 def test_generate_equals_the_slow_reference(order, steps):
     model = lively(small())

@@ -1,11 +1,13 @@
 """The attention core against softmax written out in float64, and GPT's generation against one without a cache."""
+import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt import GPT, MLP, Attention, Config, KVCache, cross_entropy, filter_logits, rotary, rotate, sample_token
+from gpt import GPT, MLP, Attention, Config, KVCache, accept, cross_entropy, filter_logits, rotary, rotate, sample_token
 
 
 def written_out(layer, x, turn, context=None, context_turn=None, causal=False):
@@ -155,6 +157,87 @@ def test_rows_end_by_themselves():
     assert alone[0, -1] == end and alone.size(1) == 3 + free[0].tolist().index(end) + 1  # stops when every row has ended
     assert torch.equal(torch.stack(list(model.stream(start, 20, temperature=0, end=end)), 1), new)
     assert torch.equal(model.generate(start, 0), start)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('ahead', [1, 3, 7])
+def test_speculation_at_temperature_0_changes_no_token(ahead):
+    """Whatever the draft: one of its own, the model itself, or one without token shift; beyond block_size too."""
+    model, other = small(), small(n_layer=1, token_shift=False, block_size=20)
+    torch.nn.init.normal_(other.embedding.weight, std=0.5)
+    for length in (1, 5, 12, 20):
+        start = torch.randint(11, (1, length))
+        expected = model.generate(start, 40, temperature=0)[0, length:]
+        for draft in (other, model):
+            assert torch.equal(torch.cat(list(model.speculate(draft, start, 40, temperature=0, ahead=ahead))), expected)
+        end = expected[7].item()
+        until = expected[:expected.tolist().index(end) + 1]
+        assert torch.equal(torch.cat(list(model.speculate(other, start, 40, temperature=0, end=end, ahead=ahead))), until)
+
+
+def accepted_law(p, q):
+    """The law of what `accept` returns, {tokens: probability}, over all guesses, each kept or not, and all draws that replace one."""
+    law, V = {}, p.size(-1)
+
+    def go_on(before, chance):
+        i = len(before)
+        for x in range(V):  # a guess, or behind all guesses the last draw
+            if i == len(q):
+                law[before + (x,)] = law.get(before + (x,), 0) + chance * p[i, x].item()
+                continue
+            keep = min(1, (p[i, x] / q[i, x]).item())
+            go_on(before + (x,), chance * q[i, x].item() * keep)
+            rest = (p[i] - q[i]).clamp(min=0)
+            for y in range(V if keep < 1 else 0):
+                law[before + (y,)] = law.get(before + (y,), 0) + chance * q[i, x].item() * (1 - keep) * (rest[y] / rest.sum()).item()
+    go_on((), 1.0)
+    return {key: chance for key, chance in law.items() if chance}
+
+
+def chi_square(counts, law):
+    """Of counts {outcome: n} against {outcome: probability}, in standard deviations of its own law."""
+    n = sum(counts.values())
+    assert set(counts) <= set(law)
+    value = sum((counts.get(key, 0) - n * chance) ** 2 / (n * chance) for key, chance in law.items())
+    return (value - (len(law) - 1)) / math.sqrt(2 * (len(law) - 1))
+
+
+def test_accepted_tokens_follow_p():
+    """As the formula says, in which the first token has exactly the law p; and as the function draws."""
+    p, q = torch.randn(3, 4).mul(1.5).softmax(-1), torch.randn(2, 4).mul(1.5).softmax(-1)
+    law = accepted_law(p, q)
+    assert sum(law.values()) == pytest.approx(1, abs=1e-5)
+    for x in range(4):
+        assert sum(chance for key, chance in law.items() if key[0] == x) == pytest.approx(p[0, x].item(), abs=1e-5)
+        second = [chance for key, chance in law.items() if len(key) > 1 and key[1] == x]
+        kept = sum(chance for key, chance in law.items() if len(key) > 1)
+        assert sum(second) / kept == pytest.approx(p[1, x].item(), abs=1e-5)
+    generator, drawn = torch.Generator().manual_seed(0), Counter()
+    for _ in range(4000):
+        guesses = torch.multinomial(q, 1, generator=generator)[:, 0]
+        drawn[tuple(accept(p, q, guesses, generator).tolist())] += 1
+    assert chi_square(drawn, law) < 4
+    assert accept(p[:1], q[:0], torch.zeros(0).long()).shape == (1,)
+    same = torch.eye(4)[:2]
+    assert accept(same[[0, 1, 0]], same, torch.tensor([0, 1])).tolist() == [0, 1, 0]  # nothing is left of p - q
+
+
+@torch.no_grad()
+def test_speculation_draws_from_the_models_law():
+    """The joint law of three tokens by chi-square against the product of their probabilities, in a context that overflows."""
+    model, draft = small(vocab_size=3, block_size=4, n_layer=1), small(vocab_size=3, block_size=4, n_layer=1, token_shift=False)
+    torch.nn.init.normal_(draft.head.weight, std=0.5)
+    start, law = torch.tensor([[1, 2, 0]]), {}
+    for new in itertools.product(range(3), repeat=3):
+        tokens, chance = torch.cat((start, torch.tensor([new])), 1), 1.0
+        for i in range(3, 6):
+            context = tokens[:, :i] if i <= 4 else tokens[:, i - 2:i]
+            chance *= filter_logits(model.logits(model.trunk(context)[0, -1]), 0.9, 2).softmax(-1)[tokens[0, i]].item()
+        law[new] = law.get(new, 0) + chance
+    law, drawn, generator = {new: chance for new, chance in law.items() if chance}, Counter(), torch.Generator().manual_seed(0)
+    for _ in range(600):
+        drawn[tuple(torch.cat(list(model.speculate(draft, start, 3, 0.9, 2, generator=generator, ahead=2))).tolist())] += 1
+    assert len(law) == 8 and chi_square(drawn, law) < 4
 
 
 def test_chunked_cross_entropy_has_the_same_gradient():

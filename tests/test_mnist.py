@@ -2,6 +2,10 @@
 import gzip
 import hashlib
 import json
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import train
 from config import UserError
 from prepare import judge, mnist
 from prepare.download import cache_folder
@@ -99,6 +104,24 @@ def test_fashion_has_its_own_files(cache):
     for name, array in (('images-idx3', images), ('labels-idx1', labels)):
         cache(f'fashion/t10k-{name}-ubyte.gz', gzip.compress(idx(array)))
     assert (mnist.read_part('t10k', True)[0] == images).all()
+
+
+def test_training_makes_fashion_mnist(cache, tmp_path, monkeypatch):
+    """dataset=fashion_mnist starts prepare/fashion_mnist.py (here in this process): prepare/mnist.py with other files."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'prepare').symlink_to(Path(mnist.__file__).parent)
+    for part, n in (('train', 200), ('t10k', 60)):
+        put_part(cache, f'fashion/{part}', *toy_digits(n))
+    monkeypatch.setattr(judge.train_judge, '__defaults__', (0, 5, 32))
+    monkeypatch.setattr(train.subprocess, 'run', lambda words: SimpleNamespace(
+        returncode=not runpy.run_module(words[2], run_name='__main__')))
+    monkeypatch.setattr(sys, 'argv', ['prepare/fashion_mnist.py'])
+    folder, meta = train.prepare('fashion_mnist')
+    assert str(folder) == 'data/fashion_mnist' and meta['classes'][0] == 't-shirt' and meta['prepare'] == 'mnist'
+    assert train.Data(folder, 'train', meta, ['tokens']).n == 200 and mnist.Fields(folder).load('val', 'label').shape == (60,)
+    monkeypatch.setattr(sys, 'argv', ['prepare/fashion_mnist.py', '--subset=t20k'])
+    with pytest.raises(SystemExit, match="error: subset='t20k'"):
+        runpy.run_module('prepare.fashion_mnist', run_name='__main__')
 
 
 def test_file_errors(cache, monkeypatch):
@@ -276,7 +299,7 @@ def test_user_pictures(folder, tmp_path):
     Image.new('L', (28, 20)).save(tmp_path / 'wide.png')
     with pytest.raises(UserError, match='wide.png: 28x20 pixels; give a square picture'):
         fields.read_image(tmp_path / 'wide.png')
-    with pytest.raises(UserError, match='absent.png: not a picture'):
+    with pytest.raises(UserError, match='absent.png: no such picture'):
         fields.read_image(tmp_path / 'absent.png')
 
 

@@ -109,6 +109,25 @@ def test_texts(text_run, capsys):
         assert capsys.readouterr().out.strip() == together.strip()
 
 
+def test_a_draft_changes_nothing_but_the_speed(text_run, capsys):
+    train.main(**(GPT | dict(n_head=1, n_embd=8)), dataset='story', block_size=16, out_dir='out/story_draft', pictures=False)
+    train.main(**GPT, dataset='story', block_size=8, out_dir='out/story_short', pictures=False)
+    Path('other.txt').write_text('abcab' * 100)
+    text.main(input='other.txt', out='data/other')
+    train.main(**GPT, dataset='other', block_size=16, out_dir='out/other', pictures=False)
+    capsys.readouterr()
+    for draft in ('', '--draft=story_draft'):
+        sample.main(f'--out_dir={text_run}', '--prompt=The cat', '--max_new_tokens=40', '--temperature=0', *draft.split())
+    once, again = capsys.readouterr().out.split('The cat')[1:3]
+    assert once == again
+    for arguments, message in ((['--draft=story_short'], 'must be a GPT with a context of at least 16 tokens'),
+                               (['--draft=other'], 'has other tokens than this run'),
+                               (['--draft=nowhere'], 'no such checkpoint'),
+                               (['--draft=story_draft', '--n=2'], 'draft makes a single text faster')):
+        with pytest.raises(UserError, match=message):
+            sample.main(f'--out_dir={text_run}', *arguments)
+
+
 def test_a_text_without_lines(work, capsys):
     """Its alphabet has no line's end to begin with; training draws all the same."""
     Path('flat.txt').write_text('abcab' * 100)
@@ -150,10 +169,16 @@ def test_faults_of_texts(text_run, arguments, message):
         sample.main(f'--out_dir={text_run}', *arguments)
 
 
-def test_digits(work, monkeypatch, capsys):
-    monkeypatch.setattr(mnist, 'read_part', lambda part, fashion: toy_digits(200 if part == 'train' else 60, len(part)))
-    monkeypatch.setattr(judge.train_judge, '__defaults__', (0, 5, 32))
-    mnist.main(views=2, out='data/toy_mnist')
+@pytest.fixture(scope='module')
+def digits(work):
+    """Toy digits and a briefly trained judge."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mnist, 'read_part', lambda part, fashion: toy_digits(200 if part == 'train' else 60, len(part)))
+        patch.setattr(judge.train_judge, '__defaults__', (0, 5, 32))
+        mnist.main(views=2, out='data/toy_mnist')
+
+
+def test_digits(digits):
     train.main(**GPT, dataset='toy_mnist', out_dir='out/toy_mnist', pictures=False)
     grid = draw('out/toy_mnist', steps=0)
     assert grid.size == (10 * 60 - 4, 18 + 2 * 60 - 4)
@@ -168,6 +193,87 @@ def test_digits(work, monkeypatch, capsys):
     assert {'accuracy', 'frechet', 'generation, tokens/s'} <= scores.keys() and 'floor' in scores['frechet']
 
 
+@pytest.fixture(scope='module')
+def masked_digits(digits):
+    train.main(**(GPT | dict(model='maskgit')), dataset='toy_mnist', out_dir='out/masked', pictures=True)
+    return 'out/masked'
+
+
+def test_masked_digits(masked_digits, capsys):
+    assert Path(masked_digits, 'sample_000002.png').exists()
+    assert draw(masked_digits).size == (10 * 60 - 4, 18 + 2 * 60 - 4)
+    for shape in ('half', 'box', 'random'):
+        columns = np.asarray(draw(masked_digits, '--complete=0.5', f'--shape={shape}'))[18:]
+        truth, given, *drawn = (columns[:56, x:x + 56] for x in range(0, 5 * 60, 60))
+        known = given[..., 0] != 128
+        assert 0.4 < known.mean() < 0.6 and all((picture[known] == truth[known]).all() for picture in [given, *drawn])
+        assert (drawn[0] != drawn[1]).any()
+    assert draw(masked_digits, '--show=swap', '--guidance=2').size == (12 * 60 - 4, 18 + 2 * 60 - 4)
+    sample.main(f'--out_dir={masked_digits}', '--n=2', '--steps=4', '--show=gif', '--order=confidence')
+    gif, = Path(masked_digits).glob('*.gif')
+    assert Image.open(gif).n_frames == 5
+    assert 'wrote' in capsys.readouterr().out
+
+
+def test_scores_of_masked_digits(masked_digits, monkeypatch):
+    """A bound on the bound of a uniform guess; every order and number of steps; the exact value of a GPT beside it."""
+    monkeypatch.setattr(sample, 'SWEEP', (1, 3))
+    Path('exact.json').write_text(json.dumps({'nats/token': dict(value=0.5)}))
+    sample.main(f'--out_dir={masked_digits}', '--score=True', '--n_score=20', '--against=exact.json')
+    scores = json.loads(Path(masked_digits, 'scores.json').read_text())
+    assert scores['nats/token, at most']['value'] < np.log(26) and scores['nats/token, at most']['floor'] == 0.5
+    assert scores['nats/image given the class, at most']['value'] == pytest.approx(49 * scores['nats/token, at most']['value'])
+    for order in ('confidence', 'random', 'raster', 'halton'):
+        assert {f'{order}, {steps} steps: {name}' for steps in (1, 3) for name in ('accuracy', 'frechet', 'seconds/image')} <= set(scores)
+        assert Path(masked_digits, f'sweep_{order}.png').exists()
+
+
+def test_masked_scenes(work):
+    """Codes of four digits, no classes, and so nothing to be guided by or to swap."""
+    train.main(**(GPT | dict(model='maskgit')), dataset='scenes', out_dir='out/masked_scenes')
+    assert Image.open('out/masked_scenes/sample_000002.png').size == (6 * 68 - 4, 18 + 10 * 68 - 4)
+    assert draw('out/masked_scenes', '--complete=0.5').size == (5 * 68 - 4, 18 + 2 * 68 - 4)
+    sample.main('--out_dir=out/masked_scenes', '--score=True')
+    scores = json.loads(Path('out/masked_scenes/scores.json').read_text())
+    assert scores['nats/image, at most']['value'] < 64 * np.log(65536) + 1
+    for argument, message in (('--guidance=2', 'has not learnt to draw without a class'), ('--show=swap', 'needs a model of classes')):
+        with pytest.raises(UserError, match=message):
+            sample.main('--out_dir=out/masked_scenes', argument)
+
+
+def test_masked_texts(text_run, capsys):
+    train.main(**(GPT | dict(model='maskgit')), dataset='story', block_size=16, out_dir='out/masked_story')
+    assert Path('out/masked_story/sample_000002.txt').exists()
+    capsys.readouterr()
+    sample.main('--out_dir=out/masked_story', '--prompt=The cat', '--n=2')
+    assert [text.startswith('The cat') for text in capsys.readouterr().out.split('\n-----\n')] == [True, True]
+    sample.main('--out_dir=out/masked_story', '--prompt=The cat', '--after= mat.', '--gap=3')
+    assert ' mat.' in capsys.readouterr().out
+    sample.main('--out_dir=out/masked_story', '--score=True')
+    scores = json.loads(Path('out/masked_story/scores.json').read_text())
+    assert list(scores) == ['nats/token, at most'] and scores['nats/token, at most']['value'] < np.log(278) + 0.01
+    with pytest.raises(UserError, match='prompt, gap and after have 54 tokens, this model fills 16: shorten them'):
+        sample.main('--out_dir=out/masked_story', '--prompt=The cat', '--after= mat.')
+    with pytest.raises(UserError, match='complete and show are for models of pictures'):
+        sample.main('--out_dir=out/masked_story', '--complete=0.5')
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--steps=50'], 'steps=50: there are 49 tokens to fill'),
+    (['--steps=30', '--complete=0.5'], 'steps=30: there are 25 tokens to fill'),
+    (['--order=fast'], 'order is one of confidence, random, raster, halton'),
+    (['--shape=round'], 'shape is one of half, box, random'),
+    (['--prompt=hello'], 'prompt and after are for models of text'),
+    (['--score=True', '--against=broken.json'], "against='broken.json': not a scores.json"),
+    (['--chain=rgb>depth'], 'chain is a setting of fourm, this run is of maskgit'),
+    (['--choice_temperature=-1'], 'temperatures at least 0'),
+])
+def test_faults_of_masks(masked_digits, arguments, message):
+    Path('broken.json').write_text('[1]')
+    with pytest.raises(UserError, match=message):
+        sample.main(f'--out_dir={masked_digits}', *arguments)
+
+
 @pytest.mark.parametrize('arguments, message', [
     (['--given=sound'], "there is no modality 'sound'; this model has rgb, depth"),
     (['--chain=rgb>rgb'], "'rgb' stands twice"),
@@ -180,7 +286,7 @@ def test_digits(work, monkeypatch, capsys):
     (['--given=depth', '--image=own.png'], '--image gives the modality rgb'),
     (['--order=fast'], 'order is one of'),
     (['--n=-1'], 'n and steps must be at least 0'),
-    (['--temperature=-1'], 'temperature at least 0'),
+    (['--temperature=-1'], 'temperatures at least 0'),
     (['--checkpoint=ckpt_none.pt'], 'no such checkpoint'),
     (['--stepss=3'], "did you mean 'steps'"),
 ])

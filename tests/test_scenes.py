@@ -143,8 +143,8 @@ def test_user_pictures(work, tmp_path):
     with pytest.raises(UserError, match='wide.png: 64x48 pixels; give a square picture'):
         fields.read_image('rgb', tmp_path / 'wide.png')
     (tmp_path / 'text.png').write_text('no picture')
-    for path in ('text.png', 'absent.png'):
-        with pytest.raises(UserError, match=f'{path}: not a picture'):
+    for path, message in (('text.png', 'truncated, too large or not a picture'), ('absent.png', 'no such picture')):
+        with pytest.raises(UserError, match=f'{path}: {message}'):
             fields.read_image('rgb', tmp_path / path)
 
 

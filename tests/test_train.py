@@ -104,6 +104,34 @@ def test_micro_batches_do_not_change_the_step(here):
     assert lines('out/one')[-1]['tokens'] == lines('out/two')[-1]['tokens']
 
 
+@pytest.mark.parametrize('chapter', faults.CASES)
+def test_every_split_over_processes_is_the_same_step(tmp_path, monkeypatch, chapter):
+    """Four micro-batches on one process, two or four: the loss and every gradient of the first step, dropout included, to rounding."""
+    monkeypatch.chdir(tmp_path)
+    faults.make_data(chapter, faults.CASES[chapter][0])
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, most):
+        parameters = list(parameters)
+        torch.save([p.grad for p in parameters], f'gradients_{os.environ["WORLD_SIZE"]}_{os.environ["RANK"]}.pt')
+        return clip(parameters, most)
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', spy)
+    found = {}
+    for world in (1, 2, 4):
+        processes = [faults.start(chapter, f'out/{world}', dict(
+            WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='localhost', MASTER_PORT=str(29700 + world)),
+            micro_batch_size=2, max_iters=1, log_interval=1) for rank in range(world)]
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
+        found[world] = torch.load(f'gradients_{world}_0.pt')
+        line = next(line for line in lines(f'out/{world}') if 'train_loss' in line)
+        assert line['train_loss'] == pytest.approx(lines('out/1')[1]['train_loss'], rel=1e-6)
+    for world in (2, 4):
+        for a, b in zip(found[1], found[world]):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * a.abs().max().item() + 1e-12)
+
+
 def test_target_loss_stops(here, capsys):
     run('out/a', target_loss=100.0)
     assert 'target_loss after 0 tokens' in capsys.readouterr().out
@@ -442,7 +470,8 @@ def test_damaged_data(here):
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(dataset='scnes'), "dataset='scnes': there is neither data/scnes nor prepare/scnes.py"),
+    (dict(dataset='scnes'), "dataset='scnes': there is neither data/scnes/meta.json nor a script prepare/scnes.py"),
+    (dict(dataset='download'), 'nor a script prepare/download.py .there are fashion_mnist, mnist, scenes'),
     (dict(modalities='rgb:4:2x2'), 'modalities is decided by the data set'),
     (dict(use='rgb sound'), "there is no modality 'sound'"),
     (dict(micro_batch_size=3), 'does not split into micro-batches of 3'),

@@ -1,0 +1,9 @@
+model = 'maskgit'
+dataset = 'scenes'
+n_layer = 4
+n_head = 4
+n_embd = 128
+batch_size = 32
+max_iters = 600
+learning_rate = 6e-3
+eval_interval = 300

@@ -1,0 +1,10 @@
+model = 'maskgit'
+dataset = 'shakespeare'
+block_size = 128
+n_layer = 5
+n_head = 4
+n_embd = 128
+batch_size = 24
+max_iters = 1000
+learning_rate = 6e-3
+eval_interval = 500

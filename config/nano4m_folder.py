@@ -1,0 +1,9 @@
+# nano4M on your own pictures with captions (prepare/folder.py): any of rgb, grey, edges, palette, low, caption -> any other.
+# 2,000 steps x 16 pictures x (60 input + 190 target tokens) = 8 M tokens, 1.8 M parameters: for some thousand pictures.
+model = 'fourm'
+dataset = 'folder'
+target_slots = '192'  # about what a sample has left: 261 tokens of pictures, and a caption
+batch_size = 16
+micro_batch_size = 16
+max_iters = 2000
+eval_interval = 1000

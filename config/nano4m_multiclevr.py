@@ -1,0 +1,20 @@
+# nano4M on the course's data (prepare/multiclevr.py): rgb, depth, normal as 256 tokens of 64,000 codes each, scene_desc, caption.
+# The course's sizes: 6 + 6 layers of width 512, 128 + 128 tokens of a sample, 512 samples a step; 38,146 steps x 131,072 tokens =
+# 5,000 M. Here every slot holds a real token, where the course's padded ones held 64.5 + 64.5 on average: half as many steps,
+# --max_iters=19000, see as many. 40 M parameters instead of 110 M: codes are embedded and predicted by their digits.
+#     python -m prepare.multiclevr --source=.../datasets/clevr_com_304 && sbatch config/scitas.sbatch config/nano4m_multiclevr.py
+#     torchrun --nproc_per_node=2 train.py config/nano4m_multiclevr.py
+# Not run yet at this size. To compare: the course reports a loss of 3.5 (rgb 5.8, depth 4.05, normal 3.9, text 0.28).
+model = 'fourm'
+dataset = 'multiclevr'
+n_layer_encoder = 6
+n_layer_decoder = 6
+n_head = 8
+n_embd = 512
+input_slots = '128'  # '128,320' would also show a whole picture, 256 tokens, and a text: what rgb -> depth asks for
+target_slots = '128'
+batch_size = 512
+micro_batch_size = 128
+max_iters = 5000 * 10 ** 6 // (512 * (128 + 128))
+warmup_iters = 500
+eval_interval = 2000

@@ -1,0 +1,334 @@
+"""
+The course's data: MultiCLEVR as EPFL's COM-304 keeps it on SCITAS, tokenized already, packed into one array a field.
+
+    python -m prepare.multiclevr --source=ROOT                          ROOT/{train,val,test}/FOLDER/STEM.npy or .json
+    python -m prepare.multiclevr --source=ROOT --decoder=decoder.jit    also keeps the decoder that draws image tokens
+
+    rgb, depth, normal    tok_rgb@256, tok_depth@256, tok_normal@256: integers (10, 256), crops x the 16x16 tokens of each
+    scene_desc, caption   the same names: a list of ten texts
+
+The ten crops are aligned over all fields; they become the views of which train.py draws one a sample and step, and the first, the
+centre crop, is what evaluation sees. 50,000 samples are 250,000 small files: they are read once, checked, and written to
+memory-mapped arrays (n, 10, 256) and, since the vocabulary of a text is known only once all have been read, to texts.jsonl, one
+line a sample. So the number of lines says where a stopped run goes on. Then the texts become arrays (n, 10, L) of tokens.
+
+The image tokens are those of an external tokenizer with 64,000 codes. That is no list of codes but a product of levels, as in
+FSQ (2309.15505), whose usual choice for so many is 8, 8, 8, 5, 5, 5, the first channel the least significant digit of a code, as
+public implementations have it; the digits of chapter 3 run the other way, 5*5*5*8*8*8. The files themselves don't say so: this
+is an assumption. Were it wrong, no code would be lost or confused with another; digits would only share less of what is learned.
+"""
+import functools
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from array import array
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import config
+from config import UserError
+from prepare.scenes import caption, drawing, parse_text, scene_desc, score_objects, typical, words
+from prepare.text_tokenizers import decode_row, encode_rows, frequent_words, load_words, save_words
+
+SETTINGS = dict(source='', out='data/multiclevr', decoder='', workers=0)  # workers: processes; 0 is one a core
+FOLDERS = dict(rgb='tok_rgb@256', depth='tok_depth@256', normal='tok_normal@256', scene_desc='scene_desc', caption='caption')
+IMAGES, TEXTS = ('rgb', 'depth', 'normal'), ('scene_desc', 'caption')
+CROPS, SIDE, LEVELS, CODES = 10, 16, '5*5*5*8*8*8', 64000
+SHAPE = (CROPS, SIDE * SIDE)
+LONGEST = 2000  # characters; ten objects take about 800
+SHOWN = 128  # pixels of a drawn picture's side
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The course's files
+
+def path_of(source, split, name, stem):
+    return f'{source}/{split}/{FOLDERS[name]}/{stem}.{"npy" if name in IMAGES else "json"}'
+
+
+def find_stems(source, split):
+    """The names of a split's samples, sorted, which all fields must share."""
+    stems = {}
+    for name in FOLDERS:
+        folder, ending = os.path.split(path_of(source, split, name, ''))
+        try:
+            stems[name] = {file.removesuffix(ending) for file in os.listdir(folder) if file.endswith(ending) and file[0] != '.'}
+        except OSError:
+            raise UserError(f'{folder}: no such folder; --source=ROOT names the one that holds '
+                            f'train/{FOLDERS["rgb"]}/STEM.npy and its like')
+    every = set.union(*stems.values())
+    for name, there in stems.items():
+        if absent := sorted(every - there):
+            raise UserError(f'{path_of(source, split, name, absent[0])}: missing, while other fields have this sample '
+                            f'({len(absent):,} such of {len(every):,})')
+    if not every:
+        raise UserError(f'{source}/{split}: holds no samples')
+    return sorted(every)
+
+
+def read_bytes(path):
+    with open(path, 'rb', buffering=0) as file:  # half the time of Path.read_bytes
+        return file.read()
+
+
+@functools.lru_cache
+def read_header(header):
+    """Bytes that are the same in nearly all files -> (shape, column-major, dtype): parsing them takes longer than the rest."""
+    file = io.BytesIO(header)
+    np.lib.format.read_magic(file)
+    return np.lib.format.read_array_header_1_0(file)
+
+
+def read_tokens(path):
+    """A .npy file -> (10, 256) uint16. Raises UserError."""
+    try:
+        data = read_bytes(path)
+        start = 10 + int.from_bytes(data[8:10], 'little')
+        shape, column_major, dtype = read_header(data[:start])
+        if shape != SHAPE or dtype.kind not in 'iu':
+            raise UserError(f'{path}: {dtype} of shape {shape}, expected integers of shape {SHAPE}')
+        tokens = np.frombuffer(data, dtype, offset=start).reshape(shape, order='F' if column_major else 'C')
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f'{path}: unreadable, truncated or no .npy file ({error})')
+    if tokens.min() < 0 or tokens.max() >= CODES:
+        raise UserError(f'{path}: tokens from {tokens.min()} to {tokens.max()}, expected 0 to {CODES - 1}')
+    return tokens.astype(np.uint16)
+
+
+def read_texts(path):
+    """A .json file -> ten strings. Raises UserError."""
+    try:
+        texts = json.loads(read_bytes(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{path}: unreadable or no JSON ({error})')
+    if not isinstance(texts, list) or len(texts) != CROPS or not all(isinstance(text, str) for text in texts):
+        raise UserError(f'{path}: expected a list of {CROPS} strings')
+    if max(map(len, texts)) > LONGEST:  # one such would make all rows as long
+        raise UserError(f'{path}: a text of {max(map(len, texts)):,} characters, at most {LONGEST:,} are expected')
+    return texts
+
+
+def read_chunk(job):
+    """Some samples: tokens (3, n, 10, 256), and their lines of texts.jsonl, [stem, scene_descs, captions]."""
+    source, split, stems = job
+    tokens = [[read_tokens(path_of(source, split, name, stem)) for stem in stems] for name in IMAGES]
+    return np.array(tokens), [json.dumps([stem, *(read_texts(path_of(source, split, name, stem)) for name in TEXTS)]) + '\n'
+                              for stem in stems]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+
+def count_done(path, stems):
+    """How many samples a stopped run has left in texts.jsonl; a line that was cut off is removed."""
+    done = end = 0
+    path.touch()
+    with open(path, 'rb') as file:
+        for line in file:
+            if not line.endswith(b'\n'):
+                break
+            if done == len(stems) or json.loads(line)[0] != stems[done]:
+                raise UserError(f'{path}: begun with other samples than those of --source; delete {path.parent.parent}, or '
+                                'choose another --out')
+            done, end = done + 1, end + len(line)
+    os.truncate(path, end)
+    return done
+
+
+def pack(source, folder, split, stems, pool, size=50):
+    """Reads what is left to read of a split into FIELD.npy and texts.jsonl; the lines of a chunk come last."""
+    path = folder / split
+    path.mkdir(parents=True, exist_ok=True)
+    done = count_done(path / 'texts.jsonl', stems)
+    try:
+        arrays = [np.lib.format.open_memmap(path / f'{name}.npy', 'r+' if done else 'w+', np.uint16, (len(stems), *SHAPE))
+                  for name in IMAGES]
+        assert all(len(array) == len(stems) for array in arrays), 'samples were added to the source since'
+    except (OSError, ValueError, AssertionError) as error:
+        raise UserError(f'{path}: what an earlier run left does not fit ({error}); delete {folder}, or choose another --out')
+    jobs = [(source, split, stems[start:start + size]) for start in range(done, len(stems), size)]
+    bar = tqdm(total=len(stems), initial=done, desc=f'pack {split}', unit='sample')
+    with bar, open(path / 'texts.jsonl', 'a') as file:
+        for tokens, lines in (pool.imap if pool else map)(read_chunk, jobs):
+            for whole, part in zip(arrays, tokens):
+                whole[done:done + len(lines)] = part
+            file.write(''.join(lines))
+            file.flush()
+            done += len(lines)
+            bar.update(len(lines))
+
+
+def lines_of(folder, split):
+    """(scene_descs, captions) of each sample, from texts.jsonl."""
+    with open(folder / split / 'texts.jsonl') as file:
+        for line in file:
+            yield json.loads(line)[1:]
+
+
+def encode_texts(folder, splits):
+    """texts.jsonl -> FIELD.npy (n, 10, L) of both text fields, L the longest text of all splits. Returns {name: (V, L)}."""
+    save_words(folder / 'scene_desc.json', words('scene_desc', 256, 10))
+    save_words(folder / 'caption.json', frequent_words(text for _, texts in lines_of(folder, 'train') for text in texts))
+    encodings, flat = [load_words(folder / f'{name}.json') for name in TEXTS], {}
+    for split in splits:
+        flat[split] = [(array('h'), array('h')) for _ in TEXTS]  # all tokens, and how many each text has
+        for sample in tqdm(lines_of(folder, split), f'tokenize {split}', unit='sample'):
+            for (tokens, lengths), encoding, texts in zip(flat[split], encodings, sample):
+                for text in texts:
+                    ids = encoding.encode_ordinary(text) + [encoding.n_vocab - 1]
+                    tokens.fromlist(ids)
+                    lengths.append(len(ids))
+    sizes = {}
+    for i, (name, encoding) in enumerate(zip(TEXTS, encodings)):
+        L = max(max(flat[split][i][1]) for split in splits)
+        for split in splits:
+            tokens, lengths = (np.array(part) for part in flat[split][i])
+            rows = np.full((len(lengths), L), -1, np.int16)
+            rows[np.arange(L) < lengths[:, None]] = tokens
+            np.save(folder / split / f'{name}.npy', rows.reshape(-1, CROPS, L))
+        sizes[name] = encoding.n_vocab, L
+    return sizes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder as sample.py sees it; of each sample the first view
+
+def digits(tokens):
+    """Tokens (...) -> the digits of their codes (6, ...)."""
+    return np.array(np.unravel_index(tokens, [int(level) for level in LEVELS.split('*')]))
+
+
+class Fields:
+    """Decodes, encodes, draws and scores the tokens of a data folder. `raw` values: texts a list of n strings, images their
+    tokens (n, 256): only an external decoder can tell more of them. That is decoder.jit in the folder, a TorchScript file that
+    turns integers (B, 16, 16) into pictures (B, 3, H, W) from -1 to 1."""
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.encodings = {name: load_words(self.folder / f'{name}.json') for name in TEXTS}
+
+    @functools.cached_property
+    def decoder(self):
+        path = self.folder / 'decoder.jit'
+        try:
+            return torch.jit.load(path, map_location='cpu').eval() if path.is_file() else None
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f'{path}: not a TorchScript file ({str(error).splitlines()[0]}); delete it to draw without')
+
+    def load(self, split, name):
+        path = self.folder / split / f'{name}.npy'
+        try:
+            return np.load(path, mmap_mode='r')[:, 0]
+        except (OSError, ValueError, IndexError) as error:
+            raise UserError(f'{path}: missing or damaged ({error}); delete {self.folder} to make it anew')
+
+    def truth(self, split, name, index):
+        return self.decode(name, torch.from_numpy(self.load(split, name)[index].astype(np.int64)))
+
+    def decode(self, name, ids):
+        """Token ids (n, size) -> raw values."""
+        return [decode_row(self.encodings[name], row) for row in ids.tolist()] if name in TEXTS else ids.cpu().numpy()
+
+    def read_text(self, name, text):
+        """A user's text -> token ids (1, size)."""
+        return torch.from_numpy(encode_rows(self.encodings[name], [text], self.load('val', name).shape[1])).long()
+
+    def read_image(self, name, path):
+        raise UserError(f'{path}: pictures of your own need the tokenizer that made MultiCLEVR\'s tokens; give a text instead')
+
+    @functools.cached_property
+    def side(self):
+        """Pixels of a side of the pictures that scene_desc tells of: just above the largest coordinate."""
+        return 1 + max((int(row[4:].max()) for row in chain(*self.some_objects('scene_desc'))), default=255)
+
+    def some_objects(self, name):
+        return [parse_text(name, text) for text in self.truth('train', name, slice(2000))]
+
+    def picture(self, name, raw):
+        """One raw value as an RGB picture (H, W, 3) uint8."""
+        if name in TEXTS:
+            return drawing(name, raw, self.side)
+        if self.decoder:
+            return self.rebuild(torch.from_numpy(raw).long())
+        mosaic = (digits(raw)[3:].T * 255 // 7).astype(np.uint8).reshape(SIDE, SIDE, 3)  # three channels as colours
+        return mosaic.repeat(SHOWN // SIDE, 0).repeat(SHOWN // SIDE, 1)
+
+    @torch.no_grad()
+    def rebuild(self, tokens):
+        """Tokens (256,) -> (128, 128, 3) uint8 by the external decoder."""
+        try:
+            image = self.decoder(tokens.view(1, SIDE, SIDE))
+            pixels = ((image[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            return np.asarray(Image.fromarray(pixels).resize((SHOWN, SHOWN), Image.BOX))
+        except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f'{self.folder}/decoder.jit: cannot turn integers (1, {SIDE}, {SIDE}) into a picture (1, 3, H, W): '
+                            f'{str(error).strip().splitlines()[-1]}')
+
+    def score(self, name, raw, split, index):
+        """Texts: attributes, objects and scenes right, as in prepare/scenes.py; images: the share of tokens that are the true
+        ones, and of their digits. Returns {metric: (n, k, 2)}, numerators and denominators."""
+        truth = self.truth(split, name, index)
+        if name in TEXTS:
+            return score_objects(*([parse_text(name, text) for text in texts] for texts in (truth, raw)))
+        same = dict(tokens=(truth == raw)[None], digits=digits(truth) == digits(raw))  # (1 or 6, n, 256)
+        return {key: np.stack((right.mean((0, 2)), np.ones(len(raw))), -1)[:, None] for key, right in same.items()}
+
+    def baseline(self, name, split, index):
+        """Raw values by a predictor that sees nothing: at each place the training set's most frequent token; the most frequent
+        objects, or no text where captions don't tell of any."""
+        if name in IMAGES:
+            tokens = self.truth('train', name, slice(2000))
+            return np.repeat([[np.bincount(column).argmax() for column in tokens.T]], len(index), 0)
+        objects = self.some_objects(name)
+        table = np.full((len(objects), max(map(len, objects)), 6), -1)
+        for row, some in zip(table, objects):
+            row[:len(some)] = np.where(some < 0, 0, some)  # 0 for what this text never tells: sizes, positions
+        return [dict(caption=caption, scene_desc=scene_desc)[name](rows) if (rows := typical(table)) else ''] * len(index)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making it
+
+def main(*arguments, **overrides):
+    settings = config.apply(config.read(arguments, overrides), SETTINGS)
+    source, folder = settings['source'], Path(settings['out'])
+    if settings['decoder'] and not Path(settings['decoder']).is_file():
+        raise UserError(f'--decoder={settings["decoder"]}: no such file')
+    if (folder / 'meta.json').is_file():
+        print(f'{folder} is complete; to pack another source, choose another --out')
+    elif not source:
+        raise UserError('MultiCLEVR is no public download: --source=ROOT names the folder with its train, val and test')
+    else:
+        splits = [split for split in ('train', 'val', 'test') if split != 'test' or Path(source, split).is_dir()]
+        stems = {split: find_stems(source, split) for split in splits}
+        workers = settings['workers'] or torch.get_num_threads()
+        with multiprocessing.get_context('spawn').Pool(workers) if workers > 1 else nullcontext() as pool:
+            for split in splits:
+                pack(source, folder, split, stems[split], pool)
+        sizes = encode_texts(folder, splits)
+        entries = [f'{name}:{LEVELS}:{SIDE}x{SIDE}' for name in IMAGES] + [f'{name}:{V}:{L}' for name, (V, L) in sizes.items()]
+        fields = {name: CODES for name in IMAGES} | {name: V for name, (V, _) in sizes.items()}
+        meta = dict(kind='rows', prepare='multiclevr', fields=fields, views=dict.fromkeys(fields, CROPS),
+                    config=dict(modalities=' '.join(entries)), settings=dict(source=source))
+        (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
+        for split in splits:
+            (folder / split / 'texts.jsonl').unlink()
+    if settings['decoder']:
+        shutil.copyfile(settings['decoder'], folder / 'decoder.jit')
+
+
+if __name__ == '__main__':
+    try:
+        main(*sys.argv[1:])
+    except (UserError, OSError) as error:
+        sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit('stopped; the same command goes on from here')

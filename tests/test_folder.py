@@ -1,0 +1,130 @@
+"""A folder of pictures of all kinds: modalities, faults, a run."""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+from config import UserError
+from prepare import folder
+from prepare.folder import COLORS, MAKE, color_tokens, edges, grey, low, palette, shorten, squares, token_colors
+from prepare.text_tokenizers import train_bpe
+
+HALVES = np.zeros((1, 16, 16, 3), np.uint8)  # left black, right red
+HALVES[:, :, 8:, 0] = 255
+
+
+def make_folder(root):
+    """24 pictures in several modes and formats, and five that cannot be used."""
+    random, modes = np.random.default_rng(0), ('RGB', 'RGBA', 'L', 'CMYK', 'P', 'LA', '1')
+    (root / 'more').mkdir(parents=True)
+    for i in range(24):
+        mode = modes[i % len(modes)]
+        pixels = random.integers(0, 128, (20, 30, 1)) + np.linspace(0, 120, 30)[:, None] * random.random(3)
+        path = root / ('more' if i % 2 else '') / f'{i}{".JPG" if mode in ("RGB", "CMYK", "L") else ".png"}'
+        Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(path)
+        path.with_suffix('.txt').write_text(f'a {mode} picture,\nthe number {i} of all')
+    (root / 'cut.jpg').write_bytes(path.read_bytes()[:-100])
+    (root / 'text.jpg').write_text('no picture')
+    Image.new('RGB', (8, 8)).save(root / 'latin.png')
+    for name in ('cut', 'text', 'gone'):
+        (root / f'{name}.txt').write_text('a caption')
+    (root / 'latin.txt').write_bytes('élan'.encode('latin-1'))
+    Image.new('RGB', (8, 8)).save(root / 'mute.png')
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory):
+    """A working folder with data/folder."""
+    here, before = tmp_path_factory.mktemp('work'), Path.cwd()
+    (here / 'prepare').symlink_to(before / 'prepare')
+    os.chdir(here)
+    make_folder(here / 'mine')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder.train_tokenizer, '__defaults__', (0, 8))  # pictures a step
+        folder.main('--source=mine', size=32, views=2, steps=4)
+    yield here
+    os.chdir(before)
+
+
+def test_modalities():
+    assert grey(HALVES)[0, 0, ::15, 0].tolist() == [0, 76]
+    found = edges(HALVES)[0, :, :, 0]
+    assert (found[:, 7:9] == int(4 * 76 / 3.2)).all() and found.sum() == 2 * found[:, 7].sum()  # the seam and nothing else
+    assert (edges(HALVES.swapaxes(1, 2))[0, :, :, 0] == found.T).all()
+    colors = palette(HALVES)[0, 0]
+    assert colors.shape == (5, 3) and {tuple(color) for color in colors.tolist()} == {(0, 0, 0), (255, 0, 0)}
+    small = low(HALVES)
+    assert small.shape == (1, 8, 8, 3) and small[0, 0, ::7, 0].tolist() == [0, 255]
+    assert color_tokens(small)[0, ::7][:2].tolist() == [0, 15 * 256]
+    pixels = 17 * np.random.default_rng(0).integers(0, 16, (2, 1, 5, 3)).astype(np.uint8)
+    assert (token_colors(color_tokens(pixels), (1, 5)) == pixels).all()
+
+
+def test_views_are_squares():
+    wide = Image.fromarray(np.tile(np.arange(90, dtype=np.uint8)[None, :, None], (30, 1, 3)))
+    views = squares(wide, 10, 20, np.random.default_rng(0))
+    assert views.shape == (20, 10, 10, 3) and views[0].mean() == pytest.approx(44.5, abs=1)
+    assert np.ptp(views[:, :, :, 0].mean((1, 2))) > 20  # everywhere
+    assert squares(Image.new('RGB', (1, 700)), 8, 3, np.random.default_rng(0)).shape == (3, 8, 8, 3)
+
+
+def test_captions_are_shortened_by_words():
+    encoding = train_bpe(['the cat sat on the mat. ' * 20], 300)
+    short = shorten('the cat sat on the mat', encoding, 4)
+    assert 'the cat sat on the mat'.startswith(short + ' ') and len(encoding.encode_ordinary(short)) < 4
+    assert shorten('the', encoding, 4) == 'the' and shorten('x' * 99, encoding, 4) == ''
+
+
+def test_faults_are_named_and_left_out(work, tmp_path, capsys):
+    make_folder(tmp_path / 'mine')
+    pictures, captions = folder.read_folder(tmp_path / 'mine', 8, 1, np.random.default_rng(0))
+    assert len(pictures) == len(captions) == 24 and 'a RGBA picture, the number 1 of all' in captions
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    for line in ('gone.txt: no picture beside it', 'cut.jpg: truncated', 'text.jpg: truncated', 'latin.txt: no caption',
+                 'mute.txt: no caption'):
+        assert any(line in found for found in lines), line
+    with pytest.raises(UserError, match='0 pictures with captions'):
+        folder.read_folder(tmp_path / 'mine/none', 8, 1, None)
+    for settings, line in ((dict(source=''), 'name a folder'), (dict(source='mine', size=20), 'size must be a multiple of 8'),
+                           (dict(source='mine'), 'exists already')):
+        with pytest.raises(UserError, match=line):
+            folder.main(**settings)
+
+
+def test_the_folder(work):
+    meta = json.loads(Path('data/folder/meta.json').read_text())
+    fields = folder.Fields('data/folder')
+    random = np.arange(2)
+    for name in [*MAKE, 'caption']:
+        ids, truth = fields.load('val', name), fields.truth('val', name, random)
+        assert ids.shape[0] == 2 and ids.max() < meta['fields'][name]
+        raw = fields.decode(name, torch.from_numpy(np.array(ids)).long())
+        assert raw == truth if name == 'caption' else raw.shape == truth.shape and raw.dtype == np.uint8
+        assert fields.picture(name, raw[0]).shape == ((128, 128, 3) if name == 'caption' else (32, 32, 3))
+        perfect, blind = (fields.score(name, values, 'val', random) for values in (truth, fields.baseline(name, 'val', random)))
+        for key, parts in perfect.items():
+            assert parts[:, 0, 0].tolist() == ([0, 0] if key == 'error' else parts[:, 0, 1].tolist())
+            assert blind[key].shape == parts.shape
+        if name in COLORS:
+            assert np.abs(raw.astype(int) - truth).max() < 16  # four bits of eight
+
+
+def test_a_run(work, capsys):
+    train.main(model='fourm', dataset='folder', n_layer_encoder=1, n_layer_decoder=1, n_embd=32, n_head=2, input_slots='64',
+               target_slots='64', batch_size=4, max_iters=2, device='cpu', dtype='float32', compile=False, out_dir='out/mine')
+    assert Path('out/mine/sample_000002.png').is_file()
+    sample.main('--out_dir=out/mine', '--n=2', '--given=grey', '--image=mine/more/1.png', '--target=low,palette')
+    sample.main('--out_dir=out/mine', '--n=2', '--given=caption', '--text=a picture', '--target=edges')
+    assert 'caption: a picture\n' in capsys.readouterr().out
+    sample.main('--out_dir=out/mine', '--score=True', '--n_score=2', '--given=rgb', '--target=caption,palette')
+    scores = json.loads(Path('out/mine/scores.json').read_text())
+    assert scores['rgb>caption/words']['ceiling'] == 1 and scores['rgb>palette/error']['ceiling'] < 16
+    train.main(model='gpt', dataset='folder', n_layer=1, n_embd=32, n_head=2, batch_size=4, max_iters=1, device='cpu',
+               dtype='float32', compile=False, pictures=False, out_dir='out/gpt')  # other chapters read tokens, or pixels
