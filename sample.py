@@ -539,15 +539,17 @@ def score_fourm(model, fields, settings, data, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Flow
 
-COUNTS = (1, 2, 4, 10, 20, 50, 100)  # evaluations of the network, in pictures and scores
+COUNTS = (1, 2, 4, 10, 20, 50, 100)  # evaluations of the network in pictures; the first five also in scores
 SCALES = (0, 1, 1.5, 2, 3, 5, 10)    # of guidance
 
 
 def follow(model, labels, settings):
     """model.generate as the settings say, for labels (n,): the trajectory (steps + 1, n, ...), and evaluations of the network.
-    What is left open: 20 evaluations, by Euler's method; a single one where the model knows mean velocities."""
+    What is left open: 20 evaluations, by Euler's method, guidance 2 where there are classes; a single evaluation, without guidance,
+    where the model knows mean velocities."""
     device, mean = model.net.head.weight.device, model.config.mean > 0
     method = settings['method'] or ('jump' if mean else 'euler')
+    guidance = settings['guidance'] or (2.0 if model.config.label_drop and model.config.n_classes and not mean else 1.0)
     steps = settings['steps'] or (1 if method == 'jump' else 10 if method in ('midpoint', 'heun') else 20)
     try:
         interval = tuple(map(float, settings['interval'].split(',')))
@@ -555,7 +557,7 @@ def follow(model, labels, settings):
             raise ValueError(f'interval={settings["interval"]!r}: write two times between 0 and 1, as in 0.1,0.8')
         with exact(settings, device):
             trajectory, evaluations = model.generate(
-                torch.as_tensor(labels, device=device), steps, method, settings['guidance'] or 1.0, interval,
+                torch.as_tensor(labels, device=device), steps, method, guidance, interval,
                 torch.Generator(device).manual_seed(settings['seed']))
     except ValueError as error:
         raise UserError(str(error))
@@ -677,7 +679,7 @@ def score_pictures(model, fields, settings, data):
     if not config.n_classes:
         return scores
     labels = np.arange(settings['n_score']) % config.n_classes
-    for count in [settings['steps']] if settings['steps'] else COUNTS[:-1]:
+    for count in [settings['steps']] if settings['steps'] else COUNTS[:5]:
         started = time.perf_counter()
         drawn = flow_samples(model, labels, settings | dict(steps=count))
         seconds = (time.perf_counter() - started) / len(labels)
@@ -742,6 +744,8 @@ def check(settings, model):
 
 BINARY = dict(  # (model, fields, labels, settings) -> binary pictures (n, 14, 14), whatever the chapter works on
     gpt=lambda model, fields, labels, settings: fields.decode(generate_pictures(model, settings, labels[:, None])),
+    maskgit=lambda model, fields, labels, settings: fields.decode(
+        fill(model, settings, torch.full((len(labels), model.N), -1), torch.from_numpy(labels))),
     flow=lambda model, fields, labels, settings: fields.binary(flow_samples(model, labels, settings)))
 
 
