@@ -1,14 +1,15 @@
 """
-What the parts of chapters 1 to 3 cost on this machine, each beside the plain way to do the same.
+What the parts of the chapters cost on this machine, each beside the plain way to do the same.
 
     python bench.py                           all of it, about five minutes on two CPU cores
-    python bench.py --part=generation         training, generation, unmasking, cross_entropy or padding
+    python bench.py --part=generation         training, generation, unmasking, cross_entropy, padding or answers
 
 Training: a step of the GPT of config/gpt_shakespeare.py, float32 and eager against bfloat16 and compiled. Generation: with a KV
 cache against running the whole context for every token, and by batch. Unmasking: pictures of 49 tokens by MaskGIT in a few steps
 against a GPT of the same size with its cache. Cross-entropy: a large vocabulary with all logits at once against chunks of rows.
 Padding: nano4M with every slot filled and codes by their digits against the same model with padded slots and one head for all
-codes, 64 real targets a sample. Times are medians; both sides are checked to compute the same thing.
+codes, 64 real targets a sample. Answers: 32 questions about four pictures, each looked at once, against all anew for each token.
+Times are medians; both sides are checked to compute the same thing.
 """
 import multiprocessing
 import resource
@@ -27,9 +28,11 @@ import sample
 import train
 from config import UserError
 from gpt import GPT, Config, cross_entropy, norm
+from vlm import VLM
+from vlm import Config as VLMConfig
 
 SETTINGS = dict(
-    part='all',               # training, generation, unmasking, cross_entropy, padding
+    part='all',               # training, generation, unmasking, cross_entropy, padding, answers
     device='auto',
     n_layer=6, n_head=4, n_embd=256,
     n_kv_head=0,              # fewer heads of keys and values make the cache smaller; 0 is n_head
@@ -55,8 +58,8 @@ def median_seconds(run, device, repeats):
     return statistics.median(times[1:])
 
 
-def report(name, seconds, tokens, against):
-    print(f'{name:44}{seconds:10.3f} s{tokens / seconds:12,.0f} tokens/s{against / seconds * tokens:8.2f} x', flush=True)
+def report(name, seconds, tokens, against, unit='tokens'):
+    print(f'{name:44}{seconds:10.3f} s{tokens / seconds:12,.0f} {unit}/s{against / seconds * tokens:8.2f} x', flush=True)
 
 
 def sizes(settings):
@@ -165,7 +168,7 @@ def gradient_of_head(chunked, settings, device, queue):
 
     def step():
         x.grad = head.grad = None
-        loss = cross_entropy(x, head, targets, most=2 ** 24 if chunked else settings['rows'] * V) / len(x)
+        loss = cross_entropy(x, head, targets, most=2 ** 24 if chunked else settings['rows'] * V).mean()
         loss.backward()
         return loss
     took = median_seconds(step, device, 3)
@@ -255,8 +258,32 @@ def bench_padding(settings, device):
     assert max(losses) - min(losses) < 1e-3  # ln 64,000
 
 
+@torch.no_grad()
+def bench_answers(settings, device):
+    """The model of config/vlm_scenes.py, 8 questions of 10 tokens about each of 4 pictures, answers of two tokens."""
+    model, picture = VLM(VLMConfig(vocab_size=341, image_token=340, block_size=128)).to(device).eval(), 340
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    images, questions = (torch.randint(256, shape, device=device) for shape in ((4, 1, 64, 64, 3), (32, 10)))
+
+    def fast():
+        return model.generate(questions, model.read(questions.new_full((4, 1), picture), images, 8), 2)
+
+    def slow():
+        tokens = torch.cat((questions.new_full((32, model.P), picture), questions), 1)
+        for _ in range(2):
+            x = model.trunk(tokens, model.look(images.repeat_interleave(8, 0)))
+            tokens = torch.cat((tokens, model.language.logits(x[:, -1])[:, :picture].argmax(-1, keepdim=True)), 1)
+        return tokens[:, -2:]
+    assert torch.equal(fast(), slow())
+    seconds = median_seconds(slow, device, settings['repeats'])
+    report('32 answers, all anew for each token', seconds, 32, seconds / 32, 'answers')
+    took = median_seconds(fast, device, settings['repeats'])
+    report('32 answers, one look a picture and a cache', took, 32, seconds / 32, 'answers')
+
+
 PARTS = dict(training=bench_training, generation=bench_generation, unmasking=bench_unmasking, cross_entropy=bench_cross_entropy,
-             padding=bench_padding)
+             padding=bench_padding, answers=bench_answers)
 
 
 def main(*arguments, **overrides):

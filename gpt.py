@@ -33,12 +33,13 @@ class Config:
     n_head: int = 4        # nh, attention heads a block; the head size hd is n_embd / n_head
     n_embd: int = 256      # D, the width
     dropout: float = 0.0   # on the output of each residual branch; worth having once the data is seen many times
-    # what real weights need (prepare/smollm2.py) and models of our own may leave as it is
+    # what real weights need (prepare/smollm2.py, prepare/siglip.py) and models of our own may leave as it is
     n_kv_head: int = 0           # heads of keys and values, each shared by n_head / n_kv_head query heads; 0 is n_head
-    mlp: str = 'relu2'           # or swiglu
+    mlp: str = 'relu2'           # or swiglu, gelu_tanh
     mlp_width: int = 0           # hidden units of the MLP; 0 is 4 n_embd
     qk_norm: bool = True         # normalise queries and keys
-    rope_theta: float = 10000.0  # the slowest rotary pair turns once in about 2 pi theta tokens
+    bias: bool = False           # a vector added to what each matrix of a block gives
+    rope_theta: float = 10000.0  # the slowest rotary pair turns once in about 2 pi theta tokens; 0 turns none
     norm_eps: float = 1e-6       # of RMSNorm
     token_shift: bool = True     # each token also brings a share of its predecessor's embedding
     tied: bool = False           # one matrix is both embedding and head
@@ -57,11 +58,12 @@ def rotary(coordinates, head_size, theta):
     """Angles of the rotary embedding (arXiv 2104.09864, section 3.2), for any number of axes.
 
     coordinates (..., A): a token's place on each of A axes (1 for text, row and column for a picture). The hd / 2 pairs of
-    a head are dealt out to the axes in turn, each axis from fast to slow frequencies. Returns cos, sin (..., hd / 2).
+    a head are dealt out to the axes in turn, each axis from fast to slow frequencies; theta 0 turns nothing. Returns cos, sin
+    (..., hd / 2).
     """
     n_axes, pairs = coordinates.size(-1), head_size // 2
     axis = torch.arange(pairs) % n_axes
-    frequency = theta ** -((torch.arange(pairs) // n_axes) / (pairs / n_axes))
+    frequency = theta ** -((torch.arange(pairs) // n_axes) / (pairs / n_axes)) if theta else torch.zeros(pairs)
     angle = coordinates[..., axis].float() * frequency.to(coordinates.device)  # (..., hd / 2)
     return angle.cos(), angle.sin()
 
@@ -82,16 +84,16 @@ class Attention(nn.Module):
     token sees every other. Training never passes a mask, so that the fastest kernel always applies. With fewer heads of keys
     and values than of queries (arXiv 2305.13245) the cache of generation shrinks by the same factor.
     """
-    def __init__(self, n_embd, n_head, n_kv_head=0, cross=False, qk_norm=True):
+    def __init__(self, n_embd, n_head, n_kv_head=0, cross=False, qk_norm=True, bias=False):
         super().__init__()
         n_kv_head = n_kv_head or n_head
         assert n_embd % (2 * n_head) == 0, f'n_embd={n_embd} must be a multiple of 2 * n_head={2 * n_head}'
         assert n_head % n_kv_head == 0, f'n_head={n_head} must be a multiple of n_kv_head={n_kv_head}'
         self.head_size, self.grouped, self.qk_norm = n_embd // n_head, n_kv_head < n_head, qk_norm
         self.sizes = [n_embd, n_kv_head * self.head_size, n_kv_head * self.head_size]  # rows of queries, keys, values
-        self.q = nn.Linear(n_embd, n_embd, bias=False) if cross else None
-        self.qkv = nn.Linear(n_embd, sum(self.sizes[cross:]), bias=False)  # one matmul; cross: keys and values
-        self.out = nn.Linear(n_embd, n_embd, bias=False)
+        self.q = nn.Linear(n_embd, n_embd, bias) if cross else None
+        self.qkv = nn.Linear(n_embd, sum(self.sizes[cross:]), bias)  # one matmul; cross: keys and values
+        self.out = nn.Linear(n_embd, n_embd, bias)
         nn.init.zeros_(self.out.weight)  # a block starts as the identity
         # keys start equal to queries: a token first looks at what is like it and near it
         queries = (self.q if cross else self.qkv).weight.data[:n_embd].view(n_kv_head, -1, self.head_size, n_embd)
@@ -123,20 +125,21 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Two layers with ReLU^2 between them: sparse, and cheaper than a gated unit of equal quality (arXiv 2109.08668); or, for
-    weights that come with it, the gated SwiGLU (arXiv 2002.05202)."""
-    def __init__(self, n_embd, width=0, kind='relu2'):
+    weights that come with it, the gated SwiGLU (arXiv 2002.05202) or GELU by its tanh formula (1606.08415)."""
+    def __init__(self, n_embd, width=0, kind='relu2', bias=False):
         super().__init__()
-        assert kind in ('relu2', 'swiglu'), f'mlp={kind!r} must be relu2 or swiglu'
-        width, self.gated = width or 4 * n_embd, kind == 'swiglu'
-        self.up = nn.Linear(n_embd, 2 * width if self.gated else width, bias=False)  # gated: the gate's rows come first
-        self.down = nn.Linear(width, n_embd, bias=False)
+        assert kind in ('relu2', 'swiglu', 'gelu_tanh'), f'mlp={kind!r} must be relu2, swiglu or gelu_tanh'
+        width, self.kind = width or 4 * n_embd, kind
+        self.up = nn.Linear(n_embd, 2 * width if kind == 'swiglu' else width, bias)  # gated: the gate's rows come first
+        self.down = nn.Linear(width, n_embd, bias)
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
-        if self.gated:
+        if self.kind == 'swiglu':
             gate, x = self.up(x).chunk(2, dim=-1)
             return self.down(F.silu(gate) * x)
-        return self.down(F.relu(self.up(x)).square())
+        x = self.up(x)
+        return self.down(F.relu(x).square() if self.kind == 'relu2' else F.gelu(x, approximate='tanh'))
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -190,8 +193,8 @@ class Block(nn.Module):
     """Look around (attention), then think (MLP); both add to the residual stream."""
     def __init__(self, config):
         super().__init__()
-        self.attention = Attention(config.n_embd, config.n_head, config.n_kv_head, qk_norm=config.qk_norm)
-        self.mlp = MLP(config.n_embd, config.mlp_width, config.mlp)
+        self.attention = Attention(config.n_embd, config.n_head, config.n_kv_head, qk_norm=config.qk_norm, bias=config.bias)
+        self.mlp = MLP(config.n_embd, config.mlp_width, config.mlp, config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.eps = config.norm_eps
 
@@ -203,8 +206,8 @@ class Block(nn.Module):
 class KVCache:
     """Keys and values of all layers for up to `length` positions, so that each new token costs one position's work.
 
-    Prompts of different lengths are filled up in front with -1, which no token sees: rotary angles count differences only,
-    so that it does not matter where in the cache a text begins.
+    Prompts of different lengths (`ragged`) are filled up in front with -1, which no token sees and no token's place counts: a
+    token's place is the number of real ones before it.
     """
     def __init__(self, length, ragged=False):
         self.length, self.ragged, self.filled, self.store, self.valid, self.last = length, ragged, 0, {}, None, None
@@ -231,19 +234,30 @@ class KVCache:
             seen = seen & self.valid[:, None] | (place == place[start:, None])  # each sees itself: no row without a key
         return False, seen.view(-1, 1, T, start + T)
 
+    def places(self, T):
+        """Of the T newest tokens, once `mask` has seen them: a slice, or (B, T)."""
+        if self.ragged:
+            return (self.valid.cumsum(1)[:, -T:] - 1).clamp(min=0)
+        return slice(self.filled, self.filled + T)
+
+    def repeat(self, n):
+        """Each row n times, so that n texts can go on from what one row has read."""
+        self.store = {layer: store.repeat_interleave(n, 1) for layer, store in self.store.items()}
+        self.valid, self.last = (x if x is None else x.repeat_interleave(n, 0) for x in (self.valid, self.last))
+
 
 def cross_entropy(x, head, targets, softcap=0.0, most=2 ** 24):
-    """The sum of -ln p(target) in nats over rows x (R, D) with a head (V, D); targets (R,), -1 is none.
+    """-ln p(target) in nats (R,) of rows x (R, D) with a head (V, D); targets (R,), -1 is none and costs 0.
 
     At most `most` logits exist at a time: where R x V is more, rows are taken in chunks, whose logits are thrown away and
     computed anew in the backward pass. A vocabulary of 64k so needs megabytes where it took gigabytes.
     """
     def nll(x, targets):
-        return F.cross_entropy(cap(F.linear(x, head), softcap), targets, ignore_index=-1, reduction='sum')
+        return F.cross_entropy(cap(F.linear(x, head), softcap), targets, ignore_index=-1, reduction='none')
     rows = max(1, most // len(head))
     if len(x) <= rows:
         return nll(x, targets)
-    return sum(checkpoint(nll, *part, use_reentrant=False) for part in zip(x.split(rows), targets.split(rows)))
+    return torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in zip(x.split(rows), targets.split(rows))])
 
 
 def cap(logits, softcap):
@@ -270,25 +284,27 @@ class GPT(nn.Module):
         turn = rotary(torch.arange(config.block_size)[:, None], config.n_embd // config.n_head, config.rope_theta)
         self.register_buffer('turn', torch.stack(turn), persistent=False)  # (2, T, hd / 2)
 
-    def embed(self, tokens, cache=None):
-        """tokens (B, T) -> (B, T, D). With token shift (RWKV, arXiv 2305.13048, section 3.1) each brings a share of the embedding
-        before it, so that the first block already sees pairs of tokens, which a head would first have to learn to fetch."""
-        x = self.embedding(tokens.clamp(min=0))
+    def embed(self, tokens, cache=None, x=None):
+        """tokens (B, T), or what stands for them, x (B, T, D) -> (B, T, D). With token shift (RWKV, arXiv 2305.13048, section
+        3.1) each brings a share of the embedding before it, so that the first block already sees pairs of tokens, which a head
+        would first have to learn to fetch."""
+        x = self.embedding(tokens.clamp(min=0)) if x is None else x
         if not self.config.token_shift:
             return x
-        if cache and cache.ragged:
-            x = x * (tokens >= 0)[..., None]  # before a text there is nothing
         before = cache.last if cache and cache.filled else torch.zeros_like(x[:, :1])
+        if cache and cache.ragged:
+            x = torch.where((tokens >= 0)[..., None], x, before)  # padding hands on what was before it: at first nothing
         if cache:
             cache.last = x[:, -1:]
         return x + self.shift * torch.cat((before, x[:, :-1]), dim=1)
 
-    def trunk(self, tokens, cache=None):
-        """tokens (B, T) -> (B, T, D), what the head reads; with a cache they follow what is in it."""
-        start = cache.filled if cache else 0
+    def trunk(self, tokens, cache=None, x=None):
+        """tokens (B, T) -> (B, T, D), what the head reads; with a cache they follow what is in it. x (B, T, D), where given, is
+        read instead of the tokens' own embeddings: of what a picture shows, for example (vlm.py)."""
         causal, mask = cache.mask(tokens) if cache else (True, None)
-        turn = self.turn[:, start:start + tokens.size(1)]
-        x = self.embed(tokens, cache)
+        turn = self.turn[:, cache.places(tokens.size(1)) if cache else slice(tokens.size(1))]
+        turn = turn.unsqueeze(2) if turn.ndim == 4 else turn  # (2, T, hd / 2), or (2, B, 1, T, hd / 2) where rows differ
+        x = self.embed(tokens, cache, x)
         for block in self.blocks:
             x = block(x, turn, causal, mask, cache)
         if cache:
@@ -307,7 +323,7 @@ class GPT(nn.Module):
         """batch['tokens'] (B, T + 1) -> the mean of -ln p(next token) in nats, and its sum and count as a log."""
         tokens = batch['tokens'].long()
         x, targets = self.trunk(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-        total, count = cross_entropy(x, self.head.weight, targets, self.config.softcap), (targets >= 0).sum()
+        total, count = cross_entropy(x, self.head.weight, targets, self.config.softcap).sum(), (targets >= 0).sum()
         logs = {'loss': torch.stack((total.detach(), count)), 'tokens': torch.stack((count, count / count))}
         return total / count, logs
 

@@ -18,6 +18,8 @@ One sampler for all chapters: draws what a trained model generates, and scores i
     python sample.py --out_dir=out/flow_mnist --show=path                        how they come about; also steps, guidance: sweeps
     python sample.py --out_dir=out/flow_toy2d                                    points, their velocities, the learned density
     python sample.py --compare=out/gpt_mnist,out/flow_mnist                      which generator? one table, one picture
+    python sample.py --out_dir=out/vlm_scenes                                    held-out scenes with questions and answers
+    python sample.py --out_dir=out/vlm_scenes --image=FILE.png --text="How many red cubes are there?"      or --chat=True
 
 A chain names what is given, then targets with optional steps and order (random, confidence, raster, halton), each of which, once
 generated, conditions the next. Pictures are written as PNG into the run's folder, scores as scores.json; the path is printed.
@@ -27,6 +29,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +41,7 @@ import config
 import flow
 from config import UserError
 from maskgit import ORDERS, SCHEDULES
-from prepare.report import alone, bootstrap, save_gif, save_grid, save_scores, tile
+from prepare.report import alone, bootstrap, judged, save_answers, save_gif, save_grid, save_scores, tile
 from train import (Data, add_logs, autocast, check_data, evaluation_batch, find_device, find_dtype, find_weights, load_model,
                    means, read_meta, set_up, to_device)
 
@@ -54,8 +57,10 @@ SETTINGS = dict(
     given='',                 # modalities given, e.g. rgb or caption,depth
     target='',                # modalities to generate, in this order; '' is all others
     chain='',                 # both at once: 'rgb>depth:8,normal:8:confidence,scene_desc'
-    text='',                  # a text of your own for the given text modality
-    image='',                 # a picture file of your own for the given rgb
+    text='',                  # a text of your own for the given text modality; nanoVLM: a question
+    image='',                 # a picture file of your own for the given rgb; nanoVLM: one, or several with commas between
+    chat=False,               # nanoVLM: ask about the picture until you enter nothing
+    blind='',                 # nanoVLM: a run with blind=True, whose scores are to stand beside these
     # how
     steps=0,                  # decoding steps; 0 chooses (nano4M: for each target this and the next two, see `manner`)
     temperature=math.nan,     # 0 takes the likeliest token; nan chooses (GPT: 0.8 for text, 1 for pictures)
@@ -68,8 +73,8 @@ SETTINGS = dict(
     guidance_start=math.nan,  # MaskGIT: guidance of the first step; nan is that of the last
     choice_temperature=0.0,   # MaskGIT: of the noise on confidences
     prompt='',                # the text to go on with; '' is the beginning of a text (MaskGIT: nothing)
-    prompts='',               # GPT: a file with one prompt a line, all continued in one batch
-    max_new_tokens=500,       # GPT
+    prompts='',               # GPT: a file with one prompt a line, all continued in one batch; nanoVLM: one question a line
+    max_new_tokens=500,       # GPT, nanoVLM
     draft='',                 # GPT: the run of a small model on the same data, whose guesses make a single text faster, not other
     complete=0.0,             # pictures: the share of held-out pictures that is given
     shape='half',             # MaskGIT: which share: half (from above), box (around it), random (patches)
@@ -90,7 +95,8 @@ BELONGS = dict(  # settings that mean nothing to the chapters that do not name t
     maskgit='steps order schedule guidance guidance_start temperature_end choice_temperature prompt after gap complete shape show '
             'against',
     fourm='given target chain text image steps order schedule guidance',
-    flow='steps guidance interval method labels show')
+    flow='steps guidance interval method labels show',
+    vlm='text image chat blind prompts max_new_tokens min_p')
 SHOWS = dict(maskgit=('grid', 'gif', 'swap'), flow=('grid', 'path', 'steps', 'guidance'))
 
 
@@ -226,8 +232,7 @@ def score_gpt(model, fields, settings, data, path):
         tokens = torch.cat([generate_pictures(model, settings | dict(seed=settings['seed'] + i), part[:, None])
                             for i, part in enumerate(np.array_split(labels, -(-len(labels) // 500)))])
         rate = tokens[:, 1:].numel() / (time.perf_counter() - started)
-        for name, score in fields.score(fields.decode(tokens), labels).items():
-            scores[name] = (bootstrap(score.pop('parts')) if 'parts' in score else alone(score.pop('value'), len(labels))) | score
+        scores |= judged(fields.score(fields.decode(tokens), labels), len(labels))
         scores['generation, tokens/s'] = alone(rate, len(labels))
     save_scores(scores, path)
 
@@ -375,8 +380,7 @@ def score_samples(model, fields, settings, path):
             tokens = torch.cat([fill(model, again | dict(seed=settings['seed'] + i), torch.full((len(part), model.N), -1), part)
                                 for i, part in enumerate(classes.split(64))])
             seconds, pictures = time.perf_counter() - started, fields.decode(tokens)
-            found = {name: (bootstrap(score.pop('parts')) if 'parts' in score else alone(score.pop('value'), len(classes))) | score
-                     for name, score in fields.score(pictures, classes.numpy()).items()}
+            found = judged(fields.score(pictures, classes.numpy()), len(classes))
             found['seconds/image'] = alone(seconds / len(classes), len(classes))
             scores |= {f'{order}, {steps} steps: {name}': score for name, score in found.items()}
             title = f'{steps}: {found["accuracy"]["value"]:.0%} {found["frechet"]["value"]:.2f}'
@@ -683,21 +687,153 @@ def score_pictures(model, fields, settings, data):
         started = time.perf_counter()
         drawn = flow_samples(model, labels, settings | dict(steps=count))
         seconds = (time.perf_counter() - started) / len(labels)
-        for name, score in fields.score(drawn, labels).items():
+        for name, score in judged(fields.score(drawn, labels), len(labels)).items():
             if name in ('accuracy', 'frechet') or count in (20, settings['steps']):
-                score = (bootstrap(score.pop('parts')) if 'parts' in score else alone(score.pop('value'), len(labels))) | score
                 scores[f'{count} steps: {name}'] = score
         scores[f'{count} steps: seconds/image'] = alone(seconds, len(labels))
     return scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# nanoVLM
+
+def pad_in_front(rows):
+    longest = max(map(len, rows))
+    return torch.tensor([[-1] * (longest - len(row)) + row for row in rows])
+
+
+def look(model, fields, images, n=1):
+    """Reads pictures (S, m, H, W, C) once, for n questions about each; returns the cache behind which these go."""
+    prompt = torch.full(images.shape[:2], fields.template.image)
+    return model.read(prompt.to(model.language.turn.device), torch.as_tensor(np.array(images)).to(model.language.turn.device), n)
+
+
+def ask(model, fields, cache, questions, settings, first=()):
+    """The stream of answers (B,) to B questions of any lengths, behind what the cache holds and the tokens `first`."""
+    tokens = pad_in_front([[*first, *fields.template.ask(question)] for question in questions])
+    room, device = model.length - cache.filled, model.language.turn.device
+    if tokens.size(1) >= room:
+        raise UserError(f'the question has {tokens.size(1)} tokens, and the context has room for {room}, the answer included: '
+                        'shorten it')
+    how = (chosen_temperature(settings, 0.0), settings['top_k'], settings['top_p'], settings['min_p'])
+    generator = torch.Generator(device).manual_seed(settings['seed'])
+    return model.stream(tokens.to(device), cache, settings['max_new_tokens'], *how, fields.template.end, generator)
+
+
+def answers(model, fields, images, questions, settings):
+    """One answer each to S lists of n questions about S pictures (S, m, H, W, C): lists of lists of texts."""
+    n = len(questions[0])
+    with exact(settings, model.language.turn.device):
+        drawn = list(ask(model, fields, look(model, fields, images, n), [q for row in questions for q in row], settings))
+    texts = [fields.decode(ids) for ids in torch.stack(drawn, 1).tolist()]
+    return [texts[i:i + n] for i in range(0, len(texts), n)]
+
+
+def chat(model, fields, images, settings):
+    """Questions from the keyboard, answers word by word; pictures and all turns before stay in the cache."""
+    cache, last = look(model, fields, images), []
+    print('Ask about the picture; an empty line ends.')
+    for question in iter(lambda: input('> ').strip(), ''):
+        ids = []
+        try:
+            stream = ask(model, fields, cache, [question], settings, last)
+        except UserError:  # full: only the pictures are kept
+            cache, last = look(model, fields, images), []
+            stream = ask(model, fields, cache, [question], settings)
+        for token in stream:
+            before, ids = fields.decode(ids), [*ids, int(token)]
+            print(fields.decode(ids)[len(before):], end='', flush=True)
+        last = ids[-1:]  # not in the cache yet
+        print()
+
+
+def in_rows(images, n):
+    """Pictures of n conversations, one (H, W, C) or several each -> (n, m, H, W, C)."""
+    return images.reshape(n, -1, *images.shape[-3:])
+
+
+def own_questions(model, fields, settings):
+    """Answers to the user's questions about the user's pictures; each question is asked about each picture."""
+    images, m = np.stack([fields.read_image(file) for file in settings['image'].split(',')]), model.config.n_images
+    if len(images) % m:
+        raise UserError(f'{len(images)} pictures, and this model reads {m} at a time')
+    images = in_rows(images, len(images) // m)
+    if settings['chat']:
+        return chat(model, fields, images[:1], settings)
+    texts = [settings['text']]
+    if settings['prompts']:
+        texts = Path(settings['prompts']).read_text(encoding='utf-8').splitlines()
+    for row in answers(model, fields, images, [texts] * len(images), settings):
+        print('\n'.join(row))
+
+
+def draw_vlm(model, fields, settings, path):
+    """Held-out pictures with questions, answers and marks; or the user's own."""
+    if settings['image']:
+        return own_questions(model, fields, settings)
+    if settings['chat'] or settings['text'] or settings['prompts']:
+        raise UserError('questions need --image=FILE, the picture that they are about')
+    lines = fields.questions(settings['split'])[:settings['n'] or 6]
+    images = in_rows(fields.pictures(settings['split'], [line['image'] for line in lines]), len(lines))
+    asked = [(6 * line['turns'])[:6] for line in lines]  # equally many about each
+    found = answers(model, fields, images, [[question for question, _ in turns] for turns in asked], settings)
+    talks = [dict.fromkeys((q, answer, truth) for (q, truth), answer in zip(turns, row)) for turns, row in zip(asked, found)]
+    save_answers(images[:, 0], [list(talk) for talk in talks], path)
+
+
+def right_answers(model, fields, settings, name='questions', shift=0):
+    """{family: (n, 1, 2)} right and all answers about each picture, and answers a second; shift > 0 shows another picture."""
+    lines, families, total = fields.questions(settings['split'], name)[:settings['n_score']], {}, 0
+    shown, started = np.roll([line['image'] for line in lines], shift, 0), time.perf_counter()
+    for start in tqdm(range(0, len(lines), 32), desc=f'score {name}', unit='batch', leave=False):
+        part = lines[start:start + 32]
+        most = max(len(line['turns']) for line in part)
+        images = in_rows(fields.pictures(settings['split'], shown[start:start + 32]), len(part))
+        asked = [[question for question, _ in (most * line['turns'])[:most]] for line in part]
+        for i, (line, row) in enumerate(zip(part, answers(model, fields, images, asked, settings)), start):
+            for (_, truth), family, answer in zip(line['turns'], line['families'], row):
+                for key in {family or 'all', 'all'}:
+                    families.setdefault(key, np.zeros((len(lines), 1, 2)))[i, 0] += (answer == truth, 1)
+                total += 1
+    return families, total / (time.perf_counter() - started)
+
+
+def majority(fields):
+    """{family: its most frequent answer in training}, and of all."""
+    heard = {}
+    for line in fields.questions('train')[:5000]:
+        for (_, answer), family in zip(line['turns'], line['families']):
+            heard.setdefault(family or 'all', Counter())[answer] += 1
+    return {family: counter.most_common(1)[0][0] for family, counter in heard.items()}
+
+
+def score_vlm(model, fields, settings, data, path):
+    """Share of answers that are right to the letter, each question asked by itself, by family; beside it the family's most
+    frequent answer, what the model says to another picture, and what a model says that was trained without pictures."""
+    settings = settings | dict(max_new_tokens=min(settings['max_new_tokens'], 32))
+    (found, rate), usual = right_answers(model, fields, settings), majority(fields)
+    lines = fields.questions(settings['split'])[:settings['n_score']]
+    guesses = [(family or 'all', truth == usual[family or 'all'])
+               for line in lines for (_, truth), family in zip(line['turns'], line['families'])]
+    blind = {family: float(np.mean([hit for name, hit in guesses if family in (name, 'all')])) for family in found}
+    scores = {family: bootstrap(parts) | dict(baseline=blind[family]) for family, parts in sorted(found.items())}
+    more = {'another picture': right_answers(model, fields, settings, shift=1)[0]}
+    if settings['blind']:
+        other = load_model(Path(settings['blind'], settings['checkpoint']))[0].to(model.language.turn.device)
+        more['no picture'] = right_answers(other, fields, settings)[0]
+    if Path(fields.folder, settings['split'], 'new_pairs.jsonl').is_file():
+        more['new pairs'] = right_answers(model, fields, settings, 'new_pairs')[0]
+    scores |= {f'{name}: {family}': bootstrap(parts) for name, part in more.items() for family, parts in sorted(part.items())}
+    save_scores(scores | {'answers/s': alone(rate, len(guesses))}, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # All chapters
 
 # (model, fields, settings, path of a picture): writes it, or returns texts
-DRAW = dict(gpt=draw_gpt, maskgit=draw_maskgit, fourm=draw_fourm, flow=draw_flow)
+DRAW = dict(gpt=draw_gpt, maskgit=draw_maskgit, fourm=draw_fourm, flow=draw_flow, vlm=draw_vlm)
 # (model, fields, settings, validation data, path of scores.json)
-SCORE = dict(gpt=score_gpt, maskgit=score_maskgit, fourm=score_fourm, flow=score_flow)
+SCORE = dict(gpt=score_gpt, maskgit=score_maskgit, fourm=score_fourm, flow=score_flow, vlm=score_vlm)
 
 
 def chapter_of(model):
@@ -718,8 +854,13 @@ def draw(model, folder, meta, path):
 
 def check(settings, model):
     """Raises UserError where a setting has no meaning, or none for this model."""
-    shows = SHOWS.get(chapter_of(model), ('grid',))
-    for name, known in dict(order=ORDERS, schedule=('', *SCHEDULES), shape=SHAPES, show=shows).items():
+    chapter = chapter_of(model)
+    for name in set(' '.join(BELONGS.values()).split()) - set(BELONGS[chapter].split()):
+        if settings[name] not in [SETTINGS[name]]:  # in: nan is itself
+            others = ', '.join(other for other, names in BELONGS.items() if name in names.split())
+            raise UserError(f'{name} is a setting of {others}, this run is of {chapter}: leave it out')
+    words = dict(order=ORDERS, schedule=('', *SCHEDULES), shape=SHAPES, show=SHOWS.get(chapter, ('grid',)))
+    for name, known in words.items():
         if settings[name] not in known:
             raise UserError(f'{name} is one of {", ".join(filter(None, known))}')
     if settings['n'] < 0 or settings['steps'] < 0 or min(settings[name] for name in ('max_new_tokens', 'n_score', 'gap')) < 1:
@@ -732,11 +873,6 @@ def check(settings, model):
         raise UserError(f'top_k={settings["top_k"]} must be 0 (all) to {most or "the size of the vocabulary"}')
     if not 0 <= settings['complete'] < 1:
         raise UserError(f'complete={settings["complete"]} must be at least 0 and below 1')
-    chapter = chapter_of(model)
-    for name in set(' '.join(BELONGS.values()).split()) - set(BELONGS[chapter].split()):
-        if settings[name] not in [SETTINGS[name]]:  # in: nan is itself
-            others = ', '.join(other for other, names in BELONGS.items() if name in names.split())
-            raise UserError(f'{name} is a setting of {others}, this run is of {chapter}: leave it out')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -745,7 +881,7 @@ def check(settings, model):
 BINARY = dict(  # (model, fields, labels, settings) -> binary pictures (n, 14, 14), whatever the chapter works on
     gpt=lambda model, fields, labels, settings: fields.decode(generate_pictures(model, settings, labels[:, None])),
     maskgit=lambda model, fields, labels, settings: fields.decode(
-        fill(model, settings, torch.full((len(labels), model.N), -1), torch.from_numpy(labels))),
+        fill(model, settings, torch.full((len(labels), model.N), -1), torch.as_tensor(labels))),
     flow=lambda model, fields, labels, settings: fields.binary(flow_samples(model, labels, settings)))
 
 

@@ -48,7 +48,8 @@ SETTINGS = dict(
     dataset='shakespeare',    # data/NAME, made by prepare/NAME.py
     out_dir='',               # the run's folder; '' is out/CONFIGNAME
     init_from='resume',       # 'resume' goes on with the run in out_dir if there is one; 'scratch' moves that one aside; the name
-                              # or folder of another run (or 'smollm2'): a new run starts from its weights
+                              # or folder of another run (or 'smollm2'): a new run starts from its weights; parts of a
+                              # model from several runs: 'eyes:siglip,language:smollm2'
     seed=0,                   # of the weights, the order of the data and all draws
     # length and batches
     max_iters=2000,           # optimizer steps
@@ -61,6 +62,7 @@ SETTINGS = dict(
     min_lr=0.0,               # where the decay ends, as a share of each rate
     warmup_iters=50,          # linear warm-up
     decay=0.6,                # share of max_iters, at the end, over which the rates fall linearly
+    rates='',                 # factors of both by the beginning of a parameter's name: 'eyes:0 language:0.3'; 0 freezes
     weight_decay=0.0,         # decoupled, on matrices
     beta1=0.9, beta2=0.95,    # of AdamW
     momentum=0.95,            # of Muon
@@ -175,7 +177,8 @@ def compile_blocks(model, device):
 def read_meta(folder):
     """data/NAME/meta.json: kind ('rows' or 'stream'), the module in prepare/ that made it, fields {name: vocabulary size, 0 for
     real numbers}, and in `config` the settings that it decides for every model that has them. Optional: files {field: the array
-    on disk, where it has another name}, views {field: number of pre-made views}."""
+    on disk, where it has another name; '{split}' is the split's}, views {field: number of pre-made views}, index {field: the
+    array that says which of its rows is a sample's, where several samples share them, as questions do pictures}."""
     path = Path(folder, 'meta.json')
     try:
         meta = json.loads(path.read_text())
@@ -222,9 +225,13 @@ class Data:
         if missing := [name for name in names if name not in meta['fields']]:
             raise UserError(f'{folder} has no {missing[0]!r}, which this model reads (it has {", ".join(meta["fields"])}): '
                             'choose another dataset or model')
-        files = {name: Path(folder, split, f'{meta.get("files", {}).get(name, name)}.npy') for name in names}
-        self.arrays = {name: self.read(file, meta['fields'][name]) for name, file in files.items()}
-        sizes = {name: len(array) for name, array in self.arrays.items()}
+
+        def path(name):
+            return Path(folder, split, meta.get('files', {}).get(name, name).format(split=split) + '.npy')
+        self.arrays = {name: self.read(path(name), meta['fields'][name]) for name in names}
+        self.index = {name: self.read(path(index), len(self.arrays[name])) for name, index in meta.get('index', {}).items()
+                      if name in names}
+        sizes = {name: len(self.index.get(name, array)) for name, array in self.arrays.items()}
         if len(set(sizes.values())) > 1:
             raise UserError(f'{Path(folder, split)}: the fields differ in length ({sizes}); delete {folder} to make it anew')
         self.length = self.n = sizes.popitem()[1]
@@ -258,7 +265,7 @@ class Data:
             ids = np.where(over, 0, ids)
         batch = {}
         for name, array in self.arrays.items():
-            array = array[(ids, view) if name in views else ids]
+            array = array[(ids, view) if name in views else self.index[name][ids] if name in self.index else ids]
             array = array.astype(np.float32 if array.dtype.kind == 'f' else np.int64)
             batch[name] = torch.from_numpy(array if over is None else np.where(over, -1, array))
         return batch
@@ -376,6 +383,22 @@ def load_model(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizers
 
+def read_rates(model, text):
+    """'eyes:0 language:0.3' -> {parameter: factor of its learning rate}; the last entry that a name begins with holds, 1 without.
+    Raises UserError."""
+    rates = {parameter: 1.0 for parameter in model.parameters()}
+    for entry in text.split():
+        part, _, factor = entry.partition(':')
+        found = [parameter for name, parameter in model.named_parameters() if name.startswith(part)]
+        if not found:
+            raise UserError(f'rates={text!r}: no parameter begins with {part!r}; the parts are '
+                            f'{", ".join(name for name, _ in model.named_children())}')
+        rates |= dict.fromkeys(found, config.convert('rates', factor, f'entry {entry!r}', 1.0))
+    if min(rates.values()) < 0 or not any(rates.values()):
+        raise UserError(f'rates={text!r}: factors must be at least 0, and one above it')
+    return rates
+
+
 def orthogonal(x, dtype):
     """Matrices x (n, rows, columns) -> about the nearest ones with orthonormal rows or columns (Newton-Schulz, as in Jordan et
     al., "Muon", 2024): five times, aX + bXX'X + c(XX')^2 X brings all singular values nearer to 1, in the end to 0.7 .. 1.2."""
@@ -411,19 +434,25 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, settings):
-    """Muon for the matrices between hidden vectors, AdamW for the rest. Q, K and V are one fused matrix and are orthogonalised
-    together. Embeddings and heads are matrices too, but their rows belong to single tokens: they are AdamW's."""
-    matrices, others = [], []
+    """Muon for the matrices between hidden vectors, AdamW for the rest; what has the rate 0 is frozen. Q, K and V are one fused
+    matrix and are orthogonalised together. Embeddings and heads are matrices too, but their rows belong to single tokens: they
+    are AdamW's."""
+    groups, rates = {}, read_rates(model, settings['rates'])
     for name, parameter in model.named_parameters():
-        hidden = parameter.ndim == 2 and not any(word in name for word in ('embedding', 'head'))
-        (matrices if hidden and settings['muon'] else others).append(parameter)
-    adamw = torch.optim.AdamW(
-        [dict(params=[p for p in others if p.ndim >= 2], weight_decay=settings['weight_decay']),
-         dict(params=[p for p in others if p.ndim < 2], weight_decay=0.0)],
-        lr=settings['learning_rate'], betas=(settings['beta1'], settings['beta2']), fused=True)
-    if not matrices:
-        return [adamw]
-    return [adamw, Muon(matrices, settings['muon_learning_rate'], settings['momentum'], settings['weight_decay'])]
+        rate, hidden = rates[parameter], parameter.ndim == 2 and not any(word in name for word in ('embedding', 'head'))
+        parameter.requires_grad_(rate > 0)
+        if rate:
+            groups.setdefault((hidden and settings['muon'], parameter.ndim < 2, rate), []).append(parameter)
+    groups = sorted(groups.items(), key=lambda item: item[0])
+    adamw = [dict(params=group, lr=settings['learning_rate'] * rate, weight_decay=0.0 if vector else settings['weight_decay'])
+             for (hidden, vector, rate), group in groups if not hidden]
+    muon = [dict(params=group, lr=settings['muon_learning_rate'] * rate) for (hidden, _, rate), group in groups if hidden]
+    optimizers, betas = [], (settings['beta1'], settings['beta2'])
+    if adamw:
+        optimizers.append(torch.optim.AdamW(adamw, settings['learning_rate'], betas, fused=True))
+    if muon:
+        optimizers.append(Muon(muon, settings['muon_learning_rate'], settings['momentum'], settings['weight_decay']))
+    return optimizers
 
 
 def schedule(step, settings):
@@ -482,17 +511,27 @@ FREE = {'init_from', 'out_dir', 'max_iters', 'micro_batch_size', 'eval_interval'
         'keep', 'skip', 'pictures', 'wandb_log', 'device', 'dtype', 'compile', 'threads'}  # may change when a run goes on
 
 
-def resolve(assigned, source=None):
+def read_sources(init_from):
+    """{part of the model: checkpoint that it starts from}; the part '' is the whole model."""
+    if init_from in ('resume', 'scratch'):
+        return {}
+    names = [entry.rpartition(':') for entry in init_from.split(',')]
+    return {part: read_checkpoint(find_weights(name)) for part, _, name in names}
+
+
+def resolve(assigned, sources={}):
     """All settings (train.py's and the model's own, which have the names of its Config) and the chapter's module. Where the run
-    starts from the weights of a checkpoint `source`, its sizes are the defaults."""
+    starts from the weights of other runs, their sizes are the defaults."""
     chapters = sorted(path.stem for path in Path(__file__).resolve().parent.glob('*.py') if '\nModel = ' in path.read_text())
     name = assigned.get('model', (SETTINGS['model'],))[0]
     if name not in chapters:
         raise UserError(f'model={name!r}: choose one of {", ".join(chapters)}')
     chapter = importlib.import_module(name)
-    if source and source['settings']['model'] != name:
-        raise UserError(f'init_from names a run of model={source["settings"]["model"]!r}, not {name!r}')
-    own = dataclasses.asdict(chapter.Config()) | (source['model_config'] if source else {})
+    own = dataclasses.asdict(chapter.Config())
+    for part, source in sources.items():
+        if not part and source['settings']['model'] != name:
+            raise UserError(f'init_from names a run of model={source["settings"]["model"]!r}, not {name!r}')
+        own |= {key: value for key, value in source['model_config'].items() if key in own}
     settings = config.apply(assigned, SETTINGS | own)
     for key in ('max_iters', 'batch_size', 'micro_batch_size', 'eval_interval', 'log_interval'):
         if settings[key] < 1:
@@ -513,13 +552,21 @@ def make_model(chapter, settings, meta, assigned):
         raise UserError(f'model={settings["model"]!r} cannot be built: {error}')
 
 
-def load_weights(model, source, folder, meta):
-    """The weights of another run; its tokens must mean the same: made by the same encoding, or the same data."""
-    if meta.get('encoding', meta) != source['meta'].get('encoding', source['meta']):
+def load_weights(model, part, source, folder, meta):
+    """The weights of another run, or the same part of it, into a part of the model, '' for all of it; where they read or write
+    tokens these must mean the same: made by the same encoding, or the same data."""
+    weights = source['weights']
+    if own := {name.removeprefix(f'{part}.'): tensor for name, tensor in weights.items() if part and name.startswith(f'{part}.')}:
+        weights = own
+    tokens = not part or 'head.weight' in weights
+    if tokens and meta.get('encoding', meta) != source['meta'].get('encoding', source['meta']):
         raise UserError(f'{folder} has other tokens than the run that init_from names ({meta.get("encoding", "its own")}, not '
                         f'{source["meta"].get("encoding", "these")}): make it with the same encoding')
     try:
-        model.load_state_dict(source['weights'])
+        model.get_submodule(part).load_state_dict(weights)
+    except AttributeError:
+        raise UserError(f'init_from: the model has no part {part!r}; there are '
+                        f'{", ".join(name for name, _ in model.named_children())}')
     except RuntimeError as error:
         raise UserError('the weights that init_from names are for other sizes: leave the model\'s settings out ('
                         f'{str(error).splitlines()[1].strip()})')
@@ -622,9 +669,8 @@ def main(*arguments, **overrides):
 
 
 def run(assigned, files, stack):
-    init_from = assigned.get('init_from', ('resume',))[0]
-    source = read_checkpoint(find_weights(init_from)) if init_from not in ('resume', 'scratch') else None
-    settings, chapter = resolve(assigned, source)
+    sources = read_sources(assigned.get('init_from', ('resume',))[0])
+    settings, chapter = resolve(assigned, sources)
     out_dir = Path(settings['out_dir'] or Path('out', Path(files[-1]).stem if files else settings['model']))
     folder, meta = prepare(settings['dataset'])
 
@@ -647,8 +693,8 @@ def run(assigned, files, stack):
                         f'processes: choose --micro_batch_size= so that their number is a multiple of {world}')
     torch.manual_seed(settings['seed'])
     raw_model = make_model(chapter, settings, meta, assigned)
-    if source:
-        load_weights(raw_model, source, folder, meta)
+    for part, source in sources.items():
+        load_weights(raw_model, part, source, folder, meta)
     block_size = settings.get('block_size', 0)
     train_data, val_data = (Data(folder, split, meta, raw_model.fields, block_size, settings['seed'])
                             for split in ('train', 'val'))

@@ -42,6 +42,24 @@ def tile(pictures, columns, gap=1):
     return sheet
 
 
+def save_answers(pictures, talks, path, side=160):
+    """Pictures (n, H, W, 3) uint8 with what was asked about them, talks [[(question, answer, truth), ...], ...]: right answers
+    green, wrong ones red with the truth behind."""
+    width, line = 620, 26
+    high = max(side, line * max(map(len, talks)) + 4)
+    canvas = Image.new('RGB', (width, len(talks) * (high + 8)), 'white')
+    draw = ImageDraw.Draw(canvas)
+    for i, (picture, talk) in enumerate(zip(pictures, talks)):
+        y = i * (high + 8)
+        canvas.paste(Image.fromarray(picture).resize((side, side), Image.NEAREST), (0, y))
+        for j, (question, answer, truth) in enumerate(talk):
+            draw.text((side + 8, y + j * line), question, fill='black')
+            mark = (answer, 'green') if answer == truth else (f'{answer} (right: {truth})', 'red')
+            draw.text((side + 20, y + j * line + 12), mark[0], fill=mark[1])
+    canvas.save(path, optimize=True)
+    print(f'wrote {path}')
+
+
 def bootstrap(parts, draws=1000):
     """Value and bootstrap 95 % interval of a metric given as (n, k, 2) numerators and denominators: the mean over k of the ratio
     of sums over the n samples."""
@@ -58,6 +76,12 @@ def bootstrap(parts, draws=1000):
 def alone(value, n):
     """A score without an interval, in the form of the others."""
     return dict(value=value, low=value, high=value, n=n)
+
+
+def judged(found, n):
+    """What a judge says of n pictures, {metric: dict(parts or value, bounds)}, as scores."""
+    return {name: (bootstrap(score['parts']) if 'parts' in score else alone(score['value'], n))
+            | {bound: value for bound, value in score.items() if bound not in ('parts', 'value')} for name, score in found.items()}
 
 
 def table(scores):

@@ -10,7 +10,7 @@ import config
 import sample
 import train
 from config import UserError
-from prepare import mnist, scenes, scenes_parser, smollm2, text, tinystories
+from prepare import mnist, scenes, scenes_align, scenes_parser, scenes_qa, siglip, smollm2, text, tinystories, vqa
 
 ROOT = Path(__file__).parent.parent
 PAGES = '\n'.join(path.read_text() for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))))
@@ -89,7 +89,8 @@ def test_the_pages_commands_use_settings_that_exist(command, monkeypatch):
         train.resolve(assigned)
     else:
         known = {'sample.py': sample.SETTINGS, 'bench.py': bench.SETTINGS} | {
-            module.__name__: module.SETTINGS for module in (mnist, scenes, scenes_parser, smollm2, text, tinystories)}
+            module.__name__: module.SETTINGS for module in (
+                mnist, scenes, scenes_align, scenes_parser, scenes_qa, siglip, smollm2, text, tinystories, vqa)}
         known = known[program]
         config.apply(assigned, known)
 

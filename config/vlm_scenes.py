@@ -1,0 +1,10 @@
+# nanoVLM, stage 2: what stage 1 has left in out/vlm_scenes_align learns to answer, nine questions and two places to point at about
+# each picture; the eyes stay as they are.
+model = 'vlm'
+dataset = 'scenes_qa'
+init_from = 'vlm_scenes_align'
+rates = 'eyes:0'
+batch_size = 16
+micro_batch_size = 16
+max_iters = 1000
+eval_interval = 1000

@@ -1,0 +1,9 @@
+# nanoVLM, stage 2 as in vlm_scenes.py, five times as long. Not run yet.
+model = 'vlm'
+dataset = 'scenes_qa'
+init_from = 'vlm_scenes_align'
+rates = 'eyes:0'
+batch_size = 16
+micro_batch_size = 16
+max_iters = 7000
+eval_interval = 3500

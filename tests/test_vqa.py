@@ -1,0 +1,285 @@
+"""Conversations of the user's own: rows, pictures of all kinds, broken lines; the questions about scenes against the scenes."""
+import io
+import json
+import re
+import struct
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+from config import UserError
+from prepare import scenes_align, scenes_qa, smollm2, vqa
+from prepare.scenes import MATERIALS, SHAPES, SIZES, COLOR_NAMES
+from prepare.text_tokenizers import word_encoding
+from tests.test_smollm2 import TOKENIZER
+
+
+@pytest.fixture
+def way():
+    encoding = word_encoding('small', [' Question:', ' Answer:', ' yes', ' no', ' Is', ' it'])
+    return vqa.Template(encoding, encoding.n_vocab - 1, encoding.n_vocab)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+def test_a_conversation_is_one_row(way):
+    (tokens, counted), = way.rows([('is it?', 'yes'), ('Is it?', ' no ')], 20, n_images=2)
+    text = ''.join('#' if i == way.image else '.' if i == way.end else '' if i < 0 else way.encoding.decode([i]) for i in tokens)
+    assert text == '## Question: Is it? Answer: yes. Question: Is it? Answer: no.'
+    learned = [i for i, flag in zip(tokens, counted) if flag]
+    assert [way.encoding.decode([i]) if i != way.end else '.' for i in learned] == [' yes', '.', ' no', '.']
+    assert tokens[:7] == way.ask('is it?', 2) and tokens[7:9] == way.reply('yes')  # what chat writes is what was trained on
+    assert len(tokens) == len(counted) == 20 and tokens[16:] == [-1] * 4
+
+
+def test_a_long_conversation_goes_on_in_the_next_row(way):
+    rows = way.rows([('Is it?', 'yes')] * 3 + [('x' * 30, 'no'), ('Is it?', 'no')], 16)
+    starts = [tokens[:2] for tokens, _ in rows]
+    assert len(rows) == 2 and starts == [[way.image, way.encoding.encode_ordinary(' Question:')[0]]] * 2
+    assert [tokens.count(way.end) for tokens, _ in rows] == [2, 2]  # the turn of 30 letters is in none
+    assert way.rows([('x' * 30, 'no')], 16) == []
+
+
+@pytest.mark.parametrize('question', ['', '  \n'])
+def test_an_empty_question(way, question):
+    with pytest.raises(UserError, match='an empty question'):
+        way.ask(question)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def test_pictures_of_all_modes(tmp_path):
+    red, path = Image.new('RGB', (40, 20), (200, 0, 0)), tmp_path / 'x.png'
+    for image, kind in ((red, 'png'), (red.convert('CMYK'), 'jpeg'), (red.convert('P'), 'gif')):
+        path = tmp_path / f'x.{kind}'
+        image.save(path)
+        pixels = vqa.read_resized(path, 8)
+        assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8 and abs(pixels.astype(int) - (200, 0, 0)).max() < 12
+    red.putalpha(0)
+    red.save(path := tmp_path / 'clear.png')
+    assert (vqa.read_resized(path, 8) == 255).all()  # transparent: white
+    Image.new('LA', (9, 9), (0, 255)).save(path)
+    assert (vqa.read_resized(path, 8) == 0).all()
+    Image.fromarray(np.full((9, 9), 60000, np.uint16)).save(path)
+    assert (vqa.read_resized(path, 8) == 255).all()  # 16 bits: by its brightest
+    upright = Image.fromarray(np.repeat(np.arange(0, 250, 10, dtype=np.uint8)[:, None, None], 25, 1).repeat(3, 2))
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned by a quarter
+    upright.save(tmp_path / 'turned.jpg', exif=exif, quality=95)
+    turned = vqa.read_resized(tmp_path / 'turned.jpg', 8).astype(int)[..., 0]
+    assert (np.diff(turned, axis=1) < 0).all() and abs(np.diff(turned, axis=0)).max() < 6
+
+
+def test_faults_of_pictures(tmp_path):
+    Image.effect_noise((90, 90), 50).save(tmp_path / 'good.png')
+    whole = (tmp_path / 'good.png').read_bytes()
+    (tmp_path / 'half.png').write_bytes(whole[:len(whole) // 2])
+    (tmp_path / 'text.png').write_text('no picture')
+    (tmp_path / 'empty.png').write_bytes(b'')
+    Image.new('RGB', (1, 1)).save(tmp_path / 'dot.png')
+    header = io.BytesIO(whole)
+    (tmp_path / 'huge.png').write_bytes(header.getvalue()[:16] + struct.pack('>II', 60000, 60000) + whole[24:])
+    for name, message in (('none', 'no such picture'), ('half', 'truncated'), ('text', 'truncated, too large or not a picture'),
+                          ('empty', 'not a picture'), ('dot', '1x1 pixels show nothing'), ('huge', 'too large')):
+        with pytest.raises(UserError, match=rf'{name}.png: .*{message}') as error:
+            vqa.read_resized(tmp_path / f'{name}.png', 8)
+        assert '\n' not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+@pytest.mark.parametrize('line, message', [
+    ('{"image": "a.png"', 'line 2: '),
+    ('[1]', 'line 2: write {"image"'),
+    ('{"image": "a.png"}', 'line 2: write {"image"'),
+    ('{"image": 3, "turns": [["q", "a"]]}', 'line 2: image=3 is no file name'),
+    ('{"image": [], "turns": [["q", "a"]]}', r'line 2: image=\[\] is no file name'),
+    ('{"image": "a.png", "turns": []}', 'line 2: turns is not a list'),
+    ('{"image": "a.png", "turns": [["q", "a", "b"]]}', 'line 2: the turn .* is not .question, answer.'),
+    ('{"image": "a.png", "turns": [["", "a"]]}', 'line 2: the turn .* is not .question, answer.'),
+    ('{"image": ["a.png", "b.png"], "turns": [["q", "a"]]}', 'conversations have 1 to 2 pictures'),
+])
+def test_broken_lines(tmp_path, line, message):
+    path = tmp_path / 'talk.jsonl'
+    path.write_text('{"image": "a.png", "turns": [["q", "a"]]}\n' + line + '\n')
+    with pytest.raises(UserError, match=message) as error:
+        vqa.read_conversations(path)
+    assert str(error.value).startswith(str(path)) and '\n' not in str(error.value)
+
+
+def test_faults_of_files(tmp_path):
+    with pytest.raises(UserError, match='which conversations'):
+        vqa.main()
+    with pytest.raises(UserError, match='No such file'):
+        vqa.main(input=str(tmp_path / 'none.jsonl'))
+    (tmp_path / 'empty.jsonl').write_text('\n')
+    with pytest.raises(UserError, match='holds no conversations'):
+        vqa.main(input=str(tmp_path / 'empty.jsonl'))
+    (tmp_path / 'x.json').write_text('[{"image": "a", "conversations": [{"from": "gpt", "value": "x"}]}]')
+    with pytest.raises(UserError, match='x.json, entry 1: human and gpt do not take turns'):
+        vqa.main(input=str(tmp_path / 'x.json'))
+
+
+def test_llava_becomes_a_data_set(tmp_path, monkeypatch):
+    """LLaVA-Instruct's JSON with pictures -> rows that train.py reads and a vision-language model learns from."""
+    monkeypatch.setattr(smollm2, 'download', lambda *_: tmp_path / 'tokenizer.json')
+    tokenizer = json.loads(json.dumps(TOKENIZER).replace('<special 5>', '<filename>'))
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(tokenizer))
+    entries = [dict(id=1, conversations=[])]  # text alone: left out
+    for i in range(6):
+        Image.new('RGB', (30, 30), (40 * i, 0, 0)).save(tmp_path / f'{i}.png')
+        talk = [('human', '<image>\nIs it?'), ('gpt', 'Yes.'), ('human', 'Red?'), ('gpt', 'No.')]
+        entries.append(dict(image=f'{i}.png', conversations=[dict(zip(('from', 'value'), part)) for part in talk]))
+    (tmp_path / 'llava.json').write_text(json.dumps(entries))
+    monkeypatch.chdir(tmp_path)
+    vqa.main(input='llava.json', size=32, length=60, val_share=0.3)
+    fields = vqa.Fields('data/vqa')
+    assert len(fields.questions('train')) == 4 and fields.questions('val')[0]['turns'] == [['Is it?', 'Yes.'], ['Red?', 'No.']]
+    assert fields.decode(np.load('data/vqa/train/tokens.npy')[0][1:][np.load('data/vqa/train/counted.npy')[0][1:] > 0]) == 'Yes.'
+    train.main(model='vlm', dataset='vqa', out_dir='out/x', n_layer=1, n_head=2, n_embd=16, eyes_layer=1, eyes_embd=16, patch=8,
+               batch_size=2, max_iters=1, compile=False, device='cpu', threads=1, pictures=False)
+    for name in ('train', 'val'):
+        assert np.load(f'data/vqa/{name}/pictures.npy').shape == ({'train': 4, 'val': 2}[name], 32, 32, 3)
+
+
+def test_two_pictures_a_conversation(tmp_path, monkeypatch):
+    """Each is stored once, whatever the number of conversations about it, and a batch brings both."""
+    monkeypatch.setattr(smollm2, 'download', lambda *_: tmp_path / 'tokenizer.json')
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(TOKENIZER).replace('<special 5>', '<filename>'))
+    monkeypatch.chdir(tmp_path)
+    for i in range(3):
+        Image.new('RGB', (9, 9), (90 * i, 0, 0)).save(f'{i}.png')
+    lines = [dict(image=[f'{i}.png', f'{(i + 1) % 3}.png'], turns=[['Same?', 'No.']]) for i in (0, 1, 2, 0)]
+    (tmp_path / 'two.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    vqa.main(input='two.jsonl', size=16, length=40, val_share=0.25)
+    meta = train.read_meta('data/vqa')
+    batch = train.Data('data/vqa', 'train', meta, ('image', 'tokens', 'counted')).rows(np.arange(3))
+    assert batch['image'].shape == (3, 2, 16, 16, 3) and meta['config']['n_images'] == 2
+    assert len(np.load('data/vqa/train/pictures.npy')) == 3
+    assert ((batch['tokens'] == meta['config']['image_token']).sum(1) == 2).all()
+    assert (batch['image'][:, 0, 0, 0, 0] - batch['image'][:, 1, 0, 0, 0] != 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions about scenes
+
+@pytest.fixture(scope='module')
+def talks():
+    """300 scenes' objects and a conversation about each."""
+    random = np.random.default_rng(0)
+    made = [sample_objects(random) for _ in range(300)]
+    heard = {}
+    return made, [scenes_qa.converse(objects, random, heard, 12) for objects in made]
+
+
+def sample_objects(random):
+    n = random.integers(2, 6)
+    rows = np.stack([random.integers(0, k, n) for k in (3, 8, 2, 2, 64, 64)], 1)
+    return np.concatenate((rows[rows[:, 4].argsort()], np.full((5 - n, 6), -1)))
+
+
+def described(text, objects):
+    """Which objects (n,) a noun phrase fits, read word by word."""
+    fits = np.ones(len(objects), bool)
+    for word in text.split():
+        for column, words in enumerate((SHAPES, COLOR_NAMES, MATERIALS, SIZES)):
+            if word in words or word[:-1] in words:
+                fits &= objects[:, column] == words.index(word if word in words else word[:-1])
+    return fits
+
+
+def solve(family, question, objects):
+    """The answer by an independent reading of the question."""
+    def the(text):
+        k, = described(text, objects).nonzero()[0]
+        return objects[k]
+
+    def beside(side, anchor):
+        column, sign = {'left of': (4, -1), 'right of': (4, 1), 'in front of': (5, 1), 'behind': (5, -1)}[side]
+        return sign * (objects[:, column] - anchor[column]) > 0
+
+    def value(name, row):
+        words = dict(shape=SHAPES, color=COLOR_NAMES, material=MATERIALS, size=SIZES)[name]
+        return words[row[('shape', 'color', 'material', 'size').index(name)]]
+    sides = '(left of|right of|in front of|behind) the'
+    yes_no = ('no', 'yes')
+    if family == 'exist':
+        return yes_no[bool(described(question[:-1], objects).any())]
+    if family == 'count':
+        return str(described(question, objects).sum())
+    if family == 'query':
+        name, phrase = re.match(r'What (?:is the )?(\w+) (?:is|of) the (.*)\?', question).groups()
+        return value(name, the(phrase))
+    if family == 'compare':
+        a, b, name = re.match(r'(?:Do|Are) the (.*) and the (.*) (?:have the|of the) same (\w+)\?', question).groups()
+        return yes_no[value(name, the(a)) == value(name, the(b))]
+    if family == 'number':
+        word, a, b = re.match(r'Are there (more|fewer|as many) (.*) (?:than|as) (.*)\?', question).groups()
+        a, b = described(a, objects).sum(), described(b, objects).sum()
+        return yes_no[bool(dict([('more', a > b), ('fewer', a < b), ('as many', a == b)])[word])]
+    if family == 'relation':
+        a, side, b = re.match(rf'Is the (.*) {sides} (.*)\?', question).groups()
+        return yes_no[bool((beside(side, the(b)) & described(a, objects)).any())]
+    start, side, b = re.match(rf'(.*) {sides} (.*)\?', question).groups()
+    found = beside(side, the(b))
+    if start.startswith('Are there any'):
+        return yes_no[bool((found & described(start, objects)).any())]
+    name, a = re.match(r'What (?:is the )?(\w+) (?:is|of) the (.*)', start).groups()
+    k, = (found & described(a, objects)).nonzero()[0]
+    return value(name, objects[k])
+
+
+def test_answers_are_right(talks):
+    for objects, talk in zip(*talks):
+        objects = objects[objects[:, 0] >= 0]
+        for family, question, answer in talk:
+            assert solve(family, question, objects) == answer, (question, objects)
+
+
+def test_no_prior_helps(talks):
+    heard = {}
+    for talk in talks[1]:
+        for family, question, answer in talk:
+            heard.setdefault(family, Counter())[answer] += 1
+        assert len(talk) >= 8 and len({question for _, question, _ in talk}) == len(talk)
+    assert heard.keys() == scenes_qa.FAMILIES.keys()
+    for family in ('exist', 'compare', 'number', 'relation'):
+        assert abs(heard[family]['yes'] - heard[family]['no']) < 0.05 * sum(heard[family].values())
+    assert max(heard['count'].values()) < 1.25 * min(heard['count'].values()) and len(heard['count']) == 6
+    assert abs(heard['hop']['yes'] - heard['hop']['no']) < 0.1 * heard['hop']['yes']
+
+
+def test_the_vocabulary_is_closed(talks):
+    encoding = word_encoding('closed', scenes_qa.vocabulary())
+    texts = [f' {text}' for talk in talks[1] for _, question, answer in talk for text in (question, answer)]
+    texts += [f' {scenes_align.describe(objects, 64)}' for objects in talks[0]] + [f' {scenes_align.QUESTION}']
+    texts += [f' {text}' for objects in talks[0] for text in scenes_qa.where(scenes_qa.Scene(objects, np.random), 64)]
+    ids = [encoding.encode_ordinary(text) for text in texts]
+    assert {i for row in ids for i in row if i < 256} == {ord('?')} and max(map(len, ids)) < 32
+    assert [encoding.decode(row) for row in ids] == texts
+
+
+def test_new_pairs():
+    objects = np.full((3, 2, 6), -1)
+    objects[0, 0, :2] = SHAPES.index('cube'), COLOR_NAMES.index('purple')
+    objects[1, :, :2] = [(SHAPES.index('cube'), COLOR_NAMES.index('cyan')), (SHAPES.index('sphere'), COLOR_NAMES.index('purple'))]
+    objects[2, 1, :2] = SHAPES.index('cylinder'), COLOR_NAMES.index('yellow')
+    assert scenes_qa.has_new_pair(objects).tolist() == [True, False, True]
+
+
+def test_scenes_are_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for module in (scenes_qa, scenes_align):
+        with pytest.raises(UserError, match='run python -m prepare.scenes first'):
+            module.main()
+
+
+def test_description():
+    assert scenes_align.describe([[0, 6, 0, 0, 15, -2], [1, 0, 1, 1, 70, 33], [-1] * 6], 64) == (
+        'row 0 column 1 large red metal cube row 4 column 7 small blue rubber sphere')
