@@ -3,13 +3,14 @@ What the parts of the chapters cost on this machine, each beside the plain way t
 
     python bench.py                           all of it, about five minutes on two CPU cores
     python bench.py --part=generation         training, generation, unmasking, cross_entropy, padding or answers
+    python bench.py --part=speculation --run=gpt_shakespeare --draft=gpt_draft
 
 Training: a step of the GPT of config/gpt_shakespeare.py, float32 and eager against bfloat16 and compiled. Generation: with a KV
 cache against running the whole context for every token, and by batch. Unmasking: pictures of 49 tokens by MaskGIT in a few steps
 against a GPT of the same size with its cache. Cross-entropy: a large vocabulary with all logits at once against chunks of rows.
 Padding: nano4M with every slot filled and codes by their digits against the same model with padded slots and one head for all
 codes, 64 real targets a sample. Answers: 32 questions about four pictures, each looked at once, against all anew for each token.
-Times are medians; both sides are checked to compute the same thing.
+Speculation, of two trained runs: a text with a draft's guesses against without, in turns. Times are medians; both sides are checked to compute the same thing.
 """
 import multiprocessing
 import resource
@@ -32,7 +33,7 @@ from vlm import VLM
 from vlm import Config as VLMConfig
 
 SETTINGS = dict(
-    part='all',               # training, generation, unmasking, cross_entropy, padding, answers
+    part='all',               # training, generation, unmasking, cross_entropy, padding, answers; speculation only by name
     device='auto',
     n_layer=6, n_head=4, n_embd=256,
     n_kv_head=0,              # fewer heads of keys and values make the cache smaller; 0 is n_head
@@ -42,6 +43,8 @@ SETTINGS = dict(
     vocab_size=65536,         # of the cross-entropy
     rows=4096,
     samples=8,                # in a step of nano4M
+    run='gpt_shakespeare', draft='gpt_draft',  # of speculation: a trained GPT and a small one
+    temperature=0.8,          # of speculation
     repeats=5,
 )
 
@@ -282,8 +285,26 @@ def bench_answers(settings, device):
     report('32 answers, one look a picture and a cache', took, 32, seconds / 32, 'answers')
 
 
+def bench_speculation(settings, device):
+    """A text of a trained run with the guesses of a draft and without, in turns; at temperature 0 the tokens must be the same."""
+    train.set_up(device, training=False)
+    model, draft = (train.load_model(train.find_weights(settings[name]))[0].to(device) for name in ('run', 'draft'))
+    start, n, times, texts = torch.zeros(1, 1, dtype=torch.long, device=device), settings['max_new_tokens'], {}, {}
+    for seed in range(settings['repeats']):
+        for ahead in (0, 2, 4, 6):
+            law = dict(temperature=settings['temperature'], generator=torch.Generator(device).manual_seed(seed))
+            stream = model.speculate(draft, start, n, **law, ahead=ahead) if ahead else model.stream(start, n, **law)
+            begin = time.perf_counter()
+            texts[ahead] = torch.cat(list(stream)).tolist()
+            times.setdefault(ahead, []).append(time.perf_counter() - begin)
+        assert settings['temperature'] or len(set(map(tuple, texts.values()))) == 1
+    against = statistics.median(times[0]) / n
+    for ahead, took in times.items():
+        report(f'generation, {ahead} guesses a pass' if ahead else 'generation, without a draft', statistics.median(took), n, against)
+
+
 PARTS = dict(training=bench_training, generation=bench_generation, unmasking=bench_unmasking, cross_entropy=bench_cross_entropy,
-             padding=bench_padding, answers=bench_answers)
+             padding=bench_padding, answers=bench_answers, speculation=bench_speculation)
 
 
 def main(*arguments, **overrides):
@@ -295,7 +316,7 @@ def main(*arguments, **overrides):
     for dtype in (torch.float32, torch.bfloat16):
         print(f'matmul in {str(dtype)[6:]}: {train.matmul_rate(device, dtype) / 1e9:,.0f} GFLOP/s')
     for name, part in PARTS.items():
-        if settings['part'] in ('all', name):
+        if settings['part'] == name or settings['part'] == 'all' and name != 'speculation':
             part(settings, device)
 
 

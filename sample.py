@@ -43,7 +43,7 @@ from config import UserError
 from maskgit import ORDERS, SCHEDULES
 from prepare.report import alone, bootstrap, judged, save_answers, save_gif, save_grid, save_scores, tile
 from train import (Data, add_logs, autocast, check_data, evaluation_batch, find_device, find_dtype, find_weights, load_model,
-                   means, read_meta, set_up)
+                   means, read_meta, set_up, to_device)
 
 SETTINGS = dict(
     out_dir='out/nano4m',     # the run
@@ -546,15 +546,17 @@ def score_fourm(model, fields, settings, data, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Flow
 
-COUNTS = (1, 2, 4, 10, 20, 50, 100)  # evaluations of the network, in pictures and scores
+COUNTS = (1, 2, 4, 10, 20, 50, 100)  # evaluations of the network in pictures; the first five also in scores
 SCALES = (0, 1, 1.5, 2, 3, 5, 10)    # of guidance
 
 
 def follow(model, labels, settings):
     """model.generate as the settings say, for labels (n,): the trajectory (steps + 1, n, ...), and evaluations of the network.
-    What is left open: 20 evaluations, by Euler's method; a single one where the model knows mean velocities."""
+    What is left open: 20 evaluations, by Euler's method, guidance 2 where there are classes; a single evaluation, without guidance,
+    where the model knows mean velocities."""
     device, mean = model.net.head.weight.device, model.config.mean > 0
     method = settings['method'] or ('jump' if mean else 'euler')
+    guidance = settings['guidance'] or (2.0 if model.config.label_drop and model.config.n_classes and not mean else 1.0)
     steps = settings['steps'] or (1 if method == 'jump' else 10 if method in ('midpoint', 'heun') else 20)
     try:
         interval = tuple(map(float, settings['interval'].split(',')))
@@ -562,7 +564,7 @@ def follow(model, labels, settings):
             raise ValueError(f'interval={settings["interval"]!r}: write two times between 0 and 1, as in 0.1,0.8')
         with exact(settings, device):
             trajectory, evaluations = model.generate(
-                torch.as_tensor(labels, device=device), steps, method, settings['guidance'] or 1.0, interval,
+                torch.as_tensor(labels, device=device), steps, method, guidance, interval,
                 torch.Generator(device).manual_seed(settings['seed']))
     except ValueError as error:
         raise UserError(str(error))
@@ -603,7 +605,7 @@ def draw_flow(model, fields, settings, path):
     elif show == 'steps':
         columns = {f'{count}': ends(dict(steps=count)) for count in COUNTS}
     else:
-        columns = {f's = {scale}': ends(dict(guidance=scale or 1e-9)) for scale in SCALES}  # guidance=0 leaves the choice open
+        columns = {f's = {s}': ends(dict(guidance=s or 1e-9)) for s in SCALES}  # guidance=0 would leave the choice open
     save_grid(columns, path, scale)
 
 
@@ -613,13 +615,14 @@ def draw_points(model, fields, settings, path, side=200):
         raise UserError('show and labels are for models of pictures, this one is of points: leave them out')
     trajectory, _ = follow(model, np.zeros(settings['n'] or 4000, int), settings | dict(steps=max(4, settings['steps'] or 40)))
     save_gif([fields.scatter(points.numpy(), side) for points in trajectory], path.with_suffix('.gif'))
-    last, corners, columns = len(trajectory) - 1, torch.from_numpy(fields.grid(14)), {}
+    device, last, columns = model.net.head.weight.device, len(trajectory) - 1, {}
+    corners = torch.from_numpy(fields.grid(14)).to(device)
     for share in (0, 0.25, 0.5, 0.75, 1):
         place = round(share * last)
         t = 1 - place / last
-        velocity = -model.field(torch.zeros(len(corners), dtype=torch.long))(corners, t).detach()
+        velocity = -model.field(torch.zeros(len(corners), dtype=torch.long, device=device))(corners, t).detach().cpu()
         columns[f't = {t:.2f}: points, -v'] = [fields.scatter(trajectory[place].numpy(), side),
-                                               fields.arrows(corners.numpy(), velocity.numpy(), side)]
+                                               fields.arrows(corners.cpu().numpy(), velocity.numpy(), side)]
     points = fields.grid(side // 2)
     learned = np.exp(likelihoods(model, torch.from_numpy(points), torch.zeros(len(points), dtype=torch.long)).numpy())
     truth = fields.log_density(points)
@@ -630,13 +633,13 @@ def draw_points(model, fields, settings, path, side=200):
     save_grid(columns, path, 1)
 
 
-def likelihoods(model, x, labels, probes=1, seed=0, tolerance=1e-4, size=500):
-    """ln p in nats (n,) of x (n, ...) as the network sees it: with the exact divergence of points, random probes of pictures."""
-    found, random = [], torch.Generator().manual_seed(seed)
-    for part, label in zip(x.split(size), labels.split(size)):
-        probe = flow.unit_probes(part) if part[0].numel() <= 8 else flow.random_probes(part, probes, random)
+def likelihoods(model, x, labels, tolerance=1e-4, size=2500):
+    """ln p in nats (n,) of x (n, ...) as the network sees it: with the exact divergence of points, a random probe of pictures."""
+    found, random, device = [], torch.Generator().manual_seed(0), model.net.head.weight.device
+    for part, label in zip(x.to(device).split(size), labels.to(device).split(size)):
+        probe = flow.unit_probes(part) if part[0].numel() <= 8 else flow.random_probes(part, 1, random)
         try:
-            found.append(model.log_prob(part, label, probe, tolerance))
+            found.append(model.log_prob(part, label, probe, tolerance).cpu())
         except ValueError as error:
             raise UserError(str(error))
     return torch.cat(found).double()
@@ -644,10 +647,11 @@ def likelihoods(model, x, labels, probes=1, seed=0, tolerance=1e-4, size=500):
 
 def score_flow(model, fields, settings, data, path):
     """The squared error by time, the likelihood, and how good samples are by the number of evaluations."""
-    total, size = {}, 250
+    total, size, device = {}, 250, model.net.head.weight.device
     for j in range(-(-data.n // size)):
-        with torch.no_grad(), exact(settings, model.net.head.weight.device):
-            total = add_logs(total, model(evaluation_batch(data, model, dict(micro_batch_size=size), j))[1])
+        with torch.no_grad(), exact(settings, device):
+            batch = evaluation_batch(data, model, dict(micro_batch_size=size), j)
+            total = add_logs(total, model(to_device(batch, device))[1])
     errors, _ = means(total)
     scores = {('squared error' if name == 'loss' else f'squared error, t in {name[2:].replace("_", "..")}'): alone(value, data.n)
               for name, value in sorted(errors.items())}
@@ -682,7 +686,7 @@ def score_pictures(model, fields, settings, data):
     if not config.n_classes:
         return scores
     labels = np.arange(settings['n_score']) % config.n_classes
-    for count in [settings['steps']] if settings['steps'] else COUNTS[:-1]:
+    for count in [settings['steps']] if settings['steps'] else COUNTS[:5]:
         started = time.perf_counter()
         drawn = flow_samples(model, labels, settings | dict(steps=count))
         seconds = (time.perf_counter() - started) / len(labels)
@@ -867,6 +871,8 @@ def check(settings, model):
     if not 0 < settings['top_p'] <= 1 or not 0 <= settings['min_p'] <= 1 or settings['temperature'] < 0 or (
             settings['temperature_end'] < 0 or settings['choice_temperature'] < 0):
         raise UserError('top_p must be in (0, 1], min_p in [0, 1], temperatures at least 0')
+    if 0 < settings['temperature'] < 1e-6:  # logits divided by less may not be finite
+        raise UserError(f'temperature={settings["temperature"]} must be 0, which takes the likeliest token, or at least 1e-6')
     most = getattr(model.config, 'vocab_size', None)
     if settings['top_k'] < 0 or most and settings['top_k'] > most:
         raise UserError(f'top_k={settings["top_k"]} must be 0 (all) to {most or "the size of the vocabulary"}')

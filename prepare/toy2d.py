@@ -149,7 +149,7 @@ class Fields:
         """Arrows at points (n, 2) along a velocity (n, 2), as a picture (side, side, 3): a line, thick where it begins."""
         canvas = Image.new('RGB', (4 * side, 4 * side), 'white')
         draw, scale = ImageDraw.Draw(canvas), 2 * side / EXTENT
-        for (x, y), (dx, dy) in zip(points * [1, -1] * scale + 2 * side, velocity * [1, -1] * 0.06 * scale):
+        for (x, y), (dx, dy) in zip(points * [1, -1] * scale + 2 * side, velocity * [1, -1] * 0.12 * scale):
             draw.line((x, y, x + dx, y + dy), fill=(16, 40, 130), width=3)
             draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=(16, 40, 130))
         return np.asarray(canvas.resize((side, side), Image.LANCZOS))

@@ -213,7 +213,7 @@ def test_draw_and_first_loss():
     assert torch.equal(flow.to_pixels(drawn['data']).long(), batch['image'])
     assert 8 < (drawn['label'] == 10).sum() < 32 and ((drawn['label'] == batch['label']) | (drawn['label'] == 10)).all()
     loss, logs = model(drawn)
-    assert loss.item() == pytest.approx((drawn['noise'] - drawn['data']).square().mean().item(), rel=1e-5)  # the first velocity is 0
+    assert loss.item() == pytest.approx((drawn['noise'] - drawn['data']).square().mean().item(), rel=1e-5)  # the first is 0
     assert sum(logs[name][1] for name in logs if name.startswith('t_')) == 40 and logs['tokens'][0] == 40 * 4
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -372,10 +372,12 @@ def test_pictures_of_digits(digits):
 def test_which_generator(digits, capsys):
     train.main(model='gpt', dataset='flow_digits', out_dir='out/gpt_digits', n_layer=1, n_head=2, n_embd=16, batch_size=4,
                max_iters=1, device='cpu', dtype='float32', compile=False, pictures=False)
-    sample.main(f'--compare=out/gpt_digits,{digits}', '--n_score=40')
+    train.main(model='maskgit', dataset='flow_digits', out_dir='out/maskgit_digits', n_layer=1, n_head=2, n_embd=16, batch_size=4,
+               max_iters=1, eval_iters=1, device='cpu', dtype='float32', compile=False, pictures=False)
+    sample.main(f'--compare=out/gpt_digits,out/maskgit_digits,{digits}', '--n_score=40')
     table = capsys.readouterr().out
-    assert '| gpt |' in table and '| flow |' in table and '| real digits |' in table
-    assert Image.open('out/compare.png').size[0] == 3 * 153 - 4 - 0
+    assert all(f'| {name} |' in table for name in ('gpt', 'maskgit', 'flow', 'real digits'))
+    assert Image.open('out/compare.png').size[0] == 4 * 153 - 4
 
 
 def test_scores_of_points(work, capsys):

@@ -287,6 +287,7 @@ def test_faults_of_masks(masked_digits, arguments, message):
     (['--order=fast'], 'order is one of'),
     (['--n=-1'], 'n and steps must be at least 0'),
     (['--temperature=-1'], 'temperatures at least 0'),
+    (['--temperature=1e-44'], 'or at least 1e-6'),
     (['--checkpoint=ckpt_none.pt'], 'no such checkpoint'),
     (['--stepss=3'], "did you mean 'steps'"),
 ])
