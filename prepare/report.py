@@ -23,8 +23,8 @@ def save_grid(columns, path, scale=2):
 
 def save_gif(frames, path, scale=2, seconds=3.0):
     """Frames (T, H, W) or (T, H, W, 3) uint8 as an animation of about so many seconds, the last one shown longer."""
-    large = [Image.fromarray(frame).convert('RGB').resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.NEAREST)
-             for frame in np.asarray(frames)]
+    large = [Image.fromarray(frame).convert('RGB').quantize(24, dither=Image.Dither.NONE)  # few colours: noise does not compress
+             .resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.NEAREST) for frame in np.asarray(frames)]
     each = max(20, int(1000 * seconds / len(large)))  # milliseconds
     large[0].save(path, save_all=True, append_images=large[1:], duration=[each] * (len(large) - 1) + [1500], loop=0)
     print(f'wrote {path}')
