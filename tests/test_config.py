@@ -91,3 +91,10 @@ def test_the_pages_commands_use_settings_that_exist(command, monkeypatch):
 
 def test_the_pages_have_commands():
     assert len(COMMANDS) > 30
+
+
+def test_the_table_of_chapters_counts_lines_right():
+    rows = re.findall(r'^\| \d \| \[(\w+\.py)\]\(\1\) \| [^|]* \| (\d+) \|', (ROOT / 'README.md').read_text(), re.M)
+    assert len(rows) == 5
+    for name, lines in rows:
+        assert len((ROOT / name).read_text().splitlines()) == int(lines), name
