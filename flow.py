@@ -283,20 +283,18 @@ class DiT(nn.Module):
 
 
 class VectorNet(nn.Module):
-    """Velocity of vectors z (B, d), which are read as waves of 8 to 0.3 radians a unit: of the plain numbers an MLP learns fine
-    detail slowly (2006.10739)."""
+    """Velocity of vectors z (B, d)."""
     def __init__(self, config):
         super().__init__()
         D = config.n_embd
         self.condition = Condition(config)
-        self.embedding = nn.Linear(D, D)
+        self.embedding = nn.Linear(config.channels, D)
         self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(config.n_layer))
         self.head = nn.Linear(D, config.channels)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, z, t, label, before):
-        waves = torch.cat(rotary(8 * z, self.embedding.in_features, theta=30), -1)  # (B, D)
-        x = self.embedding(waves) + self.condition(t, label, before)
+        x = self.embedding(z) + self.condition(t, label, before)  # (B, D)
         for layer in self.layers:
             x = layer(F.silu(x))
         return self.head(F.silu(x)).float()  # (B, d)

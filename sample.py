@@ -587,7 +587,10 @@ def draw_flow(model, fields, settings, path):
     if not model.config.image_size:
         return draw_points(model, fields, settings, path)
     classes, size, show = model.config.n_classes, model.config.image_size, settings['show']
-    chosen = [int(c) for c in settings['labels'].split(',') if c] or list(range(classes)) or [0] * 8
+    known = {str(c): c for c in range(classes)}
+    if unknown := [c for c in settings['labels'].split(',') if c and c not in known]:
+        raise UserError(f'labels: there is no class {unknown[0]!r} (classes are 0 to {classes - 1})')
+    chosen = [known[c] for c in settings['labels'].split(',') if c] or list(range(classes)) or [0] * 8
     scale, n = max(1, 56 // size), settings['n'] or (8 if show == 'grid' else 10)
 
     def ends(changes):

@@ -362,11 +362,8 @@ def test_pictures_of_digits(digits):
     assert draw(digits, '--n=2', '--steps=2', '--labels=3,5', '--guidance=2', '--interval=0.2,0.8').size[0] == 2 * 60 - 4
     assert draw(digits, '--n=2', '--show=guidance', '--steps=1').size[0] == 7 * 60 - 4
     assert draw(digits, '--n=2', '--show=path', '--steps=4').size[0] == 5 * 60 - 4
-    before = set(Path(digits).glob('sample_*'))
-    for seed in (1, 1, 2):
-        sample.main(f'--out_dir={digits}', '--n=1', '--show=path', '--steps=3', f'--seed={seed}')
-    gifs = sorted(set(Path(digits).glob('sample_*.gif')) - before)
-    assert gifs and Image.open(gifs[0]).n_frames > 1
+    gif, *_ = Path(digits).glob('sample_*.gif')
+    assert Image.open(gif).n_frames > 1
 
 
 def test_which_generator(digits, capsys):
@@ -374,7 +371,7 @@ def test_which_generator(digits, capsys):
                max_iters=1, device='cpu', dtype='float32', compile=False, pictures=False)
     train.main(model='maskgit', dataset='flow_digits', out_dir='out/maskgit_digits', n_layer=1, n_head=2, n_embd=16, batch_size=4,
                max_iters=1, eval_iters=1, device='cpu', dtype='float32', compile=False, pictures=False)
-    sample.main(f'--compare=out/gpt_digits,out/maskgit_digits,{digits}', '--n_score=40')
+    sample.main(f'--compare=out/gpt_digits,out/maskgit_digits,{digits}', '--n_score=100')
     table = capsys.readouterr().out
     assert all(f'| {name} |' in table for name in ('gpt', 'maskgit', 'flow', 'real digits'))
     assert Image.open('out/compare.png').size[0] == 4 * 153 - 4
@@ -396,9 +393,10 @@ def test_scenes(work):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--steps=-1'], 'steps must be at least 0'), (['--labels=12'], 'this model has classes 0 to 9'),
+    (['--steps=-1'], 'steps must be at least 0'), (['--labels=3,12'], "there is no class '12'"),
     (['--interval=1'], 'write two times between 0 and 1'), (['--method=rk4'], 'choose one of euler'),
-    (['--show=all'], 'choose grid'), (['--order=raster'], 'order is a setting of'),
+    (['--show=all'], 'show is one of grid'), (['--labels=x'], 'labels'), (['--labels=10'], 'labels'),
+    (['--order=raster'], 'order is a setting of'),
     (['--compare=out/points_not'], 'no such checkpoint')])
 def test_faults(digits, arguments, message):
     with pytest.raises(UserError, match=message) as error:
