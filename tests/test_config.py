@@ -81,7 +81,7 @@ COMMANDS = sorted(set(re.findall(r'^(?:.* && )?((?:python|torchrun) .*?)(?:  #.*
 def test_the_pages_commands_use_settings_that_exist(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
-    program = next(word for word in words if word.endswith('.py') or word.startswith('prepare.'))
+    program = next(word for word in words if word.endswith('.py') or word.startswith(('prepare.', 'tests.')))
     assigned = config.read([word for word in words[words.index(program) + 1:]])
     if program == 'train.py':
         train.resolve(assigned)
