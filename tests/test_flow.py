@@ -374,7 +374,7 @@ def test_which_generator(digits, capsys):
     sample.main(f'--compare=out/gpt_digits,out/maskgit_digits,{digits}', '--n_score=100')
     table = capsys.readouterr().out
     assert all(f'| {name} |' in table for name in ('gpt', 'maskgit', 'flow', 'real digits'))
-    assert Image.open('out/compare.png').size[0] == 4 * 153 - 4
+    assert Image.open('out/compare.png').size[0] == 4 * 302 - 4
 
 
 def test_scores_of_points(work, capsys):
