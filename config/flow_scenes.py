@@ -1,14 +1,14 @@
-# Flow matching on the rgb pictures of the scenes, 64x64, without labels: 1.6 M parameters, 64 tokens a picture.
-# 3,000 steps x 32 pictures = 96,000 pictures, five passes over 20,000.
+# Flow matching on the rgb pictures of the scenes, 64x64, without labels: 1.1 M parameters, 256 tokens a picture.
+# 3,000 steps x 16 pictures = 48,000 pictures, two and a half passes over 20,000. After 550 steps (--max_iters=550), seven minutes on one
+# core without bfloat16, colours and shapes begin to show, at a val_loss of 0.083; the whole run has not been timed.
+# A patch has to be much smaller than the width: with patches of 8, 192 numbers of noise do not pass through 160, and the
+# pictures stay noise (0.267 after 900 steps of 32).
 model = 'flow'
 dataset = 'scenes'
-patch = 8
-n_embd = 160
-n_head = 5
-mlp_width = 320
+patch = 4
 shift = 2.0             # a large picture shows through more noise than a small one
-batch_size = 32
-micro_batch_size = 32
+batch_size = 16
+micro_batch_size = 16
 max_iters = 3000
 ema = 0.999
 eval_interval = 1500
