@@ -23,6 +23,8 @@ One sampler for all chapters: draws what a trained model generates, and scores i
 
 A chain names what is given, then targets with optional steps and order (random, confidence, raster, halton), each of which, once
 generated, conditions the next. Pictures are written as PNG into the run's folder, scores as scores.json; the path is printed.
+
+There is one section a chapter, with its draw_CHAPTER and score_CHAPTER; each can be read alone, and the last section calls them.
 """
 import importlib
 import json

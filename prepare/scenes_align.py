@@ -13,16 +13,14 @@ Beside the text each of the 8x8 cells has a name (names.npy), for models with a 
 that are held out, are those of prepare/scenes_qa.py.
 """
 import sys
-from pathlib import Path
 
 import numpy as np
 
 import config
 from config import UserError
 from prepare.scenes import COLOR_NAMES, MATERIALS, SHAPES, SIZES
-from prepare.scenes_qa import Scene, cell, encoding_name, has_new_pair, link, load, place, vocabulary, where
-from prepare.text_tokenizers import save_words
-from prepare.vqa import Fields, template, write_meta, write_questions, write_rows  # noqa: F401  (Fields: for sample.py)
+from prepare.scenes_qa import Scene, begin, cell, encoding_name, has_new_pair, link, load, place, where
+from prepare.vqa import Fields, write_meta, write_questions, write_rows  # noqa: F401  (Fields: for sample.py)
 
 SETTINGS = dict(scenes='data/scenes', out='data/scenes_align', n_where=8, length=104, seed=0)
 QUESTION = 'Describe the picture.'
@@ -50,11 +48,7 @@ def names(objects, size, way):
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
-    out, scenes = Path(settings['out']), Path(settings['scenes'])
-    out.mkdir(parents=True, exist_ok=True)
-    (out / 'meta.json').unlink(missing_ok=True)
-    save_words(out / 'words.json', vocabulary())
-    way, size = template('', out), load(scenes, 'val', 'rgb').shape[1]
+    out, scenes, way, size = begin(settings)
     for split, seed in (('val', 1), ('train', 0)):
         objects, random = load(scenes, split, 'objects'), np.random.default_rng((settings['seed'], 2, seed))
         index, turns = (~has_new_pair(objects)).nonzero()[0], []
