@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -106,30 +107,64 @@ def test_micro_batches_do_not_change_the_step(here):
 
 @pytest.mark.parametrize('chapter', faults.CASES)
 def test_every_split_over_processes_is_the_same_step(tmp_path, monkeypatch, chapter):
-    """Four micro-batches on one process, two or four: the loss and every gradient of the first step, dropout included, to rounding."""
+    """Four micro-batches on one process, two, four, or two that share the model between them: the loss and every gradient of the
+    first step, dropout included, to rounding, and the weights after it."""
     monkeypatch.chdir(tmp_path)
     faults.make_data(chapter, faults.CASES[chapter][0])
     clip = torch.nn.utils.clip_grad_norm_
 
     def spy(parameters, most):
         parameters = list(parameters)
-        torch.save([p.grad for p in parameters], f'gradients_{os.environ["WORLD_SIZE"]}_{os.environ["RANK"]}.pt')
+        torch.save(train.whole([p.grad for p in parameters]), f'gradients_{os.environ["RANK"]}.pt')
         return clip(parameters, most)
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', spy)
-    found = {}
-    for world in (1, 2, 4):
-        processes = [faults.start(chapter, f'out/{world}', dict(
-            WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='localhost', MASTER_PORT=str(29700 + world)),
-            micro_batch_size=2, max_iters=1, log_interval=1) for rank in range(world)]
-        for process in processes:
-            process.join(60)
-            assert process.exitcode == 0
-        found[world] = torch.load(f'gradients_{world}_0.pt')
-        line = next(line for line in lines(f'out/{world}') if 'train_loss' in line)
-        assert line['train_loss'] == pytest.approx(lines('out/1')[1]['train_loss'], rel=1e-6)
-    for world in (2, 4):
-        for a, b in zip(found[1], found[world]):
+    for name, world in dict(one=1, two=2, four=4, shards=2).items():
+        together(world, chapter, f'out/{name}', max_iters=1, log_interval=1, eval_iters=3, shard=name == 'shards')
+        found = torch.load('gradients_0.pt')
+        log = [line.get('train_loss', line.get('val_loss')) for line in lines(f'out/{name}')]
+        if world == 1:
+            expected, losses = found, log
+        assert log[:2] == pytest.approx(losses[:2], rel=1e-6) and log[2] == pytest.approx(losses[2], rel=1e-4)
+        for a, b in zip(expected, found):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * a.abs().max().item() + 1e-12)
+        for (key, a), b in zip(weights('out/one').items(), weights(f'out/{name}').values()):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4, msg=key)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+def test_shards_resume_on_any_number_of_processes(tmp_path, monkeypatch, dtype):
+    """Two processes that share a model, then one, then two, with a running mean and frozen parts: the files are one process's."""
+    monkeypatch.chdir(tmp_path)
+    faults.make_data('fourm', faults.CASES['fourm'][0])
+    settings = dict(dtype=dtype, ema=0.9, rates='place_embedding:0', decay=1e-9, eval_iters=2, eval_interval=2, log_interval=1)
+    together(1, 'fourm', 'out/whole', max_iters=6, **settings)
+    for steps, world in ((2, 2), (4, 1), (6, 2)):
+        together(world, 'fourm', 'out/parts', max_iters=steps, shard=True, **settings)
+    whole, parts = (train.read_checkpoint(Path(f'out/{name}/ckpt_last.pt')) for name in ('whole', 'parts'))
+    assert faults.same(shapes(whole['optimizers']), shapes(parts['optimizers'])) and whole['scaler'] == parts['scaler']
+    for key in ('weights', 'ema'):
+        for name in whole[key]:
+            torch.testing.assert_close(whole[key][name], parts[key][name], rtol=5e-3, atol=5e-3 if dtype == 'float16' else 2e-4)
+    losses = [[line['val_loss'] for line in lines(f'out/{name}') if 'val_loss' in line] for name in ('whole', 'parts')]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def together(world, chapter, out_dir, **changes):
+    """The run on so many processes, with micro-batches of two."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    processes = [faults.start(chapter, out_dir, dict(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='localhost',
+                                                     MASTER_PORT=str(port)), micro_batch_size=2, **changes) for rank in range(world)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+
+
+def shapes(value):
+    if isinstance(value, dict):
+        return {name: shapes(item) for name, item in value.items()}
+    return [shapes(item) for item in value] if isinstance(value, list) else getattr(value, 'shape', None)
 
 
 def test_target_loss_stops(here, capsys):
