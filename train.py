@@ -792,7 +792,7 @@ def run(assigned, files, stack):
         del checkpoint  # as large as what it was loaded into
     if settings['compile']:
         compile_blocks(raw_model, device)
-    model = DistributedDataParallel(raw_model, broadcast_buffers=False) if world > 1 and not sharded else raw_model
+    model = DistributedDataParallel(raw_model) if world > 1 and not sharded else raw_model
     limit, flops = matmul_rate(device, dtype) if is_main() else 1, {}
     if is_main():
         count = sum(p.numel() for p in raw_model.parameters())
@@ -836,6 +836,7 @@ def run(assigned, files, stack):
             | (dict(ema=mean.state_dict()) if settings['ema'] else {}))
         for name in names if is_main() else ():
             save_checkpoint(out_dir / name, checkpoint)
+        any_process(False, device)  # nobody leaves before it is written: torchrun and srun end all when the first one does
 
     start, best, seconds, tokens, skipped = (state[name] for name in ('step', 'best', 'seconds', 'tokens', 'skipped'))
     if start >= settings['max_iters']:
