@@ -15,7 +15,6 @@ Of each picture there are a few square views, the first from its middle, the oth
 pictures last longer. All modalities are functions of pictures (n, H, W, 3) alone: another data set's script can use them too.
 What cannot be read is named and left out. All passes through memory: for some ten thousand pictures, not for millions.
 """
-import json
 import sys
 import textwrap
 from collections import Counter
@@ -29,6 +28,7 @@ from tqdm import tqdm
 import config
 from config import UserError
 from prepare.image_tokenizers import Config, ImageTokenizer, fit, from_network, reconstruction_loss, to_network
+from prepare.meta import save_meta
 from prepare.pictures import read_picture
 from prepare.text_tokenizers import decode_row, encode_rows, load_encoding, save_encoding, train_bpe
 
@@ -269,7 +269,7 @@ def main(*arguments, **overrides):
     meta = dict(kind='rows', prepare='folder', fields=vocabularies | dict(caption=encoding.n_vocab), config=facts,
                 views=dict.fromkeys(vocabularies, views), files=dict(tokens='rgb', image='raw_rgb'), quality=quality,
                 settings=settings)
-    (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
+    save_meta(folder, meta)
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ import torch
 
 import train
 from config import UserError
+from prepare.meta import save_meta
 from tests import faults
 
 TINY = dict(model='fourm', dataset='scenes', n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, input_slots='16,32',
@@ -89,20 +90,75 @@ def test_resume_is_bit_identical(here):
     assert [line.get('train_loss') for line in lines('out/whole')] == [line.get('train_loss') for line in lines('out/parts')]
 
 
-def test_micro_batches_do_not_change_the_step(here):
-    """8 x 1 and 4 x 2 have other masks; 2 micro-batches on one process or one each on two have the same."""
-    run('out/one', max_iters=2, eval_interval=2)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29611',
-               str(Path(train.__file__)), '--out_dir=out/two', '--max_iters=2', '--eval_interval=2',
-               *(f'--{name}={value}' for name, value in TINY.items() if name not in ('max_iters', 'eval_interval'))]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'}, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    a, b = weights('out/one'), weights('out/two')
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-4)
-    one, two = ([line['train_loss'] for line in lines(f'out/{run}') if 'train_loss' in line] for run in ('one', 'two'))
-    assert one == pytest.approx(two, rel=1e-5)
+KILLER = """
+import os as _os, pathlib as _pathlib, threading as _threading, time as _time
+def _die():
+    while not _pathlib.Path('out/two/ckpt_last.pt').exists():
+        _time.sleep(0.01)
+    _pathlib.Path('killed').touch()
+    _os.kill(_os.getpid(), 9)
+if _os.environ['RANK'] == '1' and _os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    _threading.Thread(target=_die, daemon=True).start()
+"""
+
+
+def test_torchrun_goes_on_after_a_process_was_killed(tmp_path, monkeypatch):
+    """A config file is code: this one kills the second process. The job ends like one that ran on a single process."""
+    monkeypatch.chdir(tmp_path)
+    faults.make_data('gpt', faults.CASES['gpt'][0])
+    Path('killer.py').write_text(KILLER)
+    settings = faults.RUN | faults.CASES['gpt'][1] | dict(model='gpt', dataset='gpt')
+    train.main(**settings, out_dir='out/one')
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=2',
+                           train.__file__, 'killer.py', '--out_dir=out/two', *(f'--{name}={value}' for name, value in settings.items())],
+                          capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'}, timeout=300)
+    assert done.returncode == 0 and Path('killed').exists(), done.stderr[-2000:]
+    for (name, a), b in zip(weights('out/one').items(), weights('out/two').values()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=name)
+    one, two = ([(line['step'], line.get('train_loss', line.get('val_loss'))) for line in lines(f'out/{run}')] for run in ('one', 'two'))
+    assert [step for step, _ in one] == [step for step, _ in two]
+    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], rel=1e-3)
     assert lines('out/one')[-1]['tokens'] == lines('out/two')[-1]['tokens']
+
+
+def test_as_in_a_notebook(tmp_path, monkeypatch, capsys):
+    """main returns or raises, and can be called again: after an error, after an interruption, in the same folder."""
+    monkeypatch.chdir(tmp_path)
+    faults.make_data('gpt', faults.CASES['gpt'][0])
+    settings = faults.RUN | faults.CASES['gpt'][1] | dict(model='gpt', dataset='gpt', out_dir='out/a')
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert train.main(**settings | dict(max_iters=3))['loss'] > 0
+    assert 'train: 100%' in capsys.readouterr().err
+    with pytest.raises(UserError, match='n_embd=16, not 32'):
+        train.main(**settings | dict(n_embd=32))
+    update = train.update
+    monkeypatch.setattr(train, 'update', lambda *arguments: signal.raise_signal(signal.SIGINT) or update(*arguments))
+    assert train.main(**settings | dict(max_iters=9)) == {'stopped': signal.SIGINT}
+    monkeypatch.setattr(train, 'update', lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(**settings | dict(max_iters=9))
+    monkeypatch.setattr(train, 'update', update)
+    assert train.main(**settings | dict(max_iters=9))['loss'] > 0 and lines('out/a')[-1]['step'] == 9
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_checksums(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    faults.make_data('gpt', faults.CASES['gpt'][0])
+    settings = faults.RUN | faults.CASES['gpt'][1] | dict(model='gpt', dataset='gpt', out_dir='out/a', max_iters=1, checksum=True)
+    with pytest.raises(UserError, match='data/gpt/SHA256SUMS is missing'):
+        train.main(**settings)
+    save_meta('data/gpt', faults.CASES['gpt'][0] | dict(prepare='none'))
+    assert subprocess.run(['sha256sum', '-c', 'SHA256SUMS'], cwd='data/gpt', capture_output=True).returncode == 0
+    assert train.main(**settings)['loss'] > 0
+    path = Path('data/gpt/val/tokens.npy')
+    tokens = np.load(path)
+    tokens[7] = (tokens[7] + 1) % 20  # a legal token, but another one
+    np.save(path, tokens)
+    for damage in (lambda: None, path.unlink):
+        damage()
+        with pytest.raises(UserError, match='data/gpt/val/tokens.npy is not what data/gpt/SHA256SUMS tells of'):
+            train.main(**settings)
 
 
 @pytest.mark.parametrize('chapter', faults.CASES)
@@ -154,8 +210,9 @@ def together(world, chapter, out_dir, **changes):
     with socket.socket() as free:
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
-    processes = [faults.start(chapter, out_dir, dict(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='localhost',
-                                                     MASTER_PORT=str(port)), micro_batch_size=2, **changes) for rank in range(world)]
+    processes = [faults.start(chapter, out_dir, dict(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank),
+                                                     MASTER_ADDR='localhost', MASTER_PORT=str(port)),
+                              micro_batch_size=2, **changes) for rank in range(world)]
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
