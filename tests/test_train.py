@@ -568,6 +568,7 @@ def test_damaged_data(here):
     (dict(use='rgb sound'), "there is no modality 'sound'"),
     (dict(micro_batch_size=3), 'does not split into micro-batches of 3'),
     (dict(n_head=5), 'must be a multiple'),
+    (dict(device='gpu'), "device='gpu' does not work here"),
     (dict(dtype='float8'), 'choose auto, float32, bfloat16 or float16'),
 ])
 def test_faulty_settings(here, changes, message):
