@@ -840,8 +840,9 @@ def run(assigned, files, stack):
 
     start, best, seconds, tokens, skipped = (state[name] for name in ('step', 'best', 'seconds', 'tokens', 'skipped'))
     if start >= settings['max_iters']:
-        print(f'{out_dir}: finished at step {start}, best val_loss {best:.4f}; raise max_iters to go on, or --init_from=scratch '
-              'to start anew')
+        if is_main():
+            print(f'{out_dir}: finished at step {start}, best val_loss {best:.4f}; raise max_iters to go on, or '
+                  '--init_from=scratch to start anew')
         return {}
     mine = range(rank, n_micro, world)
     jobs = ((train_data, raw_model, settings, step, j) for step in range(start, settings['max_iters']) for j in mine)
@@ -930,7 +931,8 @@ def run(assigned, files, stack):
                     'tokens_per_second': round(count / took), 'mfu': round(work / took / limit, 4),
                     'data_wait': round(waited / took, 4)} | ({'skipped': skipped} if skipped else {})
             log(line | {name: value for name, value in values.items() if name != 'loss'})
-            bar.set_postfix(loss=f'{line["train_loss"]:.3f}', tok_s=f'{line["tokens_per_second"]:,}', mfu=f'{line["mfu"]:.0%}')
+            shown = dict(loss=f'{line["train_loss"]:.3f}', tok_s=f'{line["tokens_per_second"]:,}', mfu=f'{line["mfu"]:.0%}')
+            bar.set_postfix(shown, refresh=False)
             total, work, waited, since = {}, 0, 0.0, now
     bar.close()
     if is_main():
