@@ -864,7 +864,8 @@ def run(assigned, files, stack):
             improved, best = val_loss < best, min(val_loss, best)
             seconds += paused - since
             if step:
-                save(step, 'ckpt_last.pt', *['ckpt_best.pt'] * improved, *[f'ckpt_{step:06d}.pt'] * (settings['keep'] > 0))
+                # the last one last: a run killed in between evaluates this step again
+                save(step, *['ckpt_best.pt'] * improved, *[f'ckpt_{step:06d}.pt'] * (settings['keep'] > 0), 'ckpt_last.pt')
                 for old in sorted(out_dir.glob('ckpt_[0-9]*.pt'))[:-settings['keep']]:
                     old.unlink(missing_ok=True)
                 if settings['pictures'] and is_main():
