@@ -1,5 +1,6 @@
 """The documentation runs: snippets print what stands behind them, commands do something, names exist, changes apply."""
-import importlib
+import contextlib
+import importlib.util
 import re
 import shlex
 import shutil
@@ -84,16 +85,20 @@ FILES = 'gpt|maskgit|fourm|flow|vlm|train|sample|bench|config|prepare'
 
 
 def test_names_of_the_code_exist():
-    names = sorted(set(re.findall(rf'`((?:{FILES})(?:\.\w+)+)`', PAGES)))
+    names = sorted(set(re.findall(rf'`((?:{FILES})(?:\.\w+)+)`', PAGES + YOURS)))
     assert len(names) > 30
     for name in names:
-        if not name.endswith('.py'):
+        if not name.endswith(('.py', '.md', '.sbatch')):
             find(name)
 
 
-@pytest.mark.parametrize('chapter', ['gpt', 'maskgit', 'flow', 'vlm'])
+TABLES = {path.stem: page.split('## Where the papers live')[1] for path in sorted(Path(ROOT, 'docs').glob('*.md'))
+          if '## Where the papers live' in (page := path.read_text())}
+
+
+@pytest.mark.parametrize('chapter', TABLES)
 def test_equations_have_a_place_in_the_file(chapter):
-    table = Path(ROOT, f'docs/{chapter}.md').read_text().split('Where the papers live')[1].split('\n\n')[1]
+    table = re.search(r'(?:^\|.*\n)+', TABLES[chapter], re.M)[0]
     rows = [row.split('|')[2:3] for row in table.splitlines()[2:]]
     assert len(rows) > 5
     for place, in rows:
@@ -101,6 +106,10 @@ def test_equations_have_a_place_in_the_file(chapter):
         assert names, place
         for name in names:
             find(f'{chapter}.{name}')
+
+
+def test_each_chapter_has_such_a_table():
+    assert len(TABLES) >= 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +122,7 @@ TOYS = ('shakespeare', 'mnist', 'toy2d', 'scenes')
 
 def arguments_of(command):
     words = shlex.split(command)
-    program = next(i for i, word in enumerate(words) if word.endswith('.py') or word.startswith('prepare.'))
+    program = next(i for i, word in enumerate(words) if word.endswith('.py') or word.startswith(('prepare.', 'tests.')))
     return words[program], words[program + 1:]
 
 
@@ -127,7 +136,8 @@ def folder_of(arguments):
     return settings['out_dir'][0] if 'out_dir' in settings else f'out/{Path(arguments[0]).stem}'
 
 
-TRAIN = {folder_of(arguments_of(command)[1]): command for command in COMMANDS if trains_on(command) in TOYS}
+with contextlib.chdir(ROOT):  # where the config files are
+    TRAIN = {folder_of(arguments_of(command)[1]): command for command in COMMANDS if trains_on(command) in TOYS}
 SAMPLE = [command for command in COMMANDS if 'sample.py' in command and '--score' not in command and any(
     f'--out_dir={folder}' in shlex.split(command) for folder in TRAIN)]
 
@@ -143,7 +153,7 @@ def toys(work):
     text.main(input='toy.txt', out='data/shakespeare')
     toy2d.main(n_train=200, n_val=50)
     Image.new('RGB', (64, 64)).save('FILE.png')
-    shutil.copy('FILE.png', 'FILE.jpg')
+    Path('FILE').write_text('ROMEO:\nJULIET\n')
 
 
 @pytest.fixture
@@ -168,10 +178,11 @@ def test_train_commands_run(folder, trained):
 @pytest.mark.parametrize('command', SAMPLE)
 def test_sample_commands_run(command, trained, capsys):
     _, arguments = arguments_of(command)
-    trained(folder_of(arguments))
+    trained(folder := folder_of(arguments))
     capsys.readouterr()
-    sample.main(*arguments, **({} if '--report' in command else dict(n=1, max_new_tokens=4, steps=2)
-                               if 'gpt' not in command else dict(n=1, max_new_tokens=4)))
+    model = train.read_checkpoint(Path(folder, 'ckpt_last.pt'))['settings']['model']
+    short = dict(n=1, max_new_tokens=4, steps=2)
+    sample.main(*arguments, **{name: value for name, value in short.items() if name == 'n' or name in sample.BELONGS[model].split()})
     assert capsys.readouterr().out
 
 
@@ -227,7 +238,7 @@ def load(path):
 
 def test_a_new_order(mine):
     changed = load(mine / 'maskgit.py')
-    assert changed.spiral_rank([3, 3]).tolist() == [2, 3, 4, 1, 0, 5, 8, 7, 6] or sorted(changed.spiral_rank([3, 3])) == list(range(9))
+    assert changed.spiral_rank([3, 3]).tolist() == [1, 2, 3, 8, 0, 4, 7, 6, 5]
     for grid in ([7, 7], [4, 6], [9]):
         rank = changed.spiral_rank(grid)
         assert sorted(rank.tolist()) == list(range(len(rank)))
@@ -240,15 +251,15 @@ def test_a_new_order(mine):
 def test_a_new_data_set_and_a_new_model(mine, toys):
     (mine / 'data').mkdir()
     (mine / 'data' / 'mnist').symlink_to(Path('data', 'mnist').resolve())
-    python(mine, '-c', f'''
+    printed = python(mine, '-c', '''
 import torch, train, sample
-short = dict(device='cpu', compile=False, batch_size=8, max_iters=30, n_embd=32)
+short = dict(device='cpu', compile=False, batch_size=8, max_iters=60, warmup_iters=1, n_embd=32)
 train.main(model='gpt', dataset='sorting', n_layer=1, n_head=2, **short)
 sample.main('--out_dir=out/gpt', '--prompt=47193028>', '--max_new_tokens=8', '--temperature=0')
 values = train.main(model='vae', dataset='mnist', **short)
-assert 100 < values['loss'] < 500, values
+assert 50 < values['loss'] < 480, values  # 784 ln 2 = 543 before training
 sample.main(out_dir='out/vae', n=20)
 sample.main(out_dir='out/vae', report=True)
 ''')
-    assert '47193028>' in (mine / 'out' / 'gpt').joinpath('sample_000030.txt').read_text() or True
+    assert re.search(r'^47193028>[0-9>]{8}$', printed, re.M)
     assert (mine / 'out' / 'vae' / 'report.md').is_file() and list((mine / 'out' / 'vae').glob('sample_*.png'))
