@@ -74,7 +74,7 @@ def test_shipped_configs_are_valid():
             settings_of(str(path))
 
 
-COMMANDS = sorted(set(re.findall(r'^(?:\$ |.* && )?((?:python|torchrun) .*?)(?:  #.*)?(?:   .*)?$', PAGES, re.M)
+COMMANDS = sorted(set(re.findall(r'^(?:\$ |.* && )?((?:python|torchrun) .*?)(?:  #.*)?(?:   .*)?$(?!\nerror: )', PAGES, re.M)
                       + re.findall(r'`(python [^`]*)`', PAGES)))
 
 

@@ -178,6 +178,8 @@ def test_train_commands_run(folder, trained):
 @pytest.mark.parametrize('command', SAMPLE)
 def test_sample_commands_run(command, trained, capsys):
     _, arguments = arguments_of(command)
+    for draft in re.findall(r'--draft=(\S+)', command):
+        trained(f'out/{draft}')
     trained(folder := folder_of(arguments))
     capsys.readouterr()
     model = train.read_checkpoint(Path(folder, 'ckpt_last.pt'))['settings']['model']
