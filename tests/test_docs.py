@@ -17,7 +17,6 @@ import config
 import maskgit
 import sample
 import train
-from config import UserError
 from prepare import judge, mnist, text, toy2d
 from tests.conftest import ROOT
 from tests.test_config import COMMANDS, PAGES
@@ -46,8 +45,7 @@ def find(name):
 
 @pytest.fixture
 def digits(tmp_path, monkeypatch):
-    """A working folder with data/mnist as `prepare.mnist --subset=t10k` leaves it, without judges; toy digits where MNIST is not at
-    hand."""
+    """A working folder with data/mnist as `prepare.mnist --subset=t10k` leaves it, without judges; or toys."""
     splits = mnist.read_splits(dict(subset='t10k', fashion=False, seed=0)) if REAL.exists() else {
         'train': toy_digits(2000), 'val': toy_digits(200, 1)}
     for split, arrays in splits.items():
@@ -71,11 +69,19 @@ def test_no_other_page_has_snippets_of_python():
 
 def test_from_a_notebook(work):
     (code, _), = snippets(README)
-    short = code.replace('max_iters=100', 'max_iters=1, batch_size=2, eval_iters=1, n_layer_encoder=1, n_layer_decoder=1, n_embd=32, '
-                         'compile=False, pictures=False')
+    short = code.replace('max_iters=100', 'max_iters=1, batch_size=2, eval_iters=1, n_layer_encoder=1, n_layer_decoder=1, '
+                         'n_embd=32, compile=False, pictures=False')
     assert short != code
     exec(short, {})
     assert list(Path('out/try').glob('sample_*.png'))
+
+
+def test_from_a_notebook_as_the_setting_up_says(toys):
+    code = re.search(r'^    (import train.*\n(?:    .*\n)+)', Path(ROOT, 'docs/setup.md').read_text(), re.M)[1]
+    code = code.replace('\n    ', '\n')
+    assert 'max_iters=500' in code
+    exec(code.replace('max_iters=500', 'max_iters=1, batch_size=8, micro_batch_size=8, pictures=False, n_embd=8'), {})
+    assert list(Path('out/first').glob('sample_*.png'))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,7 +144,7 @@ def folder_of(arguments):
 
 with contextlib.chdir(ROOT):  # where the config files are
     TRAIN = {folder_of(arguments_of(command)[1]): command for command in COMMANDS if trains_on(command) in TOYS}
-SAMPLE = [command for command in COMMANDS if 'sample.py' in command and '--score' not in command and any(
+SAMPLE = [command for command in COMMANDS if 'sample.py' in command and not re.search('--score|--retrieve', command) and any(
     f'--out_dir={folder}' in shlex.split(command) for folder in TRAIN)]
 
 
@@ -183,8 +189,8 @@ def test_sample_commands_run(command, trained, capsys):
     trained(folder := folder_of(arguments))
     capsys.readouterr()
     model = train.read_checkpoint(Path(folder, 'ckpt_last.pt'))['settings']['model']
-    short = dict(n=1, max_new_tokens=4, steps=2)
-    sample.main(*arguments, **{name: value for name, value in short.items() if name == 'n' or name in sample.BELONGS[model].split()})
+    known = ['n', *sample.BELONGS[model].split()]
+    sample.main(*arguments, **{name: value for name, value in dict(n=1, max_new_tokens=4, steps=2).items() if name in known})
     assert capsys.readouterr().out
 
 
@@ -244,10 +250,11 @@ def test_a_new_order(mine):
     for grid in ([7, 7], [4, 6], [9]):
         rank = changed.spiral_rank(grid)
         assert sorted(rank.tolist()) == list(range(len(rank)))
-    first, *_, last = changed.unmask(torch.full((1, 49), -1), lambda tokens, _: (torch.ones_like(tokens), None), [7, 7], 49, 'spiral')
+    empty = torch.full((1, 49), -1)
+    first, *_, last = changed.unmask(empty, lambda tokens, _: (torch.ones_like(tokens), None), [7, 7], 49, 'spiral')
     assert (first >= 0).nonzero().tolist() == [[0, 24]] and (last >= 0).all()  # the middle first
     with pytest.raises(ValueError, match='order is one of'):
-        next(maskgit.unmask(torch.full((1, 49), -1), None, [7, 7], 7, 'spiral'))
+        next(maskgit.unmask(empty, None, [7, 7], 7, 'spiral'))
 
 
 def test_a_new_data_set_and_a_new_model(mine, toys):
