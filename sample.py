@@ -1123,7 +1123,7 @@ def generators(runs, settings):
 def read_run(path):
     """What a page tells of the run with this checkpoint; and its model."""
     model, checkpoint = load_model(path)
-    defaults = resolve(dict(model=(chapter_of(model), '')))[0]
+    defaults = resolve(dict(model=(chapter_of(model), '')))[0] | dict(model=resolve({})[0]['model'])
     return page.Run(path.parent, checkpoint, sum(p.numel() for p in model.parameters()), defaults), model
 
 

@@ -83,51 +83,70 @@ def ticks(low, high, log):
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
+class Pen:
+    """Draws on paper S times as large as its units; what is kept is half as large, so that lines come out smooth."""
+    S = 4
+
+    def __init__(self, width, height):
+        self.paper = Image.new('RGB', (self.S * width, self.S * height), 'white')
+        self.draw, self.font = ImageDraw.Draw(self.paper), ImageFont.load_default(12 * self.S)
+
+    def text(self, x, y, words, anchor, colour='#444444'):
+        self.draw.text((self.S * x, self.S * y), words, colour, self.font, anchor)
+
+    def line(self, points, colour, thick):
+        self.draw.line([(self.S * x, self.S * y) for x, y in points], colour, round(self.S * thick), joint='curve')
+
+    def dot(self, x, y, colour):
+        self.draw.circle((self.S * x, self.S * y), 3.4 * self.S, 'white', colour, round(1.8 * self.S))
+
+    def save(self, path):
+        self.paper.resize((self.paper.width // 2, self.paper.height // 2), Image.LANCZOS).save(path, optimize=True)
+        print(f'wrote {path}')
+
+
+LEFT, WIDTH, HEIGHT, LINE = 56, 380, 250, 20  # of a panel; of the legend's lines
+
+
 def plot(curves, path):
-    """Curves {name: log lines} of the losses as a PNG, by steps and by seconds: lines for training, dots for
-    validation, on a logarithmic axis where all are positive."""
-    values = [y for lines in curves.values() for name in ('train_loss', 'val_loss') for _, y in points(lines, 'step', name)]
-    log = min(values) > 0
-    scale = math.log if log else float
-    low, high = scale(min(values)), scale(max(values))
-    low, high = low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3
-    S, width, height, left, top = 4, 380, 250, 56, 26 + 20 * len(curves)  # S: drawn larger, for smooth lines
-    canvas = Image.new('RGB', (S * 2 * (width + left + 10), S * (top + height + 48)), 'white')
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12 * S)
-
-    def text(x, y, words, anchor, colour='#444444'):
-        draw.text((S * x, S * y), words, colour, font, anchor)
-
-    def line(pairs, colour, thick):
-        draw.line([(S * x, S * y) for x, y in pairs], colour, round(S * thick), joint='curve')
-
-    def dot(x, y, colour):
-        draw.circle((S * x, S * y), 3.4 * S, 'white', colour, round(1.8 * S))
+    """Curves {name: log lines} of the losses as a PNG, by steps and by seconds: lines for training, dots for validation, on a
+    logarithmic axis where all are positive."""
+    losses = [y for lines in curves.values() for name in ('train_loss', 'val_loss') for _, y in points(lines, 'step', name)]
+    scale = math.log if min(losses) > 0 else float
+    low, high = scale(min(losses)), scale(max(losses))
+    margin, top = 0.05 * (high - low) + 1e-3, 26 + LINE * len(curves)
+    pen = Pen(2 * (LEFT + WIDTH + 10), top + HEIGHT + 48)
     for i, ((name, lines), colour) in enumerate(zip(curves.items(), cycle(COLOURS))):
-        line([(left, 16 + 20 * i), (left + 24, 16 + 20 * i)], colour, 1.4)
-        dot(left + 12, 16 + 20 * i, colour)
-        text(left + 32, 16 + 20 * i, f'{name}: {points(lines, "step", "val_loss")[-1][1]:.4g}', 'lm')
-    text(2 * (width + left) + 10, 16, 'line: training loss, dots: validation loss', 'rm', '#888888')
-    for panel, (axis, title) in enumerate((('step', 'steps'), ('seconds', 'seconds of training'))):
-        x0, y0 = left + panel * (width + left + 10), top + height
-        far = max(x for lines in curves.values() for x, _ in points(lines, axis, 'val_loss')) or 1
+        pen.line([(LEFT, 16 + LINE * i), (LEFT + 24, 16 + LINE * i)], colour, 1.4)
+        pen.dot(LEFT + 12, 16 + LINE * i, colour)
+        pen.text(LEFT + 32, 16 + LINE * i, f'{name}: {points(lines, "step", "val_loss")[-1][1]:.4g}', 'lm')
+    pen.text(2 * (LEFT + WIDTH) + 10, 16, 'line: training loss, dots: validation loss', 'rm', '#888888')
+    for left, axis, title in ((LEFT, 'step', 'steps'), (2 * LEFT + WIDTH + 10, 'seconds', 'seconds of training')):
+        panel(pen, curves, axis, title, left, top + HEIGHT, scale, low - margin, high + margin)
+    pen.save(path)
 
-        def place(x, y):
-            return x0 + width * x / far, y0 - height * (scale(y) - low) / (high - low)
-        for y in ticks(*(math.exp(v) if log else v for v in (low, high)), log):
-            line([place(0, y), place(far, y)], '#e6e6e6', 0.8)
-            text(x0 - 8, place(0, y)[1], f'{y:.4g}', 'rm')
-        for x in ticks(0, far, False):
-            line([(place(x, 1)[0], y0), (place(x, 1)[0], y0 + 4)], '#999999', 0.8)
-            text(place(x, 1)[0], y0 + 8, f'{x:,.6g}', 'mt')
-        line([(x0, y0), (x0 + width, y0)], '#999999', 0.8)
-        text(x0 + width / 2, y0 + 28, title, 'mt')
-        for lines, colour in zip(curves.values(), cycle(COLOURS)):
-            line([place(*pair) for pair in points(lines, axis, 'train_loss')], colour, 1.2)
-            for pair in points(lines, axis, 'val_loss'):
-                dot(*place(*pair), colour)
-    canvas.resize((canvas.width // 2, canvas.height // 2), Image.LANCZOS).save(path, optimize=True)
-    print(f'wrote {path}')
+
+def panel(pen, curves, axis, title, x0, y0, scale, low, high):
+    """The curves by `axis` upon the corner x0, y0; losses between low and high once scaled."""
+    pairs = {(name, kind): points(lines, axis, f'{kind}_loss') for name, lines in curves.items() for kind in ('train', 'val')}
+    far = max((x for some in pairs.values() for x, _ in some), default=0) or 1
+
+    def place(x, y):
+        return x0 + WIDTH * x / far, y0 - HEIGHT * (scale(y) - low) / (high - low)
+    log = scale is math.log
+    for y in ticks(*(math.exp(v) if log else v for v in (low, high)), log):
+        pen.line([place(0, y), place(far, y)], '#e6e6e6', 0.8)
+        pen.text(x0 - 8, place(0, y)[1], f'{y:.4g}', 'rm')
+    for value in ticks(0, far, False):
+        x = x0 + WIDTH * value / far
+        pen.line([(x, y0), (x, y0 + 4)], '#999999', 0.8)
+        pen.text(x, y0 + 8, f'{value:,.6g}', 'mt')
+    pen.line([(x0, y0), (x0 + WIDTH, y0)], '#999999', 0.8)
+    pen.text(x0 + WIDTH / 2, y0 + 28, title, 'mt')
+    for name, colour in zip(curves, cycle(COLOURS)):
+        pen.line([place(*pair) for pair in pairs[name, 'train']], colour, 1.2)
+        for pair in pairs[name, 'val']:
+            pen.dot(*place(*pair), colour)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,7 +233,8 @@ def write(runs, path, more=''):
     path.parent.mkdir(parents=True, exist_ok=True)
     curves = path.with_name(f'{path.stem}_loss.png')
     plot({name: run.log for name, run in zip(names, runs)}, curves)
-    settings = [{name: f'`{value}`' for name, value in changed(run, run.defaults).items()} for run in runs]
+    settings = [{name: f'`{value}`' for name, value in changed(run, run.defaults).items() if name not in ('model', 'dataset')}
+                for run in runs]
     text = [f'# {", ".join(names)}', f'![losses]({curves.name})', table(dict(zip(names, map(facts, runs)))), more,
             '## Settings that differ from the defaults', table(dict(zip(names, settings))),
             '\n'.join(['```', *map(command, runs), '```'])]

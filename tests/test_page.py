@@ -133,4 +133,4 @@ def test_other_faults(run, tmp_path):
     with pytest.raises(UserError, match='log.jsonl: missing'):
         report(run)
     with pytest.raises(UserError, match='no such checkpoint'):
-        sample.main(f'--compare={run},{tmp_path / "nothing"}')
+        sample.main(f'--compare={tmp_path / "nothing"},{run}')
