@@ -11,7 +11,8 @@ import train
 from config import UserError
 
 ROOT = Path(__file__).parent.parent
-PAGES = '\n'.join(path.read_text() for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))))
+PAGES = '\n'.join(path.read_text() for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))
+                  if path.stem != 'yours')  # about code that is not there yet: see tests/test_docs.py
 
 
 def settings_of(*arguments, **overrides):
@@ -73,7 +74,7 @@ def test_shipped_configs_are_valid():
             settings_of(str(path))
 
 
-COMMANDS = sorted(set(re.findall(r'^(?:.* && )?((?:python|torchrun) .*?)(?:  #.*)?(?:   .*)?$', PAGES, re.M)
+COMMANDS = sorted(set(re.findall(r'^(?:\$ |.* && )?((?:python|torchrun) .*?)(?:  #.*)?(?:   .*)?$(?!\nerror: )', PAGES, re.M)
                       + re.findall(r'`(python [^`]*)`', PAGES)))
 
 
