@@ -107,8 +107,9 @@ def solve_others(tree, chapter, name):
             continue
         if node:
             parent.body[parent.body.index(node)] = solution
-        else:  # it was deleted
-            parent.body.append(solution)
+        else:  # it was deleted: before all that may use it
+            first = next(i for i, part in enumerate(parent.body) if isinstance(part, (ast.FunctionDef, ast.ClassDef)))
+            parent.body.insert(first, solution)
 
 
 def is_blank(node):

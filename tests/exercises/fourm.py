@@ -100,7 +100,7 @@ def draw_masks(fourm):
     text = [of(row, sections[2]) for row in seen]
     part = [(row == list(range(24, 24 + len(row)))) for row, there in zip(text, present.sum(1) - 24) if 0 < len(row) < there]
     assert abs(sum(part) / len(part) - 0.8) < 0.12, (
-        f'of texts that are seen in part, {sum(part) / len(part):.0%} are seen from their beginning; it should be 75%, and some by chance')
+        f'of texts that are seen in part, {sum(part) / len(part):.0%} begin at their beginning: 75% should, and some by chance')
     seen, _ = draw(whole=1.0)
     for row in range(B):
         counts, there = [len(of(seen[row], s)) for s in sections], [int(present[row, s].sum()) for s in sections]
