@@ -196,14 +196,14 @@ def judge(chapter, name, text, path, limit):
 
 def grade(chapter, path, limit):
     """Prints the score card of a student's file, or of that in a folder; returns how many exercises did not pass."""
-    path = path.absolute() / f'{chapter}.py' if path.is_dir() else path.absolute()
+    path = path / f'{chapter}.py' if path.is_dir() else path
     if not path.is_file():
         raise UserError(f'{path}: no such file; --grade takes the folder that {chapter}.py is in, or the file itself')
     text = path.read_bytes().decode(errors='replace')
     print(f'{CHAPTERS[chapter]}, {path}')
     scored = total = passed = 0
     for name, (points, _) in exercises(chapter).items():
-        said = judge(chapter, name, text, path, limit)
+        said = judge(chapter, name, text, path.absolute(), limit)
         scored, total, passed = scored + points * (not said), total + points, passed + (not said)
         verdict = 'passed' if not said else said if said == BLANK else f'failed: {said}'
         print(textwrap.fill(verdict, 130, initial_indent=f'{points * (not said)} of {points}  {name:<17} ',

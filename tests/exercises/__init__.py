@@ -10,9 +10,9 @@ def equal(got, expected, what):
     wrong = ~torch.isclose(a, b, rtol=1e-4, atol=1e-5)
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
+        many = f' ({int(wrong.sum())} of {wrong.numel()} numbers differ)' if wrong.numel() > 1 else ''
         place = f' at {list(at)}' if at else ''
-        raise AssertionError(f'{what}: {a[at].item():.4g}{place}, should be {b[at].item():.4g} '
-                             f'({int(wrong.sum())} of {wrong.numel()} numbers differ)')
+        raise AssertionError(f'{what}: {a[at].item():.4g}{place}, should be {b[at].item():.4g}{many}')
 
 
 def lively(model):

@@ -256,7 +256,7 @@ def FourM_forward(fourm):
         nll = [model.heads[name](h[row // 4, row % 4][None], torch.tensor([right]))[0] for row, right, _ in zip(*triples)]
         expected = expected + sum(one * weight for one, weight in zip(nll, triples[2]))
         sums[name] = torch.stack([one for one, weight in zip(nll, triples[2]) if weight > 0])
-    equal(loss, expected, 'the loss')
+    equal(loss, expected, 'the loss, the sum of all -ln p times their weights')
     for name, real in sums.items():
         equal(logs[f'loss_{name}'], torch.stack((real.sum(), torch.tensor(float(len(real))))),
               f"logs['loss_{name}'], the sum and number,")

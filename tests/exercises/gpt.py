@@ -185,6 +185,7 @@ def GPT_forward(gpt):
     copied = -log_p[0, range(4), tokens[0, :4]].mean()
     assert not torch.isclose(model({'tokens': tokens[:1]})[0], copied), (
         'the targets are the tokens read, not those that come next')
+    assert not torch.isclose(loss, nll.sum() / 8), 'the loss is a mean over all places, those without a target (-1) too'
     equal(loss, nll.mean(), 'the loss of a row of 4 targets and one of 2 (and -1 behind them)')
     equal(logs['loss'], torch.stack((nll.sum(), torch.tensor(6.0))).detach(), "logs['loss'], the sum and the number,")
     equal(logs['tokens'], torch.tensor([6.0, 1.0]), "logs['tokens']")

@@ -98,6 +98,8 @@ def MaskGIT_forward(maskgit):
     nll = by_hand(classes)
     loss, logs = model(dict(batch))
     expected = torch.stack((nll[:5].mean(), nll[5:6].mean(), nll[6:].mean())).mean()
+    assert not torch.isclose(loss, nll.mean()), (
+        "the loss is the mean over all hidden tokens together; take it over a sample's first, then over samples (the weights do)")
     equal(loss, expected,
           'the loss, not in training: the mean over the hidden tokens of each sample, then over 3 samples; of 5, 1, 2 tokens')
     equal(logs['loss'], torch.stack((3 * expected, torch.tensor(3.0))), "logs['loss']")
