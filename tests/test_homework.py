@@ -1,6 +1,7 @@
 """Homework: solutions pass, wrong but plausible answers do not and are told why, and no student's file harms the grader."""
 import ast
 import os
+import re
 import subprocess
 import sys
 
@@ -283,6 +284,11 @@ def test_a_blank_chapter_is_the_chapter_but_for_its_exercises(chapter):
     for name in homework.exercises(chapter):
         text = fill_in(text, chapter, name)
     assert text == source(chapter)
+
+
+def test_the_page_shows_a_blank_as_it_is():
+    shown = re.search('```python\n(.*?)```', (ROOT / 'docs/homework.md').read_text(), re.S)[1]
+    assert shown in homework.blank(source('fourm'), 'fourm')
 
 
 def test_each_exercise_is_graded_by_itself():
