@@ -268,24 +268,23 @@ def FourM_forward(fourm):
 
 
 def FourM_fill(fourm):
-    """ROAR and MaskGIT: a picture is filled in a few tokens at a time. ids (B, N) holds all modalities, -1 where unknown;
-    fill those of m, ids[:, m.places], in place, by chapter 2's `unmask` with m.grid and draw['generator']. Its predict
-    puts the tokens so far into ids and asks for all places of m at once, self.draw_tokens(ids, m, index, **draw), index
-    (B, m.size). Where fewer tokens are unknown than there are steps, take fewer steps; where none is, do nothing."""
-    model, calls = small(fourm), []
+    """ROAR and MaskGIT: a picture is filled in a few tokens at a time. ids (B, N) holds all modalities, -1 where unknown; fill
+    those of m, ids[:, m.places], in place, by chapter 2's `unmask` with m.grid. What `unmask` calls puts the tokens so far into
+    ids and asks for all places of m at once, predict(m, index, progress), which looks at ids. Where fewer tokens are unknown
+    than there are steps, take fewer steps; where none is, do nothing."""
+    model, calls, m = small(fourm), [], small(fourm).modalities[0]
+    places = torch.arange(6).expand(2, 6)
 
-    def draw_tokens(ids, m, index, **draw):
-        assert index.tolist() == [list(range(6))] * 2, (
-            f'index should be the 6 places of m in each of 2 samples, but it is {index.tolist()}')
-        calls.append((ids.clone(), draw))
-        return 100 * len(calls) + torch.arange(6).expand(2, 6), torch.zeros(2, 6)
-    model.draw_tokens, m, draw = draw_tokens, model.modalities[0], dict(guidance=2.0, generator=generator())
+    def predict(m, index, progress):
+        assert index is places, 'predict should be asked for all places of m: the index that was given'
+        calls.append((ids.clone(), progress))
+        return 100 * len(calls) + places, torch.zeros(2, 6)
     for steps, expected in ((3, [100, 101, 202, 203, 304, 305]), (9, [100, 201, 302, 403, 504, 605]), (1, [*range(100, 106)])):
         calls.clear()
         ids = torch.full((2, 15), -1)
         ids[1, 0], ids[:, 8] = 50, 3
         try:
-            model.fill(ids, m, dict(draw), steps, 'raster', 'linear')
+            model.fill(ids, m, places, predict, steps, 'raster', 'linear', generator())
         except ValueError as error:
             raise AssertionError(f'{steps} steps for 6 unknown tokens raise a ValueError: {error}')
         assert len(calls) == min(steps, 6), f'{len(calls)} steps are taken for 6 unknown tokens, should be {min(steps, 6)}'
@@ -296,43 +295,62 @@ def FourM_fill(fourm):
             assert (after[:, :6] >= 0).sum() > (before[:, :6] >= 0).sum(), 'each step should see, in ids, what was filled before'
         assert ids[0, :6].tolist() == expected, (
             f'in raster order, {steps} steps: {ids[0, :6].tolist()}, should be {expected} (hundreds: the step)')
-    assert calls[0][1].get('guidance') == 2.0, 'draw should be handed on to draw_tokens, guidance and all'
     calls.clear()
-    model.fill(ids.clone(), m, dict(draw), 4, 'raster', 'linear')
+    model.fill(ids, m, places, predict, 4, 'raster', 'linear', generator())
     assert not calls, 'nothing is unknown, but tokens are drawn'
+    drawn = []
+    for seed in (0, 0, 1):
+        calls.clear()
+        ids = torch.full((2, 15), -1)
+        model.fill(ids, m, places, predict, 3, 'random', 'linear', generator(seed))
+        drawn.append(ids[:, :6].tolist())
+    assert drawn[0] == drawn[1] != drawn[2], 'in random order, the places should be drawn from the generator'
 
 
 def FourM_generate(fourm):
-    """Chains: each modality, once generated, conditions the next (4M, section 3.1). `join` what is given to ids (B, N);
-    then generate the targets in the order of the list, each into the same ids: texts by self.write, pictures by
-    self.fill, both called with (ids, m, draw, steps, order, schedule), draw being a dictionary of guidance, temperature,
-    top_k, top_p and generator. Returns {name: (B, size)} of the targets alone."""
-    model, calls = small(fourm), []
+    """Chains: each modality, once generated, conditions the next (4M, section 3.1). `join` what is given to ids (B, N); then
+    generate the targets in the order of the list, each into the same ids: texts by self.write(ids, m, index, predict), pictures
+    by self.fill(ids, m, index, predict, steps, order, schedule, generator), index (B, size) being the places of m.
+    predict(m, index, progress) is yours: it returns what self.draw_tokens(ids, m, index, guidance, weights, **how) does, how
+    being temperature, top_k, top_p and generator; temperature and guidance are those of this progress, which `between`
+    finds; weights are {} where None. Returns {name: (B, size)} of the targets alone."""
+    model, calls, g = small(fourm), [], generator()
 
     def stub(kind):
-        def call(ids, m, draw, steps, order, schedule):
-            calls.append((kind, m.name, ids.clone(), draw, steps, order, schedule))
+        def call(ids, m, index, predict, *how):
+            calls.append((kind, m.name, ids.clone(), index, predict, how))
             ids[:, m.places] = torch.where(ids[:, m.places] < 0, len(calls), ids[:, m.places])
         return call
-    model.fill, model.write, g = stub('fill'), stub('write'), generator()
+    model.fill, model.write = stub('fill'), stub('write')
+    model.draw_tokens = lambda ids, m, index, guidance, weights, **how: (ids.clone(), m.name, index, guidance, weights, how)
     rgb = torch.randint(12, (2, 6))
     rgb[0, 2] = -1
-    settings = dict(steps=5, temperature=0.7, top_k=3, top_p=0.9, order='halton', schedule='cosine', guidance=2.0, generator=g)
+    settings = dict(steps=5, temperature=0.5, temperature_end=0.7, top_k=3, top_p=0.9, order='halton', schedule='cosine',
+                    guidance=2.0, guidance_start=4.0, weights=dict(rgb=3.0), generator=g)
     out = model.generate(dict(rgb=rgb.clone()), ['caption', 'depth'], **settings)
     assert [name for _, name, *_ in calls] == ['caption', 'depth'], (
         f"targets ['caption', 'depth'] should be generated in their order, but these are: {[name for _, name, *_ in calls]}")
     assert [kind for kind, *_ in calls] == ['write', 'fill'], 'texts should be generated by self.write, pictures by self.fill'
-    first, second = calls[0][2], calls[1][2]
-    assert torch.equal(first[:, :6], rgb) and (first[:, 6:] < 0).all(), (
-        'the first target should see what is given, and nothing else')
+    (_, _, first, places, predict, _), (_, _, second, _, _, how) = calls
+    assert torch.equal(first[:, :6], rgb) and (first[:, 6:] < 0).all(), 'the first target should see what is given, no more'
     assert torch.equal(second[:, :6], rgb), 'the second target should see what is given'
     assert (second[:, 10:] == 1).all(), 'the second target does not see the first: each, once generated, conditions the next'
-    assert calls[0][3] == dict(guidance=2.0, temperature=0.7, top_k=3, top_p=0.9, generator=g), (
-        f'draw should hold guidance, temperature, top_k, top_p and generator as they were given, but it is {calls[0][3]}')
-    assert calls[0][4:] == (5, 'halton', 'cosine'), f'steps, order and schedule should be handed on, but {calls[0][4:]} are'
+    assert places.tolist() == [[*range(10, 15)]] * 2, f'the places of caption are 10 to 14 in both samples, not {places.tolist()}'
+    assert how == (5, 'halton', 'cosine', g), f'self.fill should get steps, order, schedule and generator, but gets {how}'
+    for progress, temperature, guidance in ((0.0, 0.5, 4.0), (0.5, 0.6, 3.0), (1.0, 0.7, 2.0)):
+        seen, name, index, s, weights, how = predict(model.modalities[2], places[:, :1], progress)
+        assert name == 'caption' and torch.equal(index, places[:, :1]), 'predict should ask for the places that it is called with'
+        assert (seen[:, 6:] > 0).all(), 'predict should look at the ids that are being filled'
+        assert weights == dict(rgb=3.0) and how.keys() == {'temperature', 'top_k', 'top_p', 'generator'}, (
+            f'draw_tokens should get weights, temperature, top_k, top_p, generator, but gets {weights} and {", ".join(how)}')
+        assert abs(how['temperature'] - temperature) < 1e-6 and abs(s - guidance) < 1e-6, (
+            f'temperature from 0.5 to 0.7, guidance from 4 to 2: at progress {progress:g} they are {how["temperature"]:g} and '
+            f'{s:g}, should be {temperature:g} and {guidance:g}')
     assert set(out) == {'caption', 'depth'}, f'it returns {sorted(out)}, should be the targets, caption and depth'
     assert (out['caption'] == 1).all() and out['caption'].shape == (2, 5), 'the caption returned is not the one generated, (B, 5)'
     assert (out['depth'] == 2).all() and out['depth'].shape == (2, 4), 'the depth returned is not the one generated, (B, 4)'
+    model.generate({'rgb': rgb}, ['depth'])
+    assert calls[-1][4](model.modalities[1], places, 0.0)[4] == {}, 'without weights draw_tokens should get {}'
 
 
 EXERCISES = {
