@@ -225,6 +225,57 @@ MUTANTS = dict(
 )
 
 
+# right answers, written otherwise than the solutions: as slowly and plainly as one likes
+OTHERWISE = [
+    ('gpt', 'Attention.forward', """
+        source = x if context is None else context
+        a, b, _ = self.sizes
+        q = self.q(x) if context is not None else self.qkv(x)[..., :a]
+        k, v = self.qkv(source)[..., -2 * b:-b], self.qkv(source)[..., -b:]
+        q, k, v = (y.view(len(x), y.size(1), -1, self.head_size).permute(0, 2, 1, 3) for y in (q, k, v))
+        if self.qk_norm:
+            q, k = (y / (y ** 2).mean(-1, keepdim=True).add(1e-6).sqrt() for y in (q, k))
+        q, k = rotate(q, turn[0], turn[1]), rotate(k, *(turn if context is None else context_turn))
+        if cache is not None:
+            k, v = cache.append(self, k, v)
+        k, v = (y.repeat_interleave(q.size(1) // k.size(1), 1) for y in (k, v))
+        logits = torch.einsum('bhqd,bhkd->bhqk', q, k) * (12 / self.head_size if self.qk_norm else self.head_size ** -0.5)
+        if causal:
+            logits = logits.masked_fill(torch.ones(x.size(1), x.size(1)).triu(1).bool(), -torch.inf)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        return self.out(torch.einsum('bhqk,bhkd->bqhd', logits.softmax(-1), v).reshape(x.shape))
+"""),
+    ('maskgit', 'hide', """
+    mask = torch.zeros_like(present)
+    for b in range(len(present)):
+        there = sorted(present[b].nonzero()[:, 0].tolist(), key=lambda i: noise[b, i])
+        ratio = float(LAWS[law][0](u[b, 0]))
+        mask[b, there[:max(1, math.ceil(ratio * len(there) - 1e-6))]] = True
+    return mask
+"""),
+    ('fourm', 'budget_keys', """
+    noise, keys = torch.rand(available.shape, generator=generator), torch.full(available.shape, torch.inf)
+    for b in range(len(available)):
+        for m, section in enumerate(sections):
+            there = [i for i in range(section.start, section.stop) if available[b, i]]
+            for rank, i in enumerate(there if ordered[b, m] else sorted(there, key=lambda i: noise[b, i])):
+                keys[b, i] = math.log(rank + 1) - log_share[b, m]  # ranks from 1: no matter
+    return keys
+"""),
+    ('flow', 'sample_times', """
+    u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    u = u[torch.randperm(n, generator=generator)].clamp(1e-6, 1 - 1e-6)
+    return shifted(u if kind == 'uniform' else 1 / (1 + torch.exp(-2 ** 0.5 * torch.erfinv(2 * u - 1))), shift)
+"""),
+    ('vlm', 'pixel_shuffle', """
+    n = round(x.size(1) ** 0.5) // pool
+    x = x.view(len(x), n, pool, n, pool, x.size(2)).permute(0, 1, 3, 5, 2, 4)
+    return x.reshape(len(x), n * n, -1)
+"""),
+]
+
+
 def mutant(chapter, name, old, new):
     """The chapter's text with a mistake in one exercise."""
     text = source(chapter)
@@ -254,6 +305,13 @@ def test_mistakes_are_told_from_solutions(chapter):
         assert said and words in said and '\n' not in said, (name, new, said)
         mistakes[name] = mistakes.get(name, 0) + 1
     assert all(mistakes.get(name, 0) >= 2 for name in homework.exercises(chapter))
+
+
+@pytest.mark.parametrize('chapter, name, body', OTHERWISE)
+def test_other_ways_are_right_too(chapter, name, body):
+    lines = source(chapter).splitlines(True)
+    lines[body_of(source(chapter), name)] = [body[1:]]
+    assert attempt(chapter, name, ''.join(lines)) == ''
 
 
 # ---------------------------------------------------------------------------------------------------------------------
