@@ -1,5 +1,6 @@
 """Homework: solutions pass, wrong but plausible answers do not and are told why, and no student's file harms the grader."""
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -276,10 +277,13 @@ OTHERWISE = [
 ]
 
 
+parse = functools.cache(ast.parse)
+
+
 def mutant(chapter, name, old, new):
     """The chapter's text with a mistake in one exercise."""
     text = source(chapter)
-    lines, node = text.splitlines(True), homework.find(ast.parse(text), name)
+    lines, node = text.splitlines(True), homework.find(parse(text), name)
     body = ''.join(lines[node.lineno - 1:node.end_lineno])
     assert old in body, f'{name} has changed: {old!r} is not in it'
     lines[node.lineno - 1:node.end_lineno] = [body.replace(old, new)]
@@ -319,7 +323,7 @@ def test_other_ways_are_right_too(chapter, name, body):
 
 def body_of(text, name):
     """Where a function's body stands among the lines of a text: after its docstring, or its head."""
-    node = homework.find(ast.parse(text), name)
+    node = homework.find(parse(text), name)
     first = node.body[ast.get_docstring(node) is not None]
     start, lines = first.lineno - 1, text.splitlines(True)
     while lines[start - 1].strip()[:1] in ('', '#'):

@@ -14,7 +14,7 @@ def budget_keys(fourm):
     2 ...: at random, by one uniform draw a place, or from first to last where ordered. Number r of a
     modality with share p gets the key (r + 1/2) / p, here its logarithm, so that among the K smallest keys there are K p
     of it. Unavailable tokens get infinity, and take no rank from others."""
-    sections, B, K = [slice(0, 40), slice(40, 80), slice(80, 120)], 200, 30
+    sections, B, K = [slice(0, 40), slice(40, 80), slice(80, 120)], 60, 30
     available, shuffled = torch.ones(B, 120).bool(), torch.zeros(B, 3).bool()
     share = fourm.log_dirichlet(torch.full((B,), 2.0), 3, generator()).exp()
     keys = fourm.budget_keys(available, sections, share.log(), shuffled, generator(1))
@@ -41,7 +41,7 @@ def budget_keys(fourm):
         'where only some tokens are available, the modalities should have their share of the smallest keys all the same')
     for s in sections:
         first = fourm.budget_keys(available, sections, share.log(), shuffled, generator(3))[:, s].argmin(1)
-        assert len(first.unique()) > 20, 'where not ordered, tokens should be ranked at random, differently in each sample'
+        assert len(first.unique()) > 15, 'where not ordered, tokens should be ranked at random, differently in each sample'
     ordered = torch.tensor([True, False, True]).expand(B, 3)
     keys = fourm.budget_keys(half, sections, share.log(), ordered, generator(1))
     for i in (0, 2):
@@ -81,19 +81,17 @@ def draw_masks(fourm):
 
     def of(tokens, section):
         return [i for i in tokens if section.start <= i < section.stop]
-    for settings in ({}, dict(whole=1.0), dict(empty=1.0), dict(whole=0.5, empty=0.2)):
-        seen, asked = draw(**settings)
+    alike, none, one, mixed = draw(), draw(empty=1.0), draw(whole=1.0), draw(empty=0.3, whole=0.7)
+    for seen, asked in (alike, none, one, mixed):
         for row in range(B):
             left = int(present[row].sum()) - len(seen[row])
             assert len(asked[row]) == min(M, left), (
                 f'{len(asked[row])} of {M} target slots are used, with {left} tokens left to ask for')
-    assert draw() == draw() != draw(seed=1), 'the same generator should draw the same masks, another seed others'
-    seen, _ = draw(empty=1.0)
-    assert not any(seen), 'with empty=1 no sample should have an input'
-    seen, _ = draw(empty=0.3, whole=0.7)
-    share = sum(not row for row in seen) / B
+    assert draw() == alike != draw(seed=1), 'the same generator should draw the same masks, another seed others'
+    assert not any(none[0]), 'with empty=1 no sample should have an input'
+    share = sum(not row for row in mixed[0]) / B
     assert abs(share - 0.3) < 0.12, f'with empty=0.3, {share:.0%} of the samples are without input'
-    seen, _ = draw()
+    seen, _ = alike
     assert all(len(row) == K for row in seen), f'with Dirichlet shares all {K} input slots should be used'
     assert sum(bool(of(row, sections[0]) and of(row, sections[1])) for row in seen) > 0.9 * B, (
         'with alphas=10, which makes shares alike, nearly every sample should see some of both pictures')
@@ -102,19 +100,18 @@ def draw_masks(fourm):
     share = sum(part) / len(part)
     assert abs(share - 0.76) < 0.17, (
         f'of texts that are seen in part, {share:.0%} begin at their beginning: 75% should, and some by chance')
-    seen, _ = draw(whole=1.0)
+    seen, _ = one
     for row in range(B):
         counts, there = [len(of(seen[row], s)) for s in sections], [int(present[row, s].sum()) for s in sections]
         assert any(count == all_of_it for count, all_of_it in zip(counts, there)), (
             f'with whole=1 a sample should see one modality whole: {counts}')
         assert sum(count > 0 for count in counts) <= 2, (
             f'with whole=1 a sample should see two modalities at most: {counts} tokens')
-    for which in (0, 1):
-        mixed = draw(M=8, alphas='1e-3,1000')[which]
-        single = sum(max(len(of(row, s)) for s in sections[:2]) > 7 for row in mixed) / B
-        both = sum(abs(len(of(row, sections[0])) - len(of(row, sections[1]))) < 4 for row in mixed) / B
+    for what, rows in zip(('inputs', 'targets'), draw(M=8, alphas='1e-3,1000')):
+        single = sum(max(len(of(row, s)) for s in sections[:2]) > 7 for row in rows) / B
+        both = sum(abs(len(of(row, sections[0])) - len(of(row, sections[1]))) < 4 for row in rows) / B
         assert single > 0.1 and both > 0.26, (
-            f'alphas of 0.001 and 1000, one a sample: some {("inputs", "targets")[which]} should be of one modality, some of all')
+            f'alphas of 0.001 and 1000, one a sample: some {what} should be of one modality, some of all')
 
 
 SPEC = 'rgb:4*3:2x3 depth:7:2x2 caption:12:5'
@@ -270,9 +267,9 @@ def FourM_forward(fourm):
 
 def FourM_fill(fourm):
     """ROAR and MaskGIT: a picture is filled in a few tokens at a time. ids (B, N) holds all modalities, -1 where unknown; fill
-    those of m, ids[:, m.places], in place, by chapter 2's `unmask` with m.grid. What `unmask` calls puts the tokens so far into
-    ids and asks for all places of m at once, predict(m, index, progress), which looks at ids. Where fewer tokens are unknown
-    than there are steps, take fewer steps; where none is, do nothing."""
+    those of m, ids[:, m.places], in place, by chapter 2's `unmask` with m.grid. What `unmask` calls puts the tokens so far
+    into ids and asks for all places of m at once, predict(m, index, progress), which looks at ids. Where fewer tokens are
+    unknown than there are steps, take fewer steps; where none is, do nothing."""
     model, calls, m = small(fourm), [], small(fourm).modalities[0]
     places = torch.arange(6).expand(2, 6)
 
@@ -309,11 +306,11 @@ def FourM_fill(fourm):
 
 
 def FourM_generate(fourm):
-    """Chains: each modality, once generated, conditions the next (4M, section 3.1). `join` what is given to ids (B, N); then
-    generate the targets in the order of the list, each into the same ids: texts by self.write(ids, m, index, predict), pictures
-    by self.fill(ids, m, index, predict, steps, order, schedule, generator), index (B, size) being the places of m.
-    predict(m, index, progress) is yours: it returns what self.draw_tokens(ids, m, index, guidance, weights, **how) does, how
-    being temperature, top_k, top_p and generator; temperature and guidance are those of this progress, which `between`
+    """Chains: each modality, once generated, conditions the next (4M, section 3.1). `join` what is given to ids (B, N). Then
+    generate the targets in the order of the list, each into the same ids, index (B, size) being the places of m: texts by
+    self.write(ids, m, index, predict), pictures by self.fill(ids, m, index, predict, steps, order, schedule, generator).
+    predict(m, index, progress) is yours too: what self.draw_tokens(ids, m, index, guidance, weights, **how) returns, how
+    being temperature, top_k, top_p and generator. Temperature and guidance are those of this progress, which `between`
     finds; weights are {} where None. Returns {name: (B, size)} of the targets alone."""
     model, calls, g = small(fourm), [], generator()
 
