@@ -255,14 +255,15 @@ OTHERWISE = [
         mask[b, there[:max(1, math.ceil(ratio * len(there) - 1e-6))]] = True
     return mask
 """),
-    ('fourm', 'budget_keys', """
-    noise, keys = torch.rand(available.shape, generator=generator), torch.full(available.shape, torch.inf)
-    for b in range(len(available)):
-        for m, section in enumerate(sections):
-            there = [i for i in range(section.start, section.stop) if available[b, i]]
-            for rank, i in enumerate(there if ordered[b, m] else sorted(there, key=lambda i: noise[b, i])):
-                keys[b, i] = math.log(rank + 1) - log_share[b, m]  # ranks from 1: no matter
-    return keys
+    ('fourm', 'FourM.encode', """
+        m, place = self.modality_of[index], self.place_embedding(index)
+        x = place.clone()
+        for d in range(self.levels.size(1)):
+            x += self.embedding(ids // self.divisor[m, d] % self.levels[m, d] + self.offset[m, d])
+        x = norm(x)
+        for block in self.encoder:
+            x = block(x, self.turns(index))
+        return place + norm(x)
 """),
     ('flow', 'sample_times', """
     u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
