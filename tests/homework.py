@@ -198,13 +198,14 @@ def grade(chapter, path, limit):
     path = path / f'{chapter}.py' if path.is_dir() else path
     if not path.is_file():
         raise UserError(f'{path}: no such file; --grade takes the folder that {chapter}.py is in, or the file itself')
-    text = path.read_bytes().decode(errors='replace')
+    text = path.read_bytes().decode('utf-8-sig', errors='replace')
     print(f'{CHAPTERS[chapter]}, {path}')
-    scored = total = passed = 0
+    scored, total, passed, before = 0, 0, 0, None
     for name, (points, _) in exercises(chapter).items():
         said = judge(chapter, name, text, path.absolute(), limit)
         scored, total, passed = scored + points * (not said), total + points, passed + (not said)
-        verdict = 'passed' if not said else said if said == BLANK else f'failed: {said}'
+        verdict = 'passed' if not said else said if said == BLANK else f'failed: {"as above" if said == before else said}'
+        before = said
         print(textwrap.fill(verdict, 130, initial_indent=f'{points * (not said)} of {points}  {name:<17} ',
                             subsequent_indent=' ' * 26), flush=True)
     print(f'{scored} of {total} points, {passed} of {len(exercises(chapter))} exercises passed')

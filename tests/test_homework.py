@@ -451,6 +451,14 @@ def test_no_program_stops_the_grader(tmp_path, capfd, new, words):
     assert words.format(line) in ' '.join(out.split()), out
 
 
+def test_a_file_that_cannot_be_read_has_one_reason(tmp_path, capsys):
+    path = tmp_path / 'mine.py'
+    path.write_text('def')
+    assert homework.main('flow', grade=str(path)) == 7
+    out = capsys.readouterr().out
+    assert out.count('mine.py, line 1: invalid syntax; nothing can be graded') == 1 and out.count('failed: as above') == 6
+
+
 @pytest.mark.parametrize('arguments, message', [
     ([], 'say one of --exercises, --out=FOLDER'),
     (['gpt'], 'say one of'),
