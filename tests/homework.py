@@ -8,9 +8,9 @@ Homework: a chapter with blanks, and a grader that says what is right and why th
 An exercise is one function of a chapter's file, found there by its name, such as FourM.encode. tests/exercises/CHAPTER.py
 lists a chapter's exercises: the docstring of each check is the exercise's text, its asserts are the reasons on the score card.
 
-Each is graded by itself, in a process that cannot harm the others: the student's file, with its helpers, in which all other
-exercises are replaced by the solutions, this repository's own. A solution's line numbers are far beyond the file's end, so that
-a line named in a reason is always one that the student wrote.
+Each is graded by itself, in a process that cannot harm the others: the student's file, whatever else it defines, in which all
+other exercises are replaced by the solutions, this repository's own. A solution's line numbers are far beyond the file's end, so
+that a line named in a reason is always one that the student wrote.
 """
 import ast
 import difflib
@@ -96,7 +96,7 @@ def hand_out(chapter, out):
 def solutions(chapter):
     """{name: the definition that solves it}, with line numbers far beyond those of any student's file."""
     tree = ast.parse((ROOT / f'{chapter}.py').read_text(encoding='utf-8'))
-    return {name: ast.increment_lineno(find(tree, name), BEYOND) for name in exercises(chapter)}
+    return {name: ast.increment_lineno(node, BEYOND) for name in exercises(chapter) if (node := find(tree, name))}
 
 
 def solve_others(tree, chapter, name):
@@ -144,7 +144,7 @@ def reason(error, name, path):
         return f'{path.name}, line {error.lineno}: {error.msg}; nothing can be graded before this is mended'
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, AssertionError) and Path(frames[-1][0]).parent.name == 'exercises':
-        return str(error)
+        return ' '.join(str(error).split())
     blank = re.match('exercise (.*?):', str(error))
     if blank and blank[1] != name:  # where the solutions are blank too: in a student's copy
         return f'it needs {blank[1]}, which is still blank'
