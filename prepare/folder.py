@@ -160,7 +160,7 @@ def make(folder, splits, settings):
     """Writes a data folder of pictures with captions, {split: (pictures (n, views, H, H, 3), captions)}, and its meta.json."""
     train, texts = splits['train']
     encoding = train_bpe(texts, settings['vocab_size'])
-    texts = {split: [shorten(text, encoding, settings['caption_tokens']) for text in texts] for split, (_, texts) in splits.items()}
+    texts = {split: [shorten(text, encoding, settings['caption_tokens']) for text in some] for split, (_, some) in splits.items()}
     L = 1 + max(len(encoding.encode_ordinary(text)) for some in texts.values() for text in some)
     tokenizers = {name: train_tokenizer(name, train, settings['steps'], settings['seed']) for name in TOKENIZED}
     for split, (pictures, _) in splits.items():
