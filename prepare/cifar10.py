@@ -49,6 +49,11 @@ def read_archive(path):
     return splits
 
 
+def fetch():
+    """What read_archive returns, from the archive in the cache folder; downloaded once."""
+    return read_archive(download(URL + ARCHIVE, ARCHIVE, MD5))
+
+
 def views(images, split):
     """(n, H, H, 3) -> (n, views, H, H, 3): in training also the mirror image."""
     return np.stack((images, images[:, :, ::-1]), 1) if split == 'train' else images[:, None]
@@ -82,7 +87,7 @@ class Fields:
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
-    splits = read_archive(download(URL + ARCHIVE, ARCHIVE, MD5))
+    splits = fetch()
     folder = Path(settings['out'])
     (folder / 'meta.json').unlink(missing_ok=True)  # an older one is not to vouch for these files
     for split, (images, labels) in splits.items():

@@ -12,9 +12,8 @@ import numpy as np
 
 import config
 from config import UserError
-from prepare import folder
-from prepare.cifar10 import ARCHIVE, CLASSES, MD5, URL, read_archive, views
-from prepare.download import download
+from prepare.cifar10 import CLASSES, fetch, views
+from prepare.folder import make
 
 SETTINGS = dict(out='data/cifar10_modalities', steps=800, vocab_size=512, caption_tokens=8, seed=0)
 
@@ -24,12 +23,13 @@ def main(*arguments, **overrides):
     out = Path(settings['out'])
     if (out / 'meta.json').is_file():
         raise UserError(f'{out} exists already: delete it, or choose another --out')
-    splits = read_archive(download(URL + ARCHIVE, ARCHIVE, MD5))
+    splits = fetch()
     for split, (_, labels) in splits.items():
         (out / split).mkdir(parents=True, exist_ok=True)
         np.save(out / split / 'label.npy', labels)  # for prepare/transfer.py
-    folder.make(out, {split: (views(images, split), [f'a photo of a {CLASSES[label]}' for label in labels])
-                      for split, (images, labels) in splits.items()}, settings)
+    captions = [f'a photo of {"an" if name[0] in "aeiou" else "a"} {name}' for name in CLASSES]
+    make(out, {split: (views(images, split), [captions[label] for label in labels])
+               for split, (images, labels) in splits.items()}, settings)
 
 
 if __name__ == '__main__':
