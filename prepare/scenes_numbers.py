@@ -2,7 +2,7 @@
 Numbers about a scene as modalities of the data set `scenes`: a short text with a token for each "column=value".
 
     boxes     "shape=cube left=3 top=20 right=17 bottom=33 shape=sphere left=..."   from left to right
-    metadata  "objects=3 cover=27 depth=98 light=52"
+    metadata  "objects=3 cover=27 depth=98 light=52 elevation=36"
 
 A table of whole numbers (n, K, columns) is measured from what the folder keeps of n scenes and told row by row, as 4M-21
 (2406.09406) does with boxes and metadata. To add a modality, write the function that measures it and name its columns in NUMBERS.
@@ -32,15 +32,18 @@ def boxes(raw):
 
 
 def metadata(raw):
-    """How many objects, on how many percent of the pixels; the mean depth in tenths; the mean brightness in percent."""
+    """How many objects, on how many percent of the pixels; the mean depth in tenths; the mean brightness in percent; how many
+    degrees the camera stands above the ground, whose normal it sees tilted."""
+    up = (raw['normal'] * (raw['instance'] == 0)[..., None]).sum((1, 2), dtype=float)  # (n, 3)
     columns = [(raw['objects'][..., 0] >= 0).sum(1), 100 * (raw['instance'] > 0).mean((1, 2)),
-               10 * raw['depth'].mean((1, 2), dtype=np.float32), raw['rgb'].mean((1, 2, 3)) / 2.55]
-    return np.round(np.stack(columns, -1))[:, None].astype(int)  # (n, 1, 4)
+               10 * raw['depth'].mean((1, 2), dtype=np.float32), raw['rgb'].mean((1, 2, 3)) / 2.55,
+               np.degrees(np.arctan2(up[:, 2], up[:, 1]))]
+    return np.round(np.stack(columns, -1))[:, None].astype(int)  # (n, 1, 5)
 
 
 NUMBERS = dict(  # what measures it; how many values each column has
     boxes=(boxes, dict(shape=len(SHAPES), left=BINS, top=BINS, right=BINS, bottom=BINS)),
-    metadata=(metadata, dict(objects=11, cover=101, depth=201, light=101)))
+    metadata=(metadata, dict(objects=11, cover=101, depth=201, light=101, elevation=91)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +84,7 @@ def drawing(name, text, side):
     canvas = Image.new('RGB', (side, side), (225, 225, 225))
     draw, scale, colors = ImageDraw.Draw(canvas), side / BINS, [COLORS[color] for color in ('red', 'blue', 'green')]
     if name != 'boxes':
-        draw.text((2, 2), text.replace(' ', '\n'), fill='black', spacing=3)
+        draw.text((2, 2), text.replace(' ', '\n'), fill='black', spacing=1)
     for shape, *ends in read('boxes', text):
         left, top, right, bottom = (end * scale for end in ends)
         draw.rectangle((min(left, right), min(top, bottom), max(left, right), max(top, bottom)), outline=colors[shape],

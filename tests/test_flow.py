@@ -15,7 +15,7 @@ import flow
 import sample
 import train
 from config import UserError
-from prepare import cifar10, cifar10_modalities, folder, judge, mnist, pictures, toy2d
+from prepare import cifar10, cifar10_modalities, folder, judge, mnist, pictures, toy2d, transfer
 from tests.test_download import server  # noqa: F401, a fixture
 from tests.test_mnist import toy_digits
 
@@ -318,11 +318,14 @@ def test_cifar10_in_six_modalities(cifar, monkeypatch):
     cifar(toy_cifar(), cifar10_modalities, 'data/photos', steps=2)
     fields, index = folder.Fields('data/photos'), np.arange(20)
     assert fields.truth('val', 'caption', index)[7] == 'a photo of a horse' and np.load('data/photos/val/label.npy')[7] == 7
-    assert fields.truth('val', 'low', index).shape == (20, 8, 8, 3) and np.load('data/photos/train/edges.npy').shape == (100, 2, 64)
+    assert fields.truth('val', 'low', index).shape == (20, 8, 8, 3)
+    assert np.load('data/photos/train/edges.npy').shape == (100, 2, 64)
     train.main('config/nano4m_cifar10.py', dataset='photos', max_iters=1, batch_size=4, micro_batch_size=4, n_embd=48, eval_iters=1,
                device='cpu', dtype='float32', compile=False, out_dir='out/photos')
     assert Path('out/photos/sample_000001.png').is_file()
     sample.main('--out_dir=out/photos', '--given=caption', '--text=a photo of a cat', '--target=low', '--n=1')
+    transfer.main('--run=out/photos', '--task=label', '--labels=20', '--steps=1', '--n_val=20')
+    assert 'scratch, 20 labels' in json.loads(Path('out/photos/transfer_label.json').read_text())
     with pytest.raises(UserError, match='data/photos exists already'):
         cifar(toy_cifar(), cifar10_modalities, 'data/photos')
 

@@ -104,14 +104,15 @@ def test_dense_scores():
 
 
 RAW = dict(objects=np.array([[(1, 0, 0, 0, 5, 9), (0, 0, 0, 0, 20, 9), (-1,) * 6]]), rgb=np.full((1, 32, 32, 3), 51),
-           instance=np.zeros((1, 32, 32), int), depth=np.full((1, 32, 32), 8.26, np.float16))
+           instance=np.zeros((1, 32, 32), int), depth=np.full((1, 32, 32), 8.26, np.float16),
+           normal=np.tile(np.array((0, 110, 64), np.int8), (1, 32, 32, 1)))  # of a ground seen from 30 degrees
 RAW['instance'][0, 8:12, 2:6], RAW['instance'][0, 4:31, 20:22] = 1, 2
 
 
 def test_numbers_and_back():
     table = scenes_numbers.boxes(RAW)
     assert table.tolist() == [[[1, 4, 16, 10, 22], [0, 40, 8, 42, 60], [-1] * 5]]  # 64 bins of 32 pixels
-    assert scenes_numbers.metadata(RAW).tolist() == [[[2, 7, 83, 20]]]
+    assert scenes_numbers.metadata(RAW).tolist() == [[[2, 7, 83, 20, 30]]]
     text = scenes_numbers.tell('boxes', table[0].tolist())
     assert text == 'shape=sphere left=4 top=16 right=10 bottom=22 shape=cube left=40 top=8 right=42 bottom=60'
     assert scenes_numbers.read('boxes', text).tolist() == table[0, :2].tolist()
@@ -130,9 +131,9 @@ def test_scores_of_numbers():
     assert value(perfect['iou']) == value(perfect['found']) == 1 and value(none['iou']) == 0
     assert value(wrong['iou']) == pytest.approx(50 / 150 / 3) and value(wrong['found']) == 0  # another shape, one too many
     assert value(score_boxes([truth], [truth[:1]])['found']) == 0.5
-    errors = score_numbers('metadata', [np.array([[3, 20, 80, 50]])] * 2, [np.array([[4, 20, 82, 50]]), np.zeros((0, 4))])
+    errors = score_numbers('metadata', [np.array([[3, 20, 80, 50, 36]])] * 2, [np.array([[4, 20, 82, 50, 36]]), np.zeros((0, 5))])
     assert {name: value(parts) for name, parts in errors.items()} == dict(objects_error=2, cover_error=10, depth_error=41,
-                                                                          light_error=25)
+                                                                          light_error=25, elevation_error=18)
 
 
 def test_parser_targets():
@@ -171,10 +172,17 @@ def test_the_folder(work):
     assert ((labels == 0) == (instance == 0)).all()
 
 
+def counts(raw):
+    """How many cubes, spheres and cylinders: a modality of one function and one entry, as docs/fourm.md shows it."""
+    return (raw['objects'][..., :1] == np.arange(3)).sum(1, keepdims=True)
+
+
 def test_more_modalities(work, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(scenes_numbers.NUMBERS, 'counts', (counts, dict(cubes=11, spheres=11, cylinders=11)))
+    monkeypatch.setattr(scenes, 'EXTRA', (*scenes.EXTRA, 'counts'))
     monkeypatch.setattr(scenes, 'EXTRA_STEPS', 3)
     monkeypatch.setattr(pictures.train_tokenizer, '__defaults__', (0, 8))
-    out, names = work / 'data/scenes_more', ('edges', 'palette', 'low', 'boxes', 'metadata')
+    out, names = work / 'data/scenes_more', ('edges', 'palette', 'low', 'boxes', 'metadata', 'counts')
     shutil.copytree(work / 'data/scenes', out)
     before, stamps = json.loads((out / 'meta.json').read_text()), {path: path.stat().st_mtime_ns for path in out.rglob('*.npy')}
     scenes.main(f'--out={out}', '--extra=' + ' '.join(names))
@@ -195,8 +203,8 @@ def test_more_modalities(work, tmp_path, monkeypatch, capsys):
     train.check_data(out, meta, dict(meta=before))  # an older run's data, and more
     with pytest.raises(UserError, match='is not the data that this run was trained on'):
         train.check_data(out, before, dict(meta=meta))
-    train.main(model='fourm', dataset='scenes_more', use='rgb palette boxes metadata', n_layer_encoder=1, n_layer_decoder=1, n_embd=32,
-               n_head=2, input_slots='64', target_slots='64', batch_size=4, max_iters=1, device='cpu', dtype='float32',
+    train.main(model='fourm', dataset='scenes_more', use='rgb palette boxes metadata', n_layer_encoder=1, n_layer_decoder=1,
+               n_embd=32, n_head=2, input_slots='64', target_slots='64', batch_size=4, max_iters=1, device='cpu', dtype='float32',
                compile=False, eval_iters=1, out_dir='out/more')
     sample.main('--out_dir=out/more', '--score=True', '--n_score=2', '--given=rgb', '--target=palette,boxes,metadata')
     scores = json.loads((work / 'out/more/scores.json').read_text())
