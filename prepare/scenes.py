@@ -191,7 +191,7 @@ class Fields:
     def read_image(self, name, path):
         """A user's picture file -> token ids (1, size); any mode, and any size that is square, is brought to the data's."""
         if name not in pictures.MAKE:
-            raise UserError(f'--image gives the modality rgb, not {name}')
+            raise UserError(f'--image gives the modality rgb, or what is made of it ({", ".join(pictures.MAKE)}), not {name}')
         image = read_square(path, self.size)
         image = np.asarray(image.resize((self.size, self.size), Image.BICUBIC))[None]
         return torch.from_numpy(pictures.tokenize(name, image, self.tokenizers.get(name))).long()
@@ -319,7 +319,12 @@ def add_picture(folder, meta, name, seed):
         tokenizer = pictures.train_tokenizer(name, rgb['train'][:, None], EXTRA_STEPS, seed)
         tokenizer.save(folder / f'{name}.pt')
     for split, some in rgb.items():
-        write(folder / split, {name: pictures.tokenize(name, some, tokenizer)})
+        tokens = pictures.tokenize(name, some, tokenizer)
+        write(folder / split, {name: tokens})
+    rebuilt = pictures.from_tokens(name, torch.from_numpy(tokens).long(), tokenizer)
+    error = float(pictures.pixel_error(pictures.MAKE[name](rgb['val']), rebuilt)['error'][..., 0].mean())
+    print(f'{name}: mean error {error:.3g} of 255')
+    meta['quality'][name] = dict(error=error)
     _, levels, size = pictures.entry(name).split(':')
     add(meta, name, levels, size, 4096)  # 8^4 codes, or 16^3 colours
 
@@ -339,39 +344,47 @@ def make_scenes(settings):
     for name, tell in (('scene_desc', scene_desc), ('caption', caption)):
         texts = {split: [tell(objects) for objects in load(folder / split, 'raw_objects').tolist()] for split in ('train', 'val')}
         add_text(folder, meta, name, words(name, size, K), texts, text_length(name, K))
-    _, levels, grid = meta['config']['modalities'].split()[0].split(':')  # chapters that know one modality get rgb, as tokens or
-    meta['config'] |= dict(vocab_size=meta['fields']['rgb'], levels=levels, grid=grid,                # as the picture itself
-                           block_size=(size // 8) ** 2 - 1, image_size=size, channels=3, n_classes=0)
+    # chapters that know one modality get rgb, as tokens or as the picture itself
+    _, levels, grid = meta['config']['modalities'].split()[0].split(':')
+    meta['config'] |= dict(vocab_size=meta['fields']['rgb'], levels=levels, grid=grid, block_size=(size // 8) ** 2 - 1,
+                           image_size=size, channels=3, n_classes=0)
     meta['fields'] |= dict(tokens=meta['fields']['rgb'], image=256)
     meta['files'] = dict(tokens='rgb', image='raw_rgb')
+    save(folder, meta)
     return meta
+
+
+def save(folder, meta):
+    """Written last, and at once: its presence says that all that it names is there."""
+    new = folder / 'meta.tmp'
+    new.write_text(json.dumps(meta, indent=1))
+    new.replace(folder / 'meta.json')
 
 
 def main(*arguments, **overrides):
     assigned = config.read(arguments, overrides)
     settings = config.apply(assigned, SETTINGS | dict(extra=''))
     extra, folder, size = settings.pop('extra').replace(',', ' ').split(), Path(settings['out']), settings['size']
-    path = folder / 'meta.json'
+    there = (folder / 'meta.json').is_file()
     if unknown := [name for name in extra if name not in EXTRA]:
         raise UserError(f'extra: there is no modality {unknown[0]!r}; there are {", ".join(EXTRA)}')
     if not 2 <= settings['max_objects'] <= 10 or size % 8 or size < 32 or min(settings['n_train'], settings['n_val']) < 1:
         raise UserError('max_objects must be 2..10, size a multiple of 8 from 32, n_train and n_val at least 1')
-    if path.is_file() and not extra:
+    if there and not extra:
         raise UserError(f'{folder} exists already: delete it, choose another --out, or let --extra= add modalities to it')
-    meta = read_meta(folder) if path.is_file() else make_scenes(settings)
+    meta = read_meta(folder) if there else make_scenes(settings)
     for name in set(assigned) - {'extra', 'out', 'workers'}:
         if settings[name] != meta['settings'][name]:
             raise UserError(f'{folder} was made with {name}={meta["settings"][name]}: leave {name} out, or choose another --out')
     for name in dict.fromkeys(extra):
         if name in meta['fields']:
             print(f'{folder} has {name} already')
-        elif name in NUMBERS:
+            continue
+        if name in NUMBERS:
             add_numbers(folder, meta, name)
         else:
-            add_picture(folder, meta, name, settings['seed'])
-    new = path.with_suffix('.tmp')
-    new.write_text(json.dumps(meta, indent=1))
-    new.replace(path)  # last: its presence says that all is there
+            add_picture(folder, meta, name, meta['settings']['seed'])
+        save(folder, meta)
 
 
 if __name__ == '__main__':
