@@ -184,6 +184,9 @@ def test_more_modalities(work, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pictures.train_tokenizer, '__defaults__', (0, 8))
     out, names = work / 'data/scenes_more', ('edges', 'palette', 'low', 'boxes', 'metadata', 'counts')
     shutil.copytree(work / 'data/scenes', out)
+    tiny = dict(model='fourm', dataset='scenes_more', n_layer_encoder=1, n_layer_decoder=1, n_embd=32, n_head=2, input_slots='64',
+                target_slots='64', batch_size=4, micro_batch_size=4, device='cpu', dtype='float32', compile=False, eval_iters=1)
+    train.main(**tiny, max_iters=1, pictures=False, out_dir='out/older')
     before, stamps = json.loads((out / 'meta.json').read_text()), {path: path.stat().st_mtime_ns for path in out.rglob('*.npy')}
     scenes.main(f'--out={out}', '--extra=' + ' '.join(names))
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
@@ -200,12 +203,11 @@ def test_more_modalities(work, tmp_path, monkeypatch, capsys):
         if name in scenes.NUMBERS:
             assert raw == truth and torch.equal(fields.encode(name, truth), ids)
         assert all(fields.picture(name, one).shape == (64, 64, 3) for one in raw)
-    train.check_data(out, meta, dict(meta=before))  # an older run's data, and more
+    train.main(**tiny, max_iters=2, pictures=False, out_dir='out/older')  # an older run's data, and more: it goes on
+    assert train.load_model(work / 'out/older/ckpt_last.pt')[0].fields == scenes.IMAGES + scenes.TEXTS
     with pytest.raises(UserError, match='is not the data that this run was trained on'):
         train.check_data(out, before, dict(meta=meta))
-    train.main(model='fourm', dataset='scenes_more', use='rgb palette boxes metadata', n_layer_encoder=1, n_layer_decoder=1,
-               n_embd=32, n_head=2, input_slots='64', target_slots='64', batch_size=4, max_iters=1, device='cpu', dtype='float32',
-               compile=False, eval_iters=1, out_dir='out/more')
+    train.main(**tiny, use='rgb palette boxes metadata', max_iters=1, out_dir='out/more')
     sample.main('--out_dir=out/more', '--score=True', '--n_score=2', '--given=rgb', '--target=palette,boxes,metadata')
     scores = json.loads((work / 'out/more/scores.json').read_text())
     assert scores['rgb>boxes/found']['ceiling'] == 1 and scores['rgb>metadata/depth_error']['ceiling'] == 0
