@@ -107,13 +107,9 @@ def train_tokenizer(name, rgb, steps, seed=0, batch_size=64):
     return fit(model, reconstruction_loss, batch_of, steps, name)
 
 
-def tokenize(name, rgb, tokenizer=None):
-    """Tokens (n, size) int32 of one modality of pictures (n, H, H, 3)."""
-    if name in COLORS:
-        return color_tokens(MAKE[name](rgb))
-    starts = tqdm(range(0, len(rgb), 100), f'encode {name}', unit='x100', leave=False, disable=len(rgb) <= 100)
-    parts = [tokenizer.encode(to_network('rgb', MAKE[name](rgb[i:i + 100]))) for i in starts]
-    return torch.cat(parts).int().numpy()
+def to_tokens(name, raw, tokenizer=None):
+    """Pictures of one modality (n, h, w, 1 or 3) uint8 -> ids (n, size)."""
+    return color_tokens(raw) if name in COLORS else tokenizer.encode(to_network('rgb', raw)).int().numpy()
 
 
 def from_tokens(name, ids, tokenizer=None):
@@ -121,6 +117,12 @@ def from_tokens(name, ids, tokenizer=None):
     if name in COLORS:
         return token_colors(ids.cpu().numpy(), [int(n) for n in COLORS[name][1].split('x')])
     return np.concatenate([from_network('rgb', tokenizer.decode(part)) for part in ids.cpu().split(100)])
+
+
+def tokenize(name, rgb, tokenizer=None):
+    """Ids (n, size) of one modality of pictures (n, H, H, 3)."""
+    starts = tqdm(range(0, len(rgb), 100), f'encode {name}', unit='x100', leave=False, disable=len(rgb) <= 100)
+    return np.concatenate([to_tokens(name, MAKE[name](rgb[i:i + 100]), tokenizer) for i in starts])
 
 
 def entry(name):

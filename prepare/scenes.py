@@ -178,10 +178,12 @@ class Fields:
         return np.concatenate(parts)
 
     def encode(self, name, raw):
-        """Raw values -> token ids (n, size); not of EXTRA's pictures."""
+        """Raw values -> token ids (n, size)."""
         if name in self.encodings:
             length = self.load('val', name).shape[1]
             return torch.from_numpy(encode_rows(self.encodings[name], raw, length)).long()
+        if name in EXTRA:
+            return torch.from_numpy(pictures.to_tokens(name, raw, self.tokenizers.get(name))).long()
         return self.tokenizers[name].encode(image_tokenizers.to_network(name, raw))
 
     def read_text(self, name, text):

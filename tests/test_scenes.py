@@ -200,8 +200,8 @@ def test_more_modalities(work, tmp_path, monkeypatch, capsys):
         for metric, parts in perfect.items():
             best = 0 if 'error' in metric else 1
             assert value(parts) == best and abs(value(worse[metric]) - best) > 0.02
-        if name in scenes.NUMBERS:
-            assert raw == truth and torch.equal(fields.encode(name, truth), ids)
+        assert (fields.encode(name, truth) != ids).float().mean() < 0.02  # but for digits on the edge between two levels
+        assert name not in scenes.NUMBERS or raw == truth
         assert all(fields.picture(name, one).shape == (64, 64, 3) for one in raw)
     train.main(**tiny, max_iters=2, pictures=False, out_dir='out/older')  # an older run's data, and more: it goes on
     assert train.load_model(work / 'out/older/ckpt_last.pt')[0].fields == scenes.IMAGES + scenes.TEXTS
