@@ -6,9 +6,10 @@ Transfer: what a trained nano4M's encoder is worth in a task that it was never t
     python -m prepare.transfer --run=out/nano4m_cifar10 --task=label         which of CIFAR-10's classes is it?
 
 The decoder is left out (4M, 2312.06647, section 4): a linear layer reads the class off the mean of what the encoder makes of a
-modality's tokens. Three ways to train it, each with 50, 200, 1,000 and 5,000 labels:
+modality's tokens. Four ways to train it, each with 50, 200, 1,000 and 5,000 labels:
 
     probe     the linear layer alone, on the encoder as it is
+    random    the same, on an encoder of random weights: what the architecture knows by itself
     finetune  the encoder too, at a fraction of the learning rates
     scratch   the same network, from random weights
 
@@ -127,20 +128,24 @@ def main(*arguments, **overrides):
     if not counts or min(counts) < len(names) or max(counts) > len(ids) or settings['steps'] < 1:
         raise UserError(f'labels={settings["labels"]}: numbers from {len(names)} to {len(ids):,}, of the samples to train on')
     torch.manual_seed(settings['seed'])
-    untrained, majority, scores = type(model)(model.config), names[np.bincount(labels).argmax()], {}
+    starts = dict(probe=model, random=type(model)(model.config), finetune=model)
+    starts['scratch'] = starts['random']
+    majority, curves = names[np.bincount(labels).argmax()], {way: {} for way in starts}
     for n in counts:
         some = ids[order[:n]], torch.from_numpy(labels[order[:n]])
-        probe, finetune, scratch = (Classifier(start, given, len(names)) for start in (model, model, untrained))
-        train_probe(probe, *some)
-        train_all(finetune, *some, settings, f'finetune {n}', f'model:{settings["rate"]}')
-        train_all(scratch, *some, settings, f'scratch {n}')
-        for way, classifier in dict(probe=probe, finetune=finetune, scratch=scratch).items():
+        for way, start in starts.items():
+            classifier = Classifier(start, given, len(names))
+            if way in ('probe', 'random'):
+                train_probe(classifier, *some)
+            else:
+                train_all(classifier, *some, settings, f'{way} {n}', f'model:{settings["rate"]}' if way == 'finetune' else '')
             right = names[over_parts(classifier, held_out).argmax(1)] == truth
-            scores[f'{way}, {n:,} labels'] = (bootstrap(np.stack((right, np.ones(len(right))), -1)[:, None])
-                                              | dict(baseline=float((truth == majority).mean())))
-    save_scores(scores, run / f'transfer_{task}.json')
-    save_curves({way: {f'{n:,}': scores[f'{way}, {n:,} labels'] for n in counts} for way in ('probe', 'finetune', 'scratch')},
-                run / f'transfer_{task}.png', f'{task} right, from {given}, with so many labels')
+            print(f'{way}, {n:,} labels: {right.mean():.1%} of {len(right):,} right', flush=True)
+            curves[way][f'{n:,}'] = (bootstrap(np.stack((right, np.ones(len(right))), -1)[:, None])
+                                     | dict(baseline=float((truth == majority).mean())))
+    save_scores({f'{way}, {n} labels': score for way, curve in curves.items() for n, score in curve.items()},
+                run / f'transfer_{task}.json')
+    save_curves(curves, run / f'transfer_{task}.png', f'{task} right, from {given}, with so many labels')
 
 
 if __name__ == '__main__':

@@ -61,9 +61,9 @@ def test_classes(work):
 def test_curves(tiny_run, capsys):
     transfer.main(f'--run={tiny_run}', '--labels=8,40', '--steps=1', '--batch_size=4', '--n_val=20')
     scores = json.loads((train.Path(tiny_run) / 'transfer_count.json').read_text())
-    assert list(scores) == [f'{way}, {n} labels' for n in (8, 40) for way in ('probe', 'finetune', 'scratch')]
+    assert list(scores) == [f'{way}, {n} labels' for way in ('probe', 'random', 'finetune', 'scratch') for n in (8, 40)]
     assert all(0 <= score['low'] <= score['value'] <= score['high'] <= 1 and score['n'] == 20 for score in scores.values())
-    assert np.ptp(np.asarray(Image.open(f'{tiny_run}/transfer_count.png'))) > 200 and 'probe, 8 labels' in capsys.readouterr().out
+    assert np.ptp(np.asarray(Image.open(f'{tiny_run}/transfer_count.png'))) > 200 and 'probe, 8 labels: ' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('setting, message', [
