@@ -108,8 +108,8 @@ def read_split(folder, split, given, task):
     return torch.from_numpy(ids.astype(np.int64)), class_of(load(folder / split, name))
 
 
-def main(*arguments, **overrides):
-    settings = config.apply(config.read(arguments, overrides), SETTINGS)
+def open_run(settings):
+    """The run's model, its data folder, and the modality that is read. Raises UserError."""
     run, task = Path(settings['run']), settings['task']
     model, checkpoint = load_model(run / 'ckpt_last.pt')
     folder = Path('data', checkpoint['settings']['dataset'])
@@ -120,17 +120,29 @@ def main(*arguments, **overrides):
     pictures = [m.name for m in model.modalities if not m.is_text]
     if task not in TASKS or given not in pictures:
         raise UserError(f'task is one of {", ".join(TASKS)}, given one of {", ".join(pictures)}')
-    (ids, classes), (held_out, truth) = (read_split(folder, split, given, task) for split in ('train', 'val'))
+    return model, folder, given
+
+
+def read_counts(settings, least, most):
+    """The numbers of labels. Raises UserError."""
+    counts = [config.convert('labels', count, 'labels', 0) for count in settings['labels'].replace(',', ' ').split()]
+    if not counts or min(counts) < least or max(counts) > most or settings['steps'] < 1:
+        raise UserError(f'labels={settings["labels"]}: numbers from {least} to {most:,}, of the samples to train on')
+    return counts
+
+
+def main(*arguments, **overrides):
+    settings = config.apply(config.read(arguments, overrides), SETTINGS)
+    model, folder, given = open_run(settings)
+    (ids, classes), (held_out, truth) = (read_split(folder, split, given, settings['task']) for split in ('train', 'val'))
     held_out, truth = held_out[:settings['n_val']], truth[:settings['n_val']]
     names, labels = np.unique(classes, return_inverse=True)
+    counts = read_counts(settings, len(names), len(ids))
     order = np.random.default_rng((settings['seed'], 8)).permutation(len(ids))  # fewer labels are a part of more
-    counts = [config.convert('labels', count, 'labels', 0) for count in settings['labels'].replace(',', ' ').split()]
-    if not counts or min(counts) < len(names) or max(counts) > len(ids) or settings['steps'] < 1:
-        raise UserError(f'labels={settings["labels"]}: numbers from {len(names)} to {len(ids):,}, of the samples to train on')
     torch.manual_seed(settings['seed'])
     starts = dict(probe=model, random=type(model)(model.config), finetune=model)
     starts['scratch'] = starts['random']
-    majority, curves = names[np.bincount(labels).argmax()], {way: {} for way in starts}
+    baseline, curves = float((truth == names[np.bincount(labels).argmax()]).mean()), {way: {} for way in starts}
     for n in counts:
         some = ids[order[:n]], torch.from_numpy(labels[order[:n]])
         for way, start in starts.items():
@@ -141,11 +153,10 @@ def main(*arguments, **overrides):
                 train_all(classifier, *some, settings, f'{way} {n}', f'model:{settings["rate"]}' if way == 'finetune' else '')
             right = names[over_parts(classifier, held_out).argmax(1)] == truth
             print(f'{way}, {n:,} labels: {right.mean():.1%} of {len(right):,} right', flush=True)
-            curves[way][f'{n:,}'] = (bootstrap(np.stack((right, np.ones(len(right))), -1)[:, None])
-                                     | dict(baseline=float((truth == majority).mean())))
-    save_scores({f'{way}, {n} labels': score for way, curve in curves.items() for n, score in curve.items()},
-                run / f'transfer_{task}.json')
-    save_curves(curves, run / f'transfer_{task}.png', f'{task} right, from {given}, with so many labels')
+            curves[way][f'{n:,}'] = bootstrap(np.stack((right, np.ones(len(right))), -1)[:, None]) | dict(baseline=baseline)
+    path = Path(settings['run'], f'transfer_{settings["task"]}.json')
+    save_scores({f'{way}, {n} labels': score for way, curve in curves.items() for n, score in curve.items()}, path)
+    save_curves(curves, path.with_suffix('.png'), f'{settings["task"]} right, from {given}, with so many labels')
 
 
 if __name__ == '__main__':

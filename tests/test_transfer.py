@@ -63,7 +63,8 @@ def test_curves(tiny_run, capsys):
     scores = json.loads((train.Path(tiny_run) / 'transfer_count.json').read_text())
     assert list(scores) == [f'{way}, {n} labels' for way in ('probe', 'random', 'finetune', 'scratch') for n in (8, 40)]
     assert all(0 <= score['low'] <= score['value'] <= score['high'] <= 1 and score['n'] == 20 for score in scores.values())
-    assert np.ptp(np.asarray(Image.open(f'{tiny_run}/transfer_count.png'))) > 200 and 'probe, 8 labels: ' in capsys.readouterr().out
+    assert np.ptp(np.asarray(Image.open(f'{tiny_run}/transfer_count.png'))) > 200
+    assert 'probe, 8 labels: ' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('setting, message', [
