@@ -428,8 +428,8 @@ def read_link(entry, settings):
                             f'({", ".join(SCHEDULES)}), t0.7 or t0.9..0.3 (temperature), g2 or g1..3 (guidance), w-1 (weight as a '
                             'condition), mean8, best8 (of so many draws)')
         link |= {key: type(link[key])(value) for key, value in found.groupdict().items() if value}
-        if link['temperature'] < 0 or link['temperature_end'] < 0 or min(link['mean'], link['best']) < 1 or part == '0':
-            raise UserError(f'{entry!r}: {part!r} is too small')
+        if link['temperature'] < 0 or link['temperature_end'] < 0 or min(link['mean'], link['best']) < 1 or part in ('0', 'g0'):
+            raise UserError(f'{entry!r}: {part!r} is too small')  # guidance 0, which knows no condition, is to give none
     if min(link['mean'], link['best']) > 1:
         raise UserError(f'{entry!r}: the mean of several draws or the best of them, not both')
     return link
@@ -613,10 +613,11 @@ def read_given(model, fields, settings, chain, index, generator):
 # ---------------------------------------------------------------------------------------------------------------------
 # nano4M: pictures
 
-def pictures_of_ids(model, fields, name, ids):
-    """Ids (B, size) of a modality as pictures (H, W, 3), grey where they are unknown."""
+def pictures_of_ids(model, fields, name, ids, filled):
+    """Ids (B, size) of a modality as pictures (H, W, 3), grey where they are unknown; `filled` is what a tokenizer's decoder, which sees
+    neighbours, is shown there."""
     m = next(m for m in model.modalities if m.name == name)
-    drawn = [fields.picture(name, raw) for raw in fields.decode(name, ids if m.is_text else ids.clamp(min=0))]
+    drawn = [fields.picture(name, raw) for raw in fields.decode(name, ids if m.is_text else torch.where(ids < 0, filled, ids))]
     return drawn if m.is_text else list(grey_out(np.stack(drawn), ids, m.grid))
 
 
@@ -631,7 +632,7 @@ def columns_for(model, fields, settings, chain, index):
             columns[f'{name} (truth)'] = [fields.picture(name, one) for one in fields.truth(settings['split'], name, index)]
         if name in names:
             truth = None if own or changed else fields.truth(settings['split'], name, index)
-            columns[f'{name} (given)'] = pictures_of_ids(model, fields, name, ids[name]) if truth is None else [
+            columns[f'{name} (given)'] = pictures_of_ids(model, fields, name, ids[name], found[name].clamp(min=0)) if truth is None else [
                 fields.picture(name, one) for one in truth]
         if name in raw:
             columns[name] = [fields.picture(name, one) for one in raw[name]]
@@ -670,7 +671,7 @@ def draw_nearest(model, fields, settings, index, path):
     ids = ids[names[0]] if ids else read_ids(fields, names[0], settings['split'], index)
     pairs = open_index(model, fields, settings, names[0], gallery)
     nearest = retrieval.nearness(model, pairs, names[0], ids, settings['by']).topk(min(10, pairs['n'])).indices.numpy()
-    columns = {f'{names[0]} (query)': pictures_of_ids(model, fields, names[0], ids)}
+    columns = {f'{names[0]} (query)': pictures_of_ids(model, fields, names[0], ids, ids.clamp(min=0))}
     for i, column in enumerate(nearest.T):  # the nearest of all queries, then the second nearest
         columns[str(i + 1)] = [fields.picture(gallery, one) for one in fields.truth(settings['split'], gallery, column)]
     save_grid(columns, path)

@@ -370,6 +370,7 @@ def test_faults_of_masks(masked_digits, arguments, message):
     (['--chain=rgb>depth:many'], "'depth:many': 'many' is none of a number of steps, an order"),
     (['--chain=rgb>depth:2:fast'], "'fast' is none of"),
     (['--chain=rgb>depth:0'], "'0' is too small"),
+    (['--chain=rgb>depth:g0'], "'g0' is too small"),
     (['--chain=rgb>depth:t-1'], "'t-1' is too small"),
     (['--chain=rgb>depth:mean2:best2'], 'not both'),
     (['--chain=rgb>caption:mean2'], 'mean is for pictures'),
