@@ -129,8 +129,8 @@ def read_ids(fields, name, split, index):
 
 def grey_out(pictures, tokens, grid):
     """Pictures (n, H, W, 3) uint8, grey where tokens (n, N) of a grid are unknown."""
-    patch = pictures.shape[1] // grid[0]
-    unknown = (tokens < 0).view(-1, *grid).numpy().repeat(patch, 1).repeat(patch, 2)[..., None]
+    rows, columns = (np.arange(side) * n // side for side, n in zip(pictures.shape[1:], grid))
+    unknown = (tokens < 0).view(-1, *grid).numpy()[:, rows][:, :, columns, None]
     return np.where(unknown, np.uint8(128), pictures)
 
 

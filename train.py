@@ -364,9 +364,18 @@ def find_weights(name):
     return path
 
 
+def holds(now, before):
+    """Whether a description of data still says what it said before; it may say more, as when modalities were added."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return all(holds(now.get(name), value) for name, value in before.items())
+    if isinstance(before, str) and isinstance(now, str):
+        return set(before.split()) <= set(now.split())
+    return now == before
+
+
 def check_data(folder, meta, checkpoint):
     """Tokens mean something only to the tokenizers that made them."""
-    if meta != checkpoint['meta']:
+    if not holds(meta, checkpoint['meta']):
         raise UserError(f'{folder} is not the data that this run was trained on (its meta.json differs): restore that data, or '
                         'train anew')
 
@@ -683,6 +692,9 @@ def run(assigned, files, stack):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     asked = listen(stack)
     checkpoint = find_run(out_dir, settings, stack)
+    if checkpoint:
+        check_data(folder, meta, checkpoint)
+        meta = checkpoint['meta']
     set_up(device, settings['threads'] or (checkpoint['threads'] if checkpoint else 0))
 
     # data, model, optimizers
@@ -704,7 +716,6 @@ def run(assigned, files, stack):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = dict(step=0, best=math.inf, seconds=0.0, tokens=0, skipped=0, wandb_id=None)
     if checkpoint:
-        check_data(folder, meta, checkpoint)
         go_on(checkpoint, out_dir, raw_model, mean, optimizers, scaler)
         state |= {name: checkpoint[name] for name in state}
     if settings['compile']:
