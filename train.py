@@ -159,16 +159,17 @@ def count_flops(model, batch):
 
 def compile_blocks(model, device):
     """torch.compile for every Transformer block of a model, in place. All blocks of a kind share one compiled function, so that
-    this takes seconds where compiling a whole model took minutes. Where no compiler works, a line says so."""
+    this takes seconds where compiling a whole model took minutes. Returns whether a compiler works; if not, a line says so."""
     try:
         torch.compile(lambda x: (x @ x).relu())(torch.ones(2, 2, device=device))
     except Exception as error:
         print(f'torch.compile does not work here ({type(error).__name__}): going on without it, about half as fast')
-        return
+        return False
     torch._dynamo.config.recompile_limit = 64  # one for each combination of shapes; chapters keep these few
     for module in model.modules():
         if type(module).__name__.endswith('Block'):
             module.compile(dynamic=True)
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
