@@ -25,6 +25,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -60,7 +61,7 @@ SETTINGS = dict(
     all=False,                # every file of config/
     part='',                  # one of the comparisons
     device='auto',
-    backend='',               # of the attention kernel: flash,cudnn,efficient,math or some of them; '' is all that work here
+    backend='',               # of the attention kernel: flash,cudnn,efficient,math or some of them; '' is all on a GPU
     seconds=10.0,             # a micro-batch that would take longer at the machine's limit is cut
     repeats=5,                # times that each thing is timed, at least
     save='',                  # write the tables as SAVE.json and SAVE.md
@@ -83,8 +84,7 @@ SIZES = dict(                 # of the comparisons
 # Measuring
 
 def times_of(run, device, least, seconds=0.2):
-    """Times of run() after a first call that is not counted: at least so many, and more while `seconds` are not used up."""
-    run()
+    """Times of run(), which has run before: at least so many, and more while `seconds` are not used up."""
     times, end = [], time.perf_counter() + seconds
     while len(times) < least or (time.perf_counter() < end and len(times) < 100):
         train.synchronize(device)
@@ -96,6 +96,7 @@ def times_of(run, device, least, seconds=0.2):
 
 
 def median_seconds(run, device, repeats):
+    run()
     return statistics.median(times_of(run, device, repeats, 0))
 
 
@@ -105,6 +106,19 @@ def spread(times):
     return (high - low) / 2
 
 
+@contextmanager
+def silent():
+    """Nothing from PyTorch's C++ on stderr: the profiler announces there that it starts and stops."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def peak_bytes(run, device):
     """Bytes of tensors that run() allocates, at their most; on a CPU the profiler's list of allocations tells."""
     if device.type == 'cuda':
@@ -112,7 +126,7 @@ def peak_bytes(run, device):
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+    with silent(), profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
     events = sorted((event for event in trace.profiler.kineto_results.events() if event.name() == '[memory]'),
                     key=lambda event: event.start_ns())
@@ -135,7 +149,7 @@ def find_limits(device):
     """What this machine does at most: FLOP/s of matrix products by number format, bytes/s of a copy, read and written."""
     limits = {dtype: train.matmul_rate(device, dtype) for dtype in find_formats(device)}
     x = torch.empty(2 ** 28 if device.type == 'cuda' else 2 ** 25, device=device)  # float32, larger than any cache
-    y = torch.empty_like(x)
+    y = x.clone()
     return limits | {'copy': 2 * x.nbytes / min(times_of(lambda: y.copy_(x), device, 5))}
 
 
@@ -220,7 +234,7 @@ def flex(q, k, v, mask=None, is_causal=False, scale=None, enable_gqa=False):
 def find_ways(text, device):
     """{name: a context in which the core computes attention that way}. Raises UserError."""
     here = list(BACKENDS) if device.type == 'cuda' else ['flash', 'math']
-    chosen = text.split(',') if text else here
+    chosen = text.split(',') if text else here if device.type == 'cuda' else []  # a CPU's core is flash, its math the formula
     if unknown := [name for name in chosen if name not in here]:
         raise UserError(f'backend={unknown[0]!r}: on {device.type} there are {", ".join(here)}')
     ways = {'core': nullcontext, 'written out': lambda: mock.patch.object(F, 'scaled_dot_product_attention', softmax_attention)}
@@ -319,7 +333,7 @@ def bench_core(settings, device, limits):
 
 
 def write_trace(path, run):
-    with profile() as trace:
+    with silent(), profile() as trace:
         run()
     trace.export_chrome_trace(path)
     print(f'{path}: open it at ui.perfetto.dev')
@@ -330,21 +344,21 @@ def draw_roofline(rows, rate, copy, width=900, height=560):
     below the flat part matrix products are."""
     picture = Image.new('RGB', (width, height), 'white')
     pen, margin = ImageDraw.Draw(picture), 60
-    left, right = 0, math.ceil(math.log10(max(row['FLOP/byte'] for row in rows)))
-    top = math.ceil(math.log10(rate))
-    bottom = math.floor(math.log10(min(row['GFLOP/s'] for row in rows) * 1e9))
+    intensity, reached = ([row[name] for row in rows] for name in ('FLOP/byte', 'GFLOP/s'))
+    left, right = math.floor(math.log10(min(intensity))), math.ceil(math.log10(max(intensity)))
+    bottom, top = math.floor(math.log10(min(reached))) + 9, math.ceil(math.log10(rate))
 
     def at(intensity, flops):
         return (margin + (math.log10(intensity) - left) / (right - left) * (width - 2 * margin),
                 height - margin - (math.log10(flops) - bottom) / (top - bottom) * (height - 2 * margin))
     for power in range(left, right + 1):
-        pen.line((at(10 ** power, 10 ** bottom), at(10 ** power, 10 ** top)), fill='lightgrey')
-        pen.text(at(10 ** power, 10 ** bottom), f'{10 ** power}', fill='black')
+        pen.line((at(10.0 ** power, 10 ** bottom), at(10.0 ** power, 10 ** top)), fill='lightgrey')
+        pen.text(at(10.0 ** power, 10 ** bottom), f'{10.0 ** power:g}', fill='black')
     for power in range(bottom, top + 1):
-        pen.line((at(10 ** left, 10 ** power), at(10 ** right, 10 ** power)), fill='lightgrey')
-        pen.text((5, at(1, 10 ** power)[1] - 6), f'{10 ** (power - 9):g}', fill='black')
+        pen.line((at(10.0 ** left, 10 ** power), at(10 ** right, 10 ** power)), fill='lightgrey')
+        pen.text((5, at(1, 10 ** power)[1] - 6), f'{10.0 ** (power - 9):g}', fill='black')
     edge = rate / copy  # FLOP a byte from which on products are the limit
-    foot = max(10 ** left, 10 ** bottom / copy)
+    foot = max(10.0 ** left, 10 ** bottom / copy)
     pen.line((at(foot, foot * copy), at(edge, rate), at(10 ** right, rate)), fill='black', width=2)
     colors = dict(causal='red', full='blue', cross='green', prefill='orange', decode='purple')
     for row in rows:
@@ -359,9 +373,14 @@ def draw_roofline(rows, rate, copy, width=900, height=560):
 # ---------------------------------------------------------------------------------------------------------------------
 # A config's training step and its generation
 
+def resolve(assigned):
+    """(settings, chapter) of a config, without its weights."""
+    return train.resolve(assigned, stand_in.find_sizes(assigned.get('init_from', ('',))[0]))
+
+
 def build(assigned, spare, device):
     """(settings of train.py and the model, model, data) as in training; without data, random numbers in the folder `spare`."""
-    options, chapter = train.resolve(assigned, stand_in.find_sizes(assigned.get('init_from', ('',))[0]))
+    options, chapter = resolve(assigned)
     name, block_size = options['dataset'], options.get('block_size', 0)
     folder = Path('data', name)
     if not (folder / 'meta.json').is_file():
@@ -530,6 +549,7 @@ def bench_generation(name, model, settings, device, limits):
     with sample.exact(dict(dtype='auto'), device), torch.compiler.set_stance('force_eager'):
         for B in (1, 8, 32):
             run, n, what, rounds = generation(model, B)
+            run()
             times = times_of(run, device, 2)
             seconds = statistics.median(times)
             rows.append({'config': name, 'batch': B, 'ms': 1000 * seconds, '+-': 1000 * spread(times), 'what': what,
@@ -790,18 +810,23 @@ def main(*arguments, **overrides):
     settings = config.apply({name: assigned.pop(name) for name in SETTINGS if name in assigned}, SETTINGS)
     if settings['part'] not in ('', *PARTS):
         raise UserError(f'part={settings["part"]!r}: choose one of {", ".join(PARTS)}')
-    device, path = train.find_device(settings['device']), settings['save'] or ('out/bench_all' if settings['all'] else '')
-    settings['save'], sizes = path, config.apply(assigned, SIZES if settings['part'] else {}) if not files else {}
+    if not files:
+        settings |= config.apply(assigned, SIZES if settings['part'] else {})
+    elif not settings['all']:
+        resolve(assigned)  # a misspelt setting stops here
+    if settings['all']:
+        settings['save'] = settings['save'] or 'out/bench_all'
+    device = train.find_device(settings['device'])
     train.set_up(device)
     limits = find_limits(device)
     tables = {'Machine': [machine_row(device, limits)]}
     show(tables['Machine'][0], True)
     if settings['part']:
-        PARTS[settings['part']](settings | sizes, device)
+        PARTS[settings['part']](settings, device)
     elif not files:
         tables['Attention core'] = bench_core(settings, device, limits)
-    if path:
-        save(path, tables)
+    if settings['save']:
+        save(settings['save'], tables)
     if files or settings['all']:
         files = files or sorted(map(str, Path('config').glob('[!_]*.py')))
         jobs = {file: config.read([file]) for file in files} if settings['all'] else {files[-1]: assigned}
