@@ -563,9 +563,9 @@ def bench_generation(name, model, settings, device, limits):
 def measure(name, assigned, settings, limits):
     """Both tables of one config."""
     device = train.find_device(settings['device'])
-    train.set_up(device)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare:
         options, model, data = build(assigned, spare, device)
+        train.set_up(device, length=options.get('block_size', 0))
         steps = bench_steps(name, options, model, data, settings, device, limits)
     train.set_up(device, training=False)
     return {'Training steps': steps, 'Generation': bench_generation(name, model, settings, device, limits)}

@@ -108,10 +108,10 @@ def find_dtype(name, device):
     return getattr(torch, name)
 
 
-def set_up(device, threads=0, training=True):
+def set_up(device, threads=0, training=True, length=0):
     """Process-wide choices. On a CPU attention is better written out than fused while sequences are short: the backward pass
-    of PyTorch 2.13's fused CPU kernel took 5 times as long at 64 tokens, 1.4 times at 256 and half as long at 1,024. Its forward
-    pass is the faster one when 32 texts are written at once."""
+    of PyTorch 2.13's fused CPU kernel took 5 times as long at 64 tokens, 1.4 times at 256 and half as long at 1,024, where its
+    memory also grows with the length and not its square. Its forward pass is the faster one when 32 texts are written at once."""
     torch.set_float32_matmul_precision('high')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
@@ -119,7 +119,8 @@ def set_up(device, threads=0, training=True):
         if threads:
             torch.set_num_threads(threads)
         keep_memory()
-        torch.backends.cuda.enable_flash_sdp(not training)  # the switch is named after CUDA and holds for the CPU as well
+        # the switch is named after CUDA and holds for the CPU as well
+        torch.backends.cuda.enable_flash_sdp(not training or length >= 1024)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # bfloat16 products without a detour by float32
 
 
@@ -697,7 +698,8 @@ def run(assigned, files, stack):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     asked = listen(stack)
     checkpoint = find_run(out_dir, settings, stack)
-    set_up(device, settings['threads'] or (checkpoint['threads'] if checkpoint else 0))
+    threads = settings['threads'] or (checkpoint['threads'] if checkpoint else 0)
+    set_up(device, threads, length=settings.get('block_size', 0))
 
     # data, model, optimizers
     size = settings['micro_batch_size']
