@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gpt import MLP, Attention, norm, rotary
-from maskgit import Block, Head, digit_vectors, unmask
+from maskgit import Block, Head, between, digit_vectors, unmask
 
 
 @dataclass
@@ -274,13 +274,13 @@ class FourM(nn.Module):
     # -----------------------------------------------------------------------------------------------------------------
     # Generation
 
-    def answer(self, ids, index):
-        """Answers (B, Q, D) at places index (B, Q), given all known tokens of ids (B, N), -1 where unknown."""
+    def look(self, ids):
+        """Encodes the known tokens of ids (B, N), -1 where unknown: what the decoder looks at (B, K, D), and its places (B, K)."""
         known = ids >= 0
         most = int(known.sum(1).max())
         K = min([size for size in self.input_sizes if size >= most], default=most)  # null tokens as in training
         inputs = smallest(torch.where(known, 0.0, torch.inf), K, K)
-        return self.decode(self.encode(F.pad(ids, (0, 1), value=0).gather(1, inputs), inputs), inputs, index)
+        return self.encode(F.pad(ids, (0, 1), value=0).gather(1, inputs), inputs), inputs
 
     def join(self, given):
         """{name: (B, size) ids, -1 where unknown} -> (B, N)."""
@@ -292,73 +292,100 @@ class FourM(nn.Module):
         return ids
 
     @torch.no_grad()
-    def generate(self, given, targets, steps=8, temperature=1.0, top_k=0, top_p=1.0, order='random', schedule='linear',
-                 guidance=1.0, generator=None):
+    def generate(self, given, targets, steps=8, temperature=1.0, temperature_end=None, top_k=0, top_p=1.0, order='random',
+                 schedule='linear', guidance=1.0, guidance_start=None, weights=None, generator=None):
         """Generates the modalities named in the list `targets`, one after the other, each conditioning the next (4M,
         section 3.1).
 
         given: {name: (B, size) ids}; -1 marks what is unknown, so that parts of a target may be given too. Images are filled in
         `steps` steps by chapter 2's `unmask`: order random (ROAR), confidence (MaskGIT), raster or halton; schedule linear,
-        cosine or constant. Texts are written from left to right and stop at their end token. guidance > 1 makes the other
-        modalities count for more than they did in training.
+        cosine or constant. Texts are written from left to right and stop at their end token. The temperature goes from
+        `temperature` to temperature_end, guidance from guidance_start to `guidance`; guidance > 1 makes the other modalities
+        count for more than they did in training, weights {name: w} does so for single ones: see `draw_tokens`.
         Returns {name: (B, size) ids}, -1 after the end of a text.
         """
         ids = self.join(given)
-        draw = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        for name in targets:
-            m = next(m for m in self.modalities if m.name == name)
-            (self.write if m.is_text else self.fill)(ids, m, draw, steps, order, schedule)
+        how = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+
+        def predict(m, index, progress):
+            now = how | dict(temperature=between(temperature, temperature_end, progress))
+            return self.draw_tokens(ids, m, index, between(guidance_start, guidance, progress), weights or {}, **now)
+        for m in [next(m for m in self.modalities if m.name == name) for name in targets]:
+            index = torch.arange(m.places.start, m.places.stop, device=ids.device).expand(len(ids), -1)  # (B, size)
+            if m.is_text:
+                self.write(ids, m, index, predict)
+            else:
+                self.fill(ids, m, index, predict, steps, order, schedule, generator)
         return {m.name: ids[:, m.places] for m in self.modalities if m.name in targets}
 
-    def draw_tokens(self, ids, m, index, guidance, **draw):
-        """Tokens (B, Q) at places index of modality m, given all known ones; guided away from those given its own alone."""
-        h = h_without = self.answer(ids, index)
-        if guidance != 1:
-            own = torch.full_like(ids, -1)
-            own[:, m.places] = ids[:, m.places]
-            h_without = self.answer(own, index)
-        return self.heads[m.name].sample(h, h_without, guidance, **draw)
+    def draw_tokens(self, ids, m, index, guidance, weights, **how):
+        """Tokens (B, Q) at places index of modality m, given all known ones, and their ln p.
 
-    def fill(self, ids, m, draw, steps, order, schedule):
+        Logits are l + (guidance - 1) (l - l without any other modality) + sum_i (w_i - 1) (l - l without modality i). For a
+        single condition both are classifier-free guidance (2207.12598). 4M weighs each condition against none; here each is
+        weighed against all the others, so that weights of 1 leave what the model has learned about them together. A weight
+        below 1 weakens a condition, 0 removes it, a negative one leads away from it.
+        """
+        def answers(hidden):
+            without = ids.clone()
+            for other in self.modalities:
+                if other.name in hidden:
+                    without[:, other.places] = -1
+            context, places = self.look(without)
+            return self.decode(context, places, index)
+        others = [other.name for other in self.modalities if other is not m]
+        extra = [(scale - 1, hidden) for scale, hidden in [(guidance, others), *((w, [name]) for name, w in weights.items())]
+                 if scale != 1]
+        scales = [1 + sum(scale for scale, _ in extra), *(-scale for scale, _ in extra)]
+        return self.heads[m.name].sample([answers([]), *(answers(hidden) for _, hidden in extra)], scales, **how)
+
+    def fill(self, ids, m, index, predict, steps, order, schedule, generator):
         """Fills the unknown tokens of image modality m into ids, in place; in fewer steps where fewer tokens are unknown."""
-        index = torch.arange(m.places.start, m.places.stop, device=ids.device).expand(len(ids), -1)  # (B, n)
-
-        def predict(tokens, progress):
+        def draw(tokens, progress):
             ids[:, m.places] = tokens
-            return self.draw_tokens(ids, m, index, **draw)
+            return predict(m, index, progress)
         if unknown := int((ids[:, m.places] < 0).sum(1).max()):
             steps = min(steps, unknown)
-            *_, ids[:, m.places] = unmask(ids[:, m.places], predict, m.grid, steps, order, schedule, generator=draw['generator'])
+            *_, ids[:, m.places] = unmask(ids[:, m.places], draw, m.grid, steps, order, schedule, generator=generator)
 
-    def write(self, ids, m, draw, *_):
+    def write(self, ids, m, index, predict):
         """Writes text modality m into ids from left to right, in place; nothing stands after an end token."""
-        index = torch.arange(m.places.start, m.places.stop, device=ids.device).expand(len(ids), -1)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for i in range(m.size):
             now = ids[:, m.places.start + i]
             if (todo := ~ended & (now < 0)).any():
-                token = self.draw_tokens(ids, m, index[:, i:i + 1], **draw)[0][:, 0]
+                token = predict(m, index[:, i:i + 1], i / m.size)[0][:, 0]
                 now[todo] = token[todo]
             ended |= now == m.vocabulary - 1
             if ended.all():
                 break
 
-    @torch.no_grad()
-    def log_prob(self, given, name, candidates):
-        """ln p(candidate | given) (B, C) of each text or image in candidates (C, size), all tokens asked for at once.
+    # -----------------------------------------------------------------------------------------------------------------
+    # Likelihood, and what a sample is like
 
-        Queries carry no content, so one pass a sample scores all candidates.
-        """
+    @torch.no_grad()
+    def ask(self, given, name):
+        """Answers (B, size, D) to all places of modality `name` at once, of which nothing is known."""
         m = next(m for m in self.modalities if m.name == name)
         ids = self.join(given)
         ids[:, m.places] = -1
-        index = torch.arange(m.places.start, m.places.stop, device=ids.device).expand(len(ids), -1)
-        h, candidates = self.answer(ids, index), candidates.to(ids.device)
-        total = []
-        for answers in h:  # (size, D), one sample's
-            nll = self.heads[name](answers.repeat(len(candidates), 1), candidates.clamp(min=0).flatten())
-            total.append(-(nll.view(candidates.shape) * (candidates >= 0)).sum(1))
-        return torch.stack(total)
+        context, places = self.look(ids)
+        return self.decode(context, places, torch.arange(m.places.start, m.places.stop, device=ids.device).expand(len(ids), -1))
+
+    @torch.no_grad()
+    def log_prob(self, answers, name, ids):
+        """ln p (B,) of ids (B, size) of modality `name` after answers (B, size, D) of `ask`: the sum over its tokens. Queries
+        carry no content, so that the answers of one pass score any number of candidates."""
+        ids = ids.to(answers.device)
+        nll = self.heads[name](answers.flatten(0, 1), ids.clamp(min=0).flatten()).view(ids.shape)
+        return -(nll * (ids >= 0)).sum(1)
+
+    @torch.no_grad()
+    def embed(self, given):
+        """The mean of the encoder's outputs over all known tokens, (B, D)."""
+        context, places = self.look(self.join(given))
+        known = (places < self.N)[..., None]
+        return (context * known).sum(1) / known.sum(1).clamp(min=1)
 
 
 def parse(config):

@@ -123,6 +123,13 @@ def halton_rank(grid):
     return first.argsort(stable=True).argsort()
 
 
+def between(start, end, progress):
+    """From start to end as progress goes from 0 to 1; always the one where the other is None."""
+    if start is None or end is None:
+        return end if start is None else start
+    return start + (end - start) * progress
+
+
 def unmask(tokens, predict, grid, steps, order='random', schedule='cosine', choice_temperature=0.0, generator=None):
     """Fills the unknown tokens, -1 in tokens (B, N), in so many steps; yields the tokens (B, N) after each.
 
@@ -202,22 +209,19 @@ class Head(nn.Module):
             h = self.tell(h, d, digit)
         return nll
 
-    def sample(self, h, h_without, guidance, temperature, top_k, top_p, generator):
-        """Draws ids (B, Q) for h (B, Q, D), each digit with this temperature, top_k and top_p; returns their ln p too.
+    def sample(self, hs, scales, temperature, top_k, top_p, generator):
+        """Draws ids (B, Q), each digit with this temperature, top_k and top_p; returns their ln p too.
 
-        Where guidance is not 1, logits are moved away from those of h_without (classifier-free guidance, 2207.12598).
+        hs is a list of h (B, Q, D), what one condition or another has led to; logits are added up with their scales, whose sum
+        is 1. Classifier-free guidance (2207.12598) is [with the condition, without] and [s, 1 - s].
         """
         ids = log_p = 0
         for d, level in enumerate(self.levels):
-            logits = self.logits(h, d)
-            if guidance != 1:
-                without = self.logits(h_without, d)
-                logits = without + guidance * (logits - without)
+            logits = sum(scale * self.logits(h, d) for scale, h in zip(scales, hs))
             digit = sample_token(logits, temperature, top_k, top_p, generator=generator)
             log_p = log_p + logits.log_softmax(-1).gather(-1, digit[..., None])[..., 0]
             ids = ids * level + digit
-            h = self.tell(h, d, digit)
-            h_without = self.tell(h_without, d, digit) if guidance != 1 else h
+            hs = [self.tell(h, d, digit) for h in hs]
         return ids, log_p
 
 
@@ -338,16 +342,13 @@ class MaskGIT(nn.Module):
             raise ValueError(f'guidance={guidance}: this model has not learnt to draw without a class '
                              f'(n_classes={config.n_classes}, label_dropout={config.label_dropout}); leave guidance at 1')
 
-        def between(start, end, progress):
-            return start + (end - start) * progress
-
         def predict(tokens, progress):
-            s = between(guidance if guidance_start is None else guidance_start, guidance, progress)
-            h = h_without = self.trunk(tokens, classes)
+            s = between(guidance_start, guidance, progress)
+            hs = [self.trunk(tokens, classes)]
             if s != 1:
-                h_without = self.trunk(tokens, torch.full_like(classes, config.n_classes))
-            now = between(temperature, temperature if temperature_end is None else temperature_end, progress)
-            return self.head.sample(h, h_without, s, now, top_k, top_p, generator)
+                hs.append(self.trunk(tokens, torch.full_like(classes, config.n_classes)))
+            now = between(temperature, temperature_end, progress)
+            return self.head.sample(hs, [s, 1 - s][:len(hs)], now, top_k, top_p, generator)
         states = unmask(tokens, predict, self.grid, steps, order, schedule, choice_temperature, generator)
         if history:
             return torch.stack((tokens, *states))

@@ -3,6 +3,8 @@ One sampler for all chapters: draws what a trained model generates, and scores i
 
     python sample.py --out_dir=out/nano4m                                        any-to-any grid on held-out scenes
     python sample.py --out_dir=out/nano4m --chain="rgb>depth:8,normal:8,scene_desc"
+    python sample.py --out_dir=out/nano4m --given=rgb --hide=rgb=16,16,48,48     in-painting; also out-painting, objects, words
+    python sample.py --out_dir=out/nano4m --retrieve=rgb --given=caption --text="two large red metal spheres"
     python sample.py --out_dir=out/nano4m --given=caption --text="two large red metal spheres" --target=depth,rgb
     python sample.py --out_dir=out/nano4m --given=rgb --image=FILE.png --target=depth,caption
     python sample.py --out_dir=out/nano4m --score=True                           every modality from every other, with ceilings
@@ -21,14 +23,15 @@ One sampler for all chapters: draws what a trained model generates, and scores i
     python sample.py --out_dir=out/vlm_scenes                                    held-out scenes with questions and answers
     python sample.py --out_dir=out/vlm_scenes --image=FILE.png --text="How many red cubes are there?"      or --chat=True
 
-A chain names what is given, then targets with optional steps and order (random, confidence, raster, halton), each of which, once
-generated, conditions the next. Pictures are written as PNG into the run's folder, scores as scores.json; the path is printed.
+A chain names what is given, then targets, each of which, once generated, conditions the next; `read_link` says what may stand
+behind a name. Pictures are written as PNG into the run's folder, scores as scores.json; the path is printed.
 
 There is one section a chapter, with its draw_CHAPTER and score_CHAPTER; each can be read alone, and the last section calls them.
 """
 import importlib
 import json
 import math
+import re
 import sys
 import time
 from collections import Counter
@@ -37,12 +40,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import config
 import flow
 from config import UserError
 from maskgit import ORDERS, SCHEDULES
+from prepare import retrieval
 from prepare.report import alone, bootstrap, judged, save_answers, save_gif, save_grid, save_scores, tile
 from train import (Data, add_logs, autocast, check_data, evaluation_batch, find_device, find_dtype, find_weights, load_model,
                    means, read_meta, set_up, to_device)
@@ -58,8 +63,12 @@ SETTINGS = dict(
     # what to generate from what (nano4M)
     given='',                 # modalities given, e.g. rgb or caption,depth
     target='',                # modalities to generate, in this order; '' is all others
-    chain='',                 # both at once: 'rgb>depth:8,normal:8:confidence,scene_desc'
-    text='',                  # a text of your own for the given text modality; nanoVLM: a question
+    chain='',                 # both at once: 'rgb>depth:8,normal:8:confidence,scene_desc'; several with semicolons between
+    hide='',                  # part of what is given, to be generated anew: 'rgb=16,16,48,48', 'rgb=red cube', 'caption=red'
+    replace='',               # a word of the given texts, and what takes its place: 'red=blue'
+    retrieve='',              # a modality: the held-out scenes that are nearest to what is given
+    by='likelihood',          # how nearness is measured: likelihood, embedding
+    text='',                  # a text of your own for the given text modality, open if it ends in '...'; nanoVLM: a question
     image='',                 # a picture file of your own for the given rgb; nanoVLM: one, or several with commas between
     chat=False,               # nanoVLM: ask about the picture until you enter nothing
     blind='',                 # nanoVLM: a run with blind=True, whose scores are to stand beside these
@@ -71,8 +80,8 @@ SETTINGS = dict(
     min_p=0.0,                # GPT
     order='random',           # random (ROAR), confidence (MaskGIT), raster, halton
     schedule='',              # linear, cosine, constant: how many tokens a step; '' is linear (nano4M) or cosine (MaskGIT)
-    temperature_end=math.nan,  # MaskGIT: of the last step; nan is that of the first
-    guidance_start=math.nan,  # MaskGIT: guidance of the first step; nan is that of the last
+    temperature_end=math.nan,  # MaskGIT, nano4M: of the last step; nan is that of the first
+    guidance_start=math.nan,  # MaskGIT, nano4M: guidance of the first step; nan is that of the last
     choice_temperature=0.0,   # MaskGIT: of the noise on confidences
     prompt='',                # the text to go on with; '' is the beginning of a text (MaskGIT: nothing)
     prompts='',               # GPT: a file with one prompt a line, all continued in one batch; nanoVLM: one question a line
@@ -96,7 +105,7 @@ BELONGS = dict(  # settings that mean nothing to the chapters that do not name t
     gpt='prompt prompts max_new_tokens min_p draft complete',
     maskgit='steps order schedule guidance guidance_start temperature_end choice_temperature prompt after gap complete shape show '
             'against',
-    fourm='given target chain text image steps order schedule guidance',
+    fourm='given target chain hide replace retrieve by text image steps order schedule guidance guidance_start temperature_end',
     flow='steps guidance interval method labels show',
     vlm='text image chat blind prompts max_new_tokens min_p')
 SHOWS = dict(maskgit=('grid', 'gif', 'swap'), flow=('grid', 'path', 'steps', 'guidance'))
@@ -114,6 +123,13 @@ def exact(settings, device):
 
 def read_ids(fields, name, split, index):
     return torch.from_numpy(fields.load(split, name)[index].astype(np.int64))
+
+
+def grey_out(pictures, tokens, grid):
+    """Pictures (n, H, W, 3) uint8, grey where tokens (n, N) of a grid are unknown."""
+    patch = pictures.shape[1] // grid[0]
+    unknown = (tokens < 0).view(-1, *grid).numpy().repeat(patch, 1).repeat(patch, 2)[..., None]
+    return np.where(unknown, np.uint8(128), pictures)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,9 +286,7 @@ def pictures_of(model, fields, tokens):
         pictures = np.repeat(fields.decode(tokens)[..., None], 3, -1)
     else:
         pictures = fields.decode('rgb', tokens.clamp(min=0))
-    patch = pictures.shape[1] // model.grid[0]
-    unknown = (tokens < 0).view(-1, *model.grid).numpy().repeat(patch, 1).repeat(patch, 2)[..., None]
-    return np.where(unknown, np.uint8(128), pictures)
+    return grey_out(pictures, tokens, model.grid)
 
 
 def held_out(model, fields, settings, n):
@@ -396,152 +410,323 @@ def score_samples(model, fields, settings, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # nano4M: chains
 
-def parse_chain(settings, model):
-    """The given modalities and the targets as (name, steps, order), checked against those of the model."""
-    names = [m.name for m in model.modalities]
-    given, target = settings['chain'].split('>') if settings['chain'].count('>') == 1 else (settings['given'], settings['target'])
-    if settings['chain'] and settings['chain'].count('>') != 1:
-        raise UserError(f'--chain={settings["chain"]!r}: write given>target,target:steps:order, as in "rgb>depth:8,scene_desc"')
-    given = [name for name in given.split(',') if name]
-    targets = []
-    for entry in target.split(',') if target else [name for name in names if name not in given]:
-        name, *rest = entry.split(':')
-        steps, order = (rest + [''] * 2)[:2] if len(rest) < 3 else ('?', '')
-        if (steps and not steps.isdecimal()) or (order and order not in ORDERS):
-            raise UserError(f'target {entry!r}: write name:steps:order with a number of steps and one of {", ".join(ORDERS)}')
-        targets.append((name, int(steps or settings['steps']), order or settings['order']))  # 0 steps: chosen by `manner`
-    for name in given + [name for name, *_ in targets]:
-        if name not in names:
-            raise UserError(f'there is no modality {name!r}; this model has {", ".join(names)}')
-    asked = given + [name for name, *_ in targets]
-    if repeated := [name for name in asked if asked.count(name) > 1]:
+NUMBER = r'-?\d+(?:\.\d+)?'
+LINK = re.compile(  # what may stand between the colons of a link, and the setting that it is for this link alone
+    rf'(?P<steps>\d+)|(?P<order>{"|".join(ORDERS)})|(?P<schedule>{"|".join(SCHEDULES)})|mean(?P<mean>\d+)|best(?P<best>\d+)|'
+    rf't(?P<temperature>{NUMBER})(\.\.(?P<temperature_end>{NUMBER}))?|g((?P<guidance_start>{NUMBER})\.\.)?(?P<guidance>{NUMBER})|'
+    rf'w(?P<weight>{NUMBER})')
+
+
+def read_link(entry, settings):
+    """'rgb:25:halton:t0.7:g1..3:best8' -> the settings of this link of a chain, with its name, weight, mean and best."""
+    name, *parts = entry.split(':')
+    link = settings | dict(name=name, weight=1.0, mean=1, best=1)
+    for part in parts:
+        found = LINK.fullmatch(part)
+        if not found:
+            raise UserError(f'{entry!r}: {part!r} is none of a number of steps, an order ({", ".join(ORDERS)}), a schedule '
+                            f'({", ".join(SCHEDULES)}), t0.7 or t0.9..0.3 (temperature), g2 or g1..3 (guidance), w-1 (weight as a '
+                            'condition), mean8, best8 (of so many draws)')
+        link |= {key: type(link[key])(value) for key, value in found.groupdict().items() if value}
+        if link['temperature'] < 0 or link['temperature_end'] < 0 or min(link['mean'], link['best']) < 1 or part in ('0', 'g0'):
+            raise UserError(f'{entry!r}: {part!r} is too small')  # guidance 0, which knows no condition, is to give none
+    if min(link['mean'], link['best']) > 1:
+        raise UserError(f'{entry!r}: the mean of several draws or the best of them, not both')
+    return link
+
+
+def check_chain(chain, given, targets, partly, model):
+    """Raises UserError where the links of a chain do not fit the model or each other; those in `partly` may stand on both sides."""
+    names, asked = ([link['name'] for link in links] for links in (given, targets))
+    texts = [m.name for m in model.modalities if m.is_text]
+    if unknown := [name for name in names + asked if name not in model.fields]:
+        raise UserError(f'there is no modality {unknown[0]!r}; this model has {", ".join(model.fields)}')
+    if repeated := [name for name in names + asked if max(names.count(name), asked.count(name)) > 1
+                    or name in names and name in asked and name not in partly]:
         raise UserError(f'{repeated[0]!r} stands twice among given and targets')
+    if re.search(r':(?!w)', chain.partition('>')[0]):
+        raise UserError(f'chain={chain!r}: what is given has nothing but a weight, as in "caption:w2>rgb"')
+    if targets and targets[-1]['weight'] != 1:
+        raise UserError(f'chain={chain!r}: nothing follows {asked[-1]} that its weight could be for')
+    if wrong := [link['name'] for link in targets if link['mean'] > 1 and link['name'] in texts or link['best'] > 1 and not names]:
+        raise UserError(f'{wrong[0]}: mean is for pictures, and best needs something given that it is judged by')
+
+
+def parse_chain(chain, settings, model):
+    """'caption,depth:w2>rgb:25' -> links given, links to generate. Without targets: all others, or what is to be filled in."""
+    if chain.count('>') != 1:
+        raise UserError(f'chain={chain!r}: write given>target,target:steps:order, as in "rgb>depth:8,scene_desc"')
+    given, targets = ([entry.strip() for entry in side.split(',') if entry.strip()] for side in chain.split('>'))
+    given, hidden = [read_link(entry, settings) for entry in given], [settings['hide'].partition('=')[0]] * bool(settings['hide'])
+    names = [link['name'] for link in given]
+    targets = [read_link(entry, settings)
+               for entry in targets or hidden or [name for name in model.fields if name not in names]]
+    begun = [m.name for m in model.modalities if m.is_text] if settings['text'].endswith('...') else []
+    check_chain(chain, given, targets, hidden + begun, model)
     return given, targets
 
 
-def manner(model, name, known, steps, settings):
-    """(steps, temperature, guidance) for a target. Where the rgb picture is known, hardly more than one answer is right: the likeliest
+def parse_chains(settings, model):
+    """The chains that the settings name, separated by semicolons."""
+    chains = settings['chain'] or f'{settings["given"]}>{settings["target"]}'
+    return [parse_chain(chain, settings, model) for chain in chains.split(';')]
+
+
+def manner(model, link, known, weighted):
+    """Arguments of model.generate for a link. Where the rgb picture is known, hardly more than one answer is right: the likeliest
     one, at once. Otherwise many are, and a picture's tokens have to agree with each other: a few at a time, drawn at random."""
-    is_text = next(m.is_text for m in model.modalities if m.name == name)
-    chosen = (1, 0.0, 1.0) if is_text or name != 'rgb' and 'rgb' in known else (8, 0.4, 2.0)
-    return steps or chosen[0], chosen_temperature(settings, chosen[1]), settings['guidance'] or chosen[2]
+    is_text = next(m.is_text for m in model.modalities if m.name == link['name'])
+    sure = is_text or link['name'] != 'rgb' and (known.get('rgb', -torch.ones(1)) >= 0).all()
+    steps, temperature, guidance = (1, 0.0, 1.0) if sure else (8, 0.4, 1.0 if weighted else 2.0)
+    if link['mean'] > 1:  # of what may be, not of the likeliest
+        temperature, guidance = 1.0, 1.0
+    elif link['best'] > 1:
+        temperature = temperature or 0.7
+    end, start = (None if math.isnan(link[name]) else link[name] for name in ('temperature_end', 'guidance_start'))
+    return dict(steps=link['steps'] or steps, temperature=chosen_temperature(link, temperature), temperature_end=end,
+                top_k=link['top_k'], top_p=link['top_p'], order=link['order'], schedule=link['schedule'] or 'linear',
+                guidance=link['guidance'] or guidance, guidance_start=start)
 
 
-def generate(model, given, targets, settings, generator=None):
-    """Runs a chain: {name: ids} for the given and all generated modalities."""
-    known, device = dict(given), model.turn.device
-    for name, steps, order in targets:
-        steps, temperature, guidance = manner(model, name, known, steps, settings)
-        with autocast(device, find_dtype(settings['dtype'], device)):
-            known |= model.generate(known, [name], steps, temperature, settings['top_k'], settings['top_p'], order,
-                                    settings['schedule'] or 'linear', guidance, generator)
-    return known
+def likeliest(model, known, name, ids, draws):
+    """Of each sample's draws, ids (B * draws, size), the one from which the conditions are likeliest: (B, size)."""
+    total = sum(model.log_prob(model.ask({name: ids}, other), other, condition.repeat_interleave(draws, 0))
+                for other, condition in known.items() if other != name)
+    return ids.view(-1, draws, ids.size(1))[torch.arange(len(ids) // draws), total.view(-1, draws).argmax(1).cpu()]
 
 
-def columns_for(model, fields, settings, given, targets, index, own=None):
+def mean_of(name, raw):
+    """Several draws (B, draws, ...) of a modality as one (B, ...): their mean, or, of classes, the most frequent one."""
+    if name == 'segmentation':
+        return np.stack([(raw == c).sum(1) for c in range(raw.max() + 1)]).argmax(0).astype(raw.dtype)
+    return raw.mean(1) if raw.dtype.kind == 'f' else raw.mean(1).round().astype(raw.dtype)
+
+
+def generate(model, fields, given, chain, generator=None):
+    """Runs a chain from ids given, {name: (B, size)}: ids of all modalities known in the end, raw values of those generated."""
+    known, raw, weights, device = dict(given), {}, {link['name']: link['weight'] for link in chain[0]}, model.turn.device
+    for link in chain[1]:
+        name, draws = link['name'], max(link['mean'], link['best'])
+        others = {other: weight for other, weight in weights.items() if weight != 1 and other != name}
+        many = {other: ids.repeat_interleave(draws, 0) for other, ids in known.items()}
+        with autocast(device, find_dtype(link['dtype'], device)):
+            how = manner(model, link, known, bool(others))
+            ids = model.generate(many, [name], **how, weights=others, generator=generator)[name].cpu()
+            if link['best'] > 1:
+                ids = likeliest(model, known, name, ids, draws)
+        raw[name] = fields.decode(name, ids)
+        if link['mean'] > 1:
+            raw[name] = mean_of(name, raw[name].reshape(-1, draws, *raw[name].shape[1:]))
+            ids = fields.encode(name, raw[name])  # what the next links of the chain see
+        known[name], weights[name] = ids, link['weight']
+    return known, raw
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nano4M: what is given, whole or in part
+
+def read_own(model, fields, settings, names):
+    """The user's text and picture as ids of the given modalities, one row; {} where there are none. A text that ends in '...' may
+    go on in any way: nothing is known behind it."""
+    if not (settings['text'] or settings['image']):
+        return {}
+    own = {}
+    for name in names:
+        m = next(m for m in model.modalities if m.name == name)
+        if m.is_text and settings['text']:
+            text = settings['text']
+            own[name] = fields.read_text(name, text.removesuffix('...').strip())
+            if text.endswith('...'):
+                own[name] = own[name].masked_fill(own[name] == m.vocabulary - 1, -1)
+        elif not m.is_text and settings['image']:
+            own[name] = fields.read_image(name, settings['image'])
+        else:
+            raise UserError(f'--given={name} needs {"--text" if m.is_text else "--image"} beside '
+                            f'{"--image" if m.is_text else "--text"}; or give neither, for held-out scenes')
+    if not own:
+        raise UserError('--text and --image need --given=NAME, the modality that they are')
+    return own
+
+
+def replace_words(fields, settings, name, ids):
+    """Texts, ids (B, size), in which a word is replaced by another, as in replace='red=blue'."""
+    old, _, new = settings['replace'].partition('=')
+    if not old or not new:
+        raise UserError(f'replace={settings["replace"]!r}: write OLD=NEW, as in "red=blue"')
+    texts = [re.sub(rf'\b{re.escape(old)}\b', new, text) for text in fields.decode(name, ids)]
+    return torch.cat([fields.read_text(name, text) for text in texts])
+
+
+def hidden_part(model, fields, settings, ids, generator):
+    """The modality and which of its tokens (B, size) `hide` takes away from ids {name: (B, size)}: patches that a box touches,
+    rgb=16,16,48,48 (x0,y0,x1,y1 in pixels), or those around it, rgb=outside 16,16,48,48; objects, rgb=red cube, found by the
+    segmentation that is given or predicted; a text's words, caption=red, or all from a number on, caption=7."""
+    name, _, what = settings['hide'].partition('=')
+    if name not in ids or not what:
+        raise UserError(f'hide={settings["hide"]!r}: write NAME=WHAT, NAME one of what is given ({", ".join(ids)}), WHAT a box '
+                        'x0,y0,x1,y1, "outside" and a box, objects such as "red cube"; of a text words, or how many are kept')
+    m = next(m for m in model.modalities if m.name == name)
+    if m.is_text:
+        words = [word.strip() for word in fields.decode(name, torch.arange(m.vocabulary)[:, None])]
+        found = torch.tensor([word in what.split(',') for word in words])[ids[name].clamp(min=0)] & (ids[name] >= 0)
+        return name, torch.arange(m.size).expand_as(ids[name]) >= int(what) if what.isdecimal() else found
+    B, (height, width) = len(ids[name]), fields.picture(name, fields.decode(name, ids[name][:1])[0]).shape[:2]
+    if box := re.fullmatch(r'(outside )?(\d+),(\d+),(\d+),(\d+)', what):
+        x0, y0, x1, y1 = map(int, box.groups()[1:])
+        if not (x0 < x1 <= width and y0 < y1 <= height):
+            raise UserError(f'hide={settings["hide"]!r}: a box is x0,y0,x1,y1 with x0 < x1 <= {width} and y0 < y1 <= {height}')
+        pixels = np.full((B, height, width), bool(box[1]))
+        pixels[:, y0:y1, x0:x1] ^= True
+    else:
+        if 'segmentation' not in model.fields or not hasattr(fields, 'classes_named'):
+            raise UserError(f'hide={settings["hide"]!r}: this model has no segmentation that could find objects: give a box')
+        if 'segmentation' in ids:
+            classes = fields.decode('segmentation', ids['segmentation'])
+        else:
+            chain = parse_chain(f'{",".join(ids)}>segmentation', settings | dict(hide='', text=''), model)
+            classes = generate(model, fields, ids, chain, generator)[1]['segmentation']
+        pixels = np.isin(classes, fields.classes_named(what))
+    patches = F.adaptive_max_pool2d(torch.from_numpy(pixels)[:, None].float(), m.grid)
+    return name, patches.flatten(1) > 0
+
+
+def read_given(model, fields, settings, chain, index, generator):
+    """The ids that a chain starts from, {name: (B, size)}, words replaced and parts hidden; and whether they are the user's own."""
+    names = [link['name'] for link in chain[0]]
+    own = read_own(model, fields, settings, names)
+    ids = {name: row.repeat(len(index), 1) for name, row in own.items()} or {
+        name: read_ids(fields, name, settings['split'], index) for name in names}
+    if settings['replace']:
+        texts = [m.name for m in model.modalities if m.is_text and m.name in ids]
+        if not texts:
+            raise UserError('replace needs a text among what is given')
+        ids |= {name: replace_words(fields, settings, name, ids[name]) for name in texts}
+    if settings['hide']:
+        name, hidden = hidden_part(model, fields, settings, ids, generator)
+        ids[name] = ids[name].masked_fill(hidden, -1)
+    if not ids:  # from nothing: as many as asked for
+        name = chain[1][0]['name']
+        ids = {name: torch.full((len(index), fields.load('val', name).shape[1]), -1)}
+    return ids, bool(own)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nano4M: pictures
+
+def pictures_of_ids(model, fields, name, ids, filled):
+    """Ids (B, size) of a modality as pictures (H, W, 3), grey where they are unknown; `filled` is what a tokenizer's decoder, which sees
+    neighbours, is shown there."""
+    m = next(m for m in model.modalities if m.name == name)
+    drawn = [fields.picture(name, raw) for raw in fields.decode(name, ids if m.is_text else torch.where(ids < 0, filled, ids))]
+    return drawn if m.is_text else list(grey_out(np.stack(drawn), ids, m.grid))
+
+
+def columns_for(model, fields, settings, chain, index):
     """Columns {title: [pictures]} of one chain: what is given, then each target's truth beside what was generated."""
-    ids = own or {name: read_ids(fields, name, settings['split'], index) for name in given}
-    ids = ids or {targets[0][0]: torch.full((settings['n'], fields.load('val', targets[0][0]).shape[1]), -1)}
-    generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
-    found = generate(model, ids, targets, settings, generator)
-    columns = {}
-    for name in [*given, *(name for name, *_ in targets)]:
-        raw = fields.decode(name, found[name])
-        drawn = [fields.picture(name, one) for one in raw]
-        if own is None and given:
-            truth = [fields.picture(name, one) for one in fields.truth(settings['split'], name, index)]
-            columns[f'{name} (given)' if name in given else f'{name} (truth)'] = truth
-        if name not in given or own is not None:
-            columns[f'{name} (given)' if name in given else name] = drawn
-        if isinstance(raw, list) and (own is not None or len(index) <= 2):
-            print('\n'.join(dict.fromkeys(f'{name}: {text}' for text in raw)))  # equal ones once
+    generator, columns = torch.Generator(model.turn.device).manual_seed(settings['seed']), {}
+    ids, own = read_given(model, fields, settings, chain, index, generator)
+    found, raw = generate(model, fields, ids, chain, generator)
+    names, changed = [link['name'] for link in chain[0]], settings['replace'] or settings['hide']
+    for name in dict.fromkeys([*names, *raw]):
+        if not own and names and (name in raw or changed):
+            columns[f'{name} (truth)'] = [fields.picture(name, one) for one in fields.truth(settings['split'], name, index)]
+        if name in names:
+            truth = None if own or changed else fields.truth(settings['split'], name, index)
+            columns[f'{name} (given)'] = pictures_of_ids(model, fields, name, ids[name], found[name].clamp(min=0)) if truth is None else [
+                fields.picture(name, one) for one in truth]
+        if name in raw:
+            columns[name] = [fields.picture(name, one) for one in raw[name]]
+        texts = raw.get(name, fields.decode(name, found[name]))
+        if isinstance(texts, list) and (own or len(index) <= 2):
+            print('\n'.join(dict.fromkeys(f'{name}: {text}' for text in texts)))  # equal ones once
     return columns
 
 
 def draw_fourm(model, fields, settings, path):
     """The picture that the settings ask for; without given and target: each from rgb alone, and rgb from the caption."""
-    settings, own = settings | dict(n=settings['n'] or 6), own_input(model, fields, settings)
-    index = np.arange(min(settings['n'], len(fields.load(settings['split'], model.fields[0]))))
-    if settings['chain'] or settings['given'] or settings['target'] or own:
-        chains = [parse_chain(settings, model)]
-    else:
-        names = [m.name for m in model.modalities]
-        first = names[0]
-        chains = [([first], [(name, settings['steps'], settings['order'])]) for name in names[1:]]
-        if 'caption' in names[1:]:
-            chains.append((['caption'], [(first, settings['steps'], settings['order'])]))
+    index = np.arange(min(settings['n'] or 6, len(fields.load(settings['split'], model.fields[0]))))
+    if settings['retrieve']:
+        return draw_nearest(model, fields, settings, index, path)
+    if not any(settings[name] for name in ('chain', 'given', 'target', 'text', 'image', 'hide', 'replace')):
+        first, *others = model.fields
+        chains = [f'{first}>{name}' for name in others] + [f'caption>{first}'] * ('caption' in others)
+        settings = settings | dict(chain=';'.join(chains))
     columns = {}
-    for given, targets in chains:
-        columns |= columns_for(model, fields, settings, given, targets, index, own)
+    for chain in parse_chains(settings, model):
+        columns |= columns_for(model, fields, settings, chain, index)
     save_grid(columns, path)
 
 
-def own_input(model, fields, settings):
-    """The user's text or picture as the given modality; None where there is none."""
-    if not (settings['text'] or settings['image']):
-        return None
-    given, _ = parse_chain(settings, model)
-    own = {}
-    for name in given:
-        is_text = next(m.is_text for m in model.modalities if m.name == name)
-        if is_text and settings['text']:
-            own[name] = fields.read_text(name, settings['text'])
-        elif not is_text and settings['image']:
-            own[name] = fields.read_image(name, settings['image'])
-        else:
-            raise UserError(f'--given={name} needs {"--text" if is_text else "--image"} beside '
-                            f'{"--image" if is_text else "--text"}; or give neither, for held-out scenes')
-    if not own:
-        raise UserError('--text and --image need --given=NAME, the modality that they are')
-    return {name: ids.repeat(settings['n'] or 6, 1) for name, ids in own.items()}
+def open_index(model, fields, settings, *names):
+    return retrieval.open_index(model, fields.folder, Path(settings['out_dir'], settings['checkpoint']), *names, settings['split'])
+
+
+def draw_nearest(model, fields, settings, index, path):
+    """Queries, held-out or the user's own, and the ten held-out scenes nearest to each, as the modality `retrieve`."""
+    names, gallery = [name for name in settings['given'].split(',') if name], settings['retrieve']
+    if len(names) != 1 or {*names, gallery} - {*model.fields} or gallery in names or settings['chain'] or settings['target']:
+        raise UserError(f'retrieve={gallery!r} and given={settings["given"]!r}: one modality each, two different ones of '
+                        f'{", ".join(model.fields)}; no chain, no target')
+    ids = read_own(model, fields, settings, names)
+    ids = ids[names[0]] if ids else read_ids(fields, names[0], settings['split'], index)
+    pairs = open_index(model, fields, settings, names[0], gallery)
+    nearest = retrieval.nearness(model, pairs, names[0], ids, settings['by']).topk(min(10, pairs['n'])).indices.numpy()
+    columns = {f'{names[0]} (query)': pictures_of_ids(model, fields, names[0], ids, ids.clamp(min=0))}
+    for i, column in enumerate(nearest.T):  # the nearest of all queries, then the second nearest
+        columns[str(i + 1)] = [fields.picture(gallery, one) for one in fields.truth(settings['split'], gallery, column)]
+    save_grid(columns, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # nano4M: scores
 
-def retrieval(model, fields, settings, n, gallery=100):
-    """Recall@1 of captions by pictures and of pictures by captions within galleries of 100 held-out scenes, ranked by
-    ln p(caption | rgb) - ln p(caption); equal captions count as the same."""
-    hits = {'rgb>caption': [], 'caption>rgb': []}
-    for start in range(0, n - n % gallery, gallery):
-        index = np.arange(start, start + gallery)
-        rgb, captions = (read_ids(fields, name, settings['split'], index) for name in ('rgb', 'caption'))
-        with autocast(model.turn.device, find_dtype(settings['dtype'], model.turn.device)):
-            ratio = (model.log_prob({'rgb': rgb}, 'caption', captions)
-                     - model.log_prob({'rgb': torch.full_like(rgb[:1], -1)}, 'caption', captions)).cpu()
-        same = (captions[:, None] == captions[None]).all(-1)
-        hits['rgb>caption'] += same[range(gallery), ratio.argmax(1)].tolist()
-        hits['caption>rgb'] += same[range(gallery), ratio.argmax(0)].tolist()
-    return {f'{way}/recall_at_1_of_{gallery}': np.stack((np.array(h, float), np.ones(len(h))), -1)[:, None] for way, h in hits.items()}
+def score_chain(model, fields, settings, chain, index):
+    """{target: {metric: (n, k, 2)}} of the scenes with these indices, and milliseconds a scene."""
+    parts, seconds = {}, 0
+    for part in np.array_split(index, max(1, len(index) // 250)):
+        generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
+        ids, _ = read_given(model, fields, settings, chain, part, generator)
+        started = time.perf_counter()
+        _, raw = generate(model, fields, ids, chain, generator)
+        seconds += time.perf_counter() - started
+        for name, values in raw.items():
+            for key, rows in fields.score(name, values, settings['split'], part).items():
+                parts.setdefault(name, {}).setdefault(key, []).append(rows)
+    found = {name: {key: np.concatenate(rows) for key, rows in metrics.items()} for name, metrics in parts.items()}
+    return found, 1000 * seconds / len(index)
+
+
+def bounds_of(fields, name, split, index):
+    """{metric: what a perfect model would reach (the tokenizer's reconstruction, or the text itself), and what a blind one}."""
+    ceiling = fields.score(name, fields.decode(name, read_ids(fields, name, split, index)), split, index)
+    blind = fields.score(name, fields.baseline(name, split, index), split, index)
+    return {key: dict(ceiling=bootstrap(ceiling[key], 1)['value'], baseline=bootstrap(blind[key], 1)['value']) for key in ceiling}
 
 
 def score_fourm(model, fields, settings, data, path):
-    """Every modality from every other: each cell's metrics with ceiling (the tokenizer's own reconstruction, or the text itself) and
-    baseline (a predictor that sees nothing). Prints a table and writes scores.json."""
+    """Every modality from every other, or the chains named: each target's metrics with ceiling and baseline. Prints a table and
+    writes scores.json; those of chains go to scores_chains.json beside it."""
     names, split = model.fields, settings['split']
-    index = np.arange(min(settings['n_score'], data.n))
-    scores, bounds = {}, {}
-    for name in names:  # what a perfect and what a blind model would reach
-        ceiling = fields.score(name, fields.decode(name, read_ids(fields, name, split, index)), split, index)
-        blind = fields.score(name, fields.baseline(name, split, index), split, index)
-        bounds[name] = {key: dict(ceiling=bootstrap(ceiling[key], 1)['value'], baseline=bootstrap(blind[key], 1)['value'])
-                        for key in ceiling}
-    real = fields.score('rgb', fields.truth(split, 'rgb', index), split, index) if 'rgb' in names else {}
-    scores |= {f'parser on true renders/{key}': bootstrap(parts) for key, parts in real.items()}
-    parse_chain(settings, model)  # complains of unknown names
-    sources, targets = (settings[key].split(',') if settings[key] else names for key in ('given', 'target'))
-    cells = [(a, b) for b in names for a in names if a != b and a in sources and b in targets]
-    for a, b in tqdm(cells, desc='score', unit='cell'):
-        parts = []
-        for part in np.array_split(index, max(1, len(index) // 250)):
-            given = {a: read_ids(fields, a, split, part)}
-            generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
-            ids = generate(model, given, [(b, settings['steps'], settings['order'])], settings, generator)[b]
-            parts.append(fields.score(b, fields.decode(b, ids), split, part))
-        for key in parts[0]:
-            scores[f'{a}>{b}/{key}'] = bootstrap(np.concatenate([part[key] for part in parts])) | bounds[b][key]
-    if {'rgb', 'caption'} <= set(names) and len(index) >= 100:
-        scores |= {key: bootstrap(parts) | dict(baseline=0.01) for key, parts in retrieval(model, fields, settings, len(index)).items()}
+    index, scores, bounds = np.arange(min(settings['n_score'], data.n)), {}, {}
+    if settings['chain']:
+        cells, path = settings['chain'].split(';'), path.with_stem('scores_chains')
+    else:
+        parse_chains(settings, model)  # complains of unknown names
+        sources, targets = (settings[key].split(',') if settings[key] else names for key in ('given', 'target'))
+        cells = [f'{a}>{b}' for b in names for a in names if a != b and a in sources and b in targets]
+    for cell, chain in tqdm([(cell, parse_chain(cell, settings, model)) for cell in cells], desc='score', unit='cell'):
+        found, each = score_chain(model, fields, settings, chain, index)
+        for name, metrics in found.items():
+            bounds[name] = bounds.get(name) or bounds_of(fields, name, split, index)
+            title = f'{cell}/' + f'{name}/' * (len(found) > 1)
+            scores |= {f'{title}{key}': bootstrap(parts) | bounds[name][key] for key, parts in metrics.items()}
+        scores[f'{cell}/ms a scene'] = alone(each, len(index))
+    if 'rgb' in bounds and hasattr(type(fields), 'parser'):  # the judge of pictures, itself judged
+        real = fields.score('rgb', fields.truth(split, 'rgb', index), split, index)
+        scores |= {f'parser on true renders/{key}': bootstrap(parts) for key, parts in real.items()}
+    if not settings['chain'] and not settings['given'] and {'rgb', 'caption'} <= {*names} and settings['n_score'] >= 100:
+        pairs = open_index(model, fields, settings, 'caption', 'rgb')
+        scores |= {key: bootstrap(parts) | dict(baseline=1 / pairs['n']) for key, parts in retrieval.recalls(model, pairs).items()}
     save_scores(scores, path)
 
 
@@ -867,7 +1052,7 @@ def check(settings, model):
         if settings[name] not in [SETTINGS[name]]:  # in: nan is itself
             others = ', '.join(other for other, names in BELONGS.items() if name in names.split())
             raise UserError(f'{name} is a setting of {others}, this run is of {chapter}: leave it out')
-    words = dict(order=ORDERS, schedule=('', *SCHEDULES), shape=SHAPES, show=SHOWS.get(chapter, ('grid',)))
+    words = dict(order=ORDERS, schedule=('', *SCHEDULES), shape=SHAPES, show=SHOWS.get(chapter, ('grid',)), by=retrieval.WAYS)
     for name, known in words.items():
         if settings[name] not in known:
             raise UserError(f'{name} is one of {", ".join(filter(None, known))}')

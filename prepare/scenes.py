@@ -266,6 +266,15 @@ class Fields:
             return palette[raw].astype(np.uint8)
         return drawing(name, raw, self.size)
 
+    def classes_named(self, words):
+        """The classes of a segmentation that words such as 'red cube', 'cube', 'red' or 'object' mean."""
+        asked = {*words.lower().replace('objects', 'object').split()} - {'object'}
+        if unknown := asked - {*SHAPES, *COLORS}:
+            raise UserError(f'{words!r}: {unknown.pop()!r} is no colour ({", ".join(COLORS)}), no shape ({", ".join(SHAPES)}) '
+                            'and not "object"')
+        kinds = [{shape, color} for shape in SHAPES for color in COLORS]
+        return [1 + i for i, kind in enumerate(kinds) if asked <= kind]  # 0 is the ground
+
     def score(self, name, raw, split, index):
         """Metrics of raw values against the truth: {metric: (n, k, 2)}, numerators and denominators."""
         objects = self.load(split, 'raw_instance')[index] > 0

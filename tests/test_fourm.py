@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import maskgit
 from fourm import Config, FourM, Modality, budget_keys, draw_masks, log_dirichlet, smallest
 from maskgit import halton_rank
 
@@ -161,7 +162,7 @@ def test_head_is_a_distribution():
     h = torch.randn(32)
     p = (-head(h.expand(48, -1), torch.arange(48))).exp()
     assert p.sum().item() == pytest.approx(1, abs=1e-4)
-    ids, log_p = head.sample(h.expand(1, 50000, -1), None, 1.0, 1.0, 0, 1.0, torch.Generator().manual_seed(0))
+    ids, log_p = head.sample([h.expand(1, 50000, -1)], [1.0], 1.0, 0, 1.0, torch.Generator().manual_seed(0))
     torch.testing.assert_close(ids[0].bincount(minlength=48) / 50000, p, atol=0.01, rtol=0)
     torch.testing.assert_close(log_p[0].exp(), p[ids[0]], rtol=1e-3, atol=1e-5)
 
@@ -301,14 +302,69 @@ def test_generate_from_nothing_and_chains():
 def test_log_prob_is_the_loss():
     model = lively(small())
     batch = fake_batch(model, 3)
-    table = model.log_prob({'rgb': batch['rgb']}, 'caption', batch['caption'])
+    answers = model.ask({'rgb': batch['rgb']}, 'caption')
     m = model.modalities[2]
-    ids = model.join({'rgb': batch['rgb']})
-    h = model.answer(ids, torch.arange(m.places.start, m.places.stop).expand(3, -1))
+    context, places = model.look(model.join({'rgb': batch['rgb']}))
+    h = model.decode(context, places, torch.arange(m.places.start, m.places.stop).expand(3, -1))
     for i in range(3):
+        found = model.log_prob(answers[i].expand(3, -1, -1), 'caption', batch['caption'])
         for j in range(3):
             there = batch['caption'][j] >= 0
-            assert table[i, j].item() == pytest.approx(-model.heads['caption'](h[i][there], batch['caption'][j][there]).sum().item(), rel=1e-4)
+            nll = model.heads['caption'](h[i][there], batch['caption'][j][there]).sum()
+            assert found[j].item() == pytest.approx(-nll.item(), rel=1e-4)
+
+
+def test_an_embedding_sees_all_that_is_known_and_nothing_else():
+    model = lively(small())
+    batch = fake_batch(model, 3)
+    both, one = model.embed({name: batch[name] for name in ('rgb', 'caption')}), model.embed({'rgb': batch['rgb']})
+    assert both.shape == one.shape == (3, 32) and (both - one).abs().min(1).values.max() > 0
+    alone = torch.cat([model.embed({'rgb': row}) for row in batch['rgb'].split(1)])
+    torch.testing.assert_close(one, alone, rtol=1e-4, atol=1e-5)
+
+
+def logits_of(model, given, name):
+    """Of the first digit, at all places of a modality that is to be generated from what is given."""
+    return model.heads[name].logits(model.ask(given, name), 0)
+
+
+def drawn_logits(model, given, name, monkeypatch, **how):
+    """The logits that generate draws its first tokens from."""
+    seen, plain = [], maskgit.sample_token
+    with monkeypatch.context() as patch:
+        patch.setattr(maskgit, 'sample_token', lambda logits, *rest, **more: seen.append(logits) or plain(logits, *rest, **more))
+        model.generate(given, [name], steps=1, temperature=0, **how)
+    return seen[0]
+
+
+def test_guidance_and_weights_are_their_formula(monkeypatch):
+    """Written out: l + (s - 1) (l - l of nothing) + sum over conditions of (w - 1) (l - l without it)."""
+    model = lively(small())
+    given = {name: fake_batch(model, 2)[name] for name in ('rgb', 'caption')}
+    nothing = {'rgb': torch.full((2, 6), -1)}
+    full, none = logits_of(model, given, 'depth'), logits_of(model, nothing, 'depth')
+    only = {name: logits_of(model, {name: given[name]}, 'depth') for name in given}
+    for how, expected in ((dict(), full),
+                          (dict(guidance=3.0), none + 3 * (full - none)),
+                          (dict(weights={'caption': -1.0}), full - 2 * (full - only['rgb'])),
+                          (dict(weights={'caption': 0.0}), only['rgb']),
+                          (dict(guidance=2.0, weights={'rgb': 2.5, 'caption': 1.0}), full + (full - none) + 1.5 * (full - only['caption'])),
+                          (dict(guidance=3.0, guidance_start=0.0), none)):
+        torch.testing.assert_close(drawn_logits(model, given, 'depth', monkeypatch, **how), expected, rtol=1e-4, atol=1e-4)
+    one = {'rgb': given['rgb']}  # of a single condition, its weight is the guidance
+    torch.testing.assert_close(drawn_logits(model, one, 'depth', monkeypatch, weights={'rgb': 4.0}),
+                               drawn_logits(model, one, 'depth', monkeypatch, guidance=4.0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_temperature_that_falls():
+    """Hot at first, and at the end so cold that the last of the steps takes the likeliest token."""
+    model = lively(small())
+    given = {'caption': fake_batch(model, 40)['caption']}
+    draw = [model.generate(given, ['rgb'], steps=6, temperature=1e3, temperature_end=0.0, order='raster',
+                           generator=torch.Generator().manual_seed(seed))['rgb'] for seed in (1, 2)]
+    assert (draw[0][:, 0] != draw[1][:, 0]).float().mean() > 0.5
+    again = model.generate(given | {'rgb': draw[0].index_fill(1, torch.tensor([5]), -1)}, ['rgb'], steps=1, temperature=0)['rgb']
+    assert torch.equal(draw[0], again)
 
 
 @pytest.mark.parametrize('spec, use, message', [

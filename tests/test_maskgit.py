@@ -197,7 +197,7 @@ def test_guidance_of_one_is_none():
                          for m, s in ((model, 1.0), (without, 1.0), (model, 5.0)))
     assert torch.equal(one, none) and not torch.equal(one, strong)
     h, other = torch.randn(2, 20, 6, 32, generator=generator())
-    draws = [model.head.sample(h, other, s, 1.0, 0, 1.0, generator())[0] for s in (1.0, 1.0 + 1e-6)]
+    draws = [model.head.sample([h, other], [s, 1 - s], 1.0, 0, 1.0, generator())[0] for s in (1.0, 1.0 + 1e-6)]
     assert torch.equal(*draws)
     rising = model.generate(*nothing(model, 20), steps=3, guidance=5.0, guidance_start=1.0, generator=generator(), history=True)
     flat = model.generate(*nothing(model, 20), steps=3, generator=generator(), history=True)
