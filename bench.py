@@ -361,12 +361,14 @@ def draw_roofline(rows, rate, copy, width=900, height=560):
     foot = max(10.0 ** left, 10 ** bottom / copy)
     pen.line((at(foot, foot * copy), at(edge, rate), at(10 ** right, rate)), fill='black', width=2)
     colors = dict(causal='red', full='blue', cross='green', prefill='orange', decode='purple')
+    for i, (kind, color) in enumerate(colors.items()):
+        pen.text((margin + 80 * i, 20), kind, fill=color)
     for row in rows:
         x, y = at(row['FLOP/byte'], row['GFLOP/s'] * 1e9)
-        kind = CONFIGS[row['case']][0] if row['case'] in CONFIGS else row['case'].split()[0]
-        pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colors[kind])
-        pen.text((x + 6, y - 6), row['case'], fill=colors[kind])
-    pen.text((margin, height - 25), 'FLOP a byte; GFLOP/s upwards', fill='black')
+        kind, *length = [CONFIGS[row['case']][0]] if row['case'] in CONFIGS else row['case'].split()
+        pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colors[kind] if length else 'white', outline=colors[kind])
+        pen.text((x + 6, y - 6), ' '.join(length), fill=colors[kind])
+    pen.text((margin, height - 25), 'across: FLOP a byte; upwards: GFLOP/s; numbers: lengths; rings: configs', fill='black')
     return picture
 
 
