@@ -19,7 +19,8 @@ One sampler for all chapters: draws what a trained model generates, and scores i
     python sample.py --out_dir=out/flow_mnist --steps=20 --guidance=2            digits, from noise in 20 steps
     python sample.py --out_dir=out/flow_mnist --show=path                        how they come about; also steps, guidance: sweeps
     python sample.py --out_dir=out/flow_toy2d                                    points, their velocities, the learned density
-    python sample.py --compare=out/gpt_mnist,out/flow_mnist                      which generator? one table, one picture
+    python sample.py --out_dir=out/gpt_mnist --report=True                       a page: curves, scores, samples, the command
+    python sample.py --compare=out/gpt_mnist,out/flow_mnist                      the same of several; digits: which generator?
     python sample.py --out_dir=out/vlm_scenes                                    held-out scenes with questions and answers
     python sample.py --out_dir=out/vlm_scenes --image=FILE.png --text="How many red cubes are there?"      or --chat=True
 
@@ -47,10 +48,10 @@ import config
 import flow
 from config import UserError
 from maskgit import ORDERS, SCHEDULES
-from prepare import retrieval
+from prepare import page, retrieval
 from prepare.report import alone, bootstrap, judged, save_answers, save_gif, save_grid, save_scores, tile
 from train import (Data, add_logs, autocast, check_data, evaluation_batch, find_device, find_dtype, find_weights, load_model,
-                   means, read_meta, set_up, to_device)
+                   means, read_meta, resolve, set_up, to_device)
 
 SETTINGS = dict(
     out_dir='out/nano4m',     # the run
@@ -99,7 +100,8 @@ SETTINGS = dict(
     score=False,              # compute and save the scores, of all pairs or those that given and target name
     n_score=1000,             # held-out scenes, or generated digits, to score
     against='',               # MaskGIT: scores.json of a GPT on the same data, whose exact values then stand as floor
-    compare='',               # runs on MNIST, 'out/gpt_mnist,out/flow_mnist': one table and one picture of all
+    report=False,             # one page of the run: loss curves, what it took, scores, newest samples, the command
+    compare='',               # the same of several, 'out/gpt_mnist,out/flow_mnist'; of generators of digits also who is best
 )
 BELONGS = dict(  # settings that mean nothing to the chapters that do not name them
     gpt='prompt prompts max_new_tokens min_p draft complete',
@@ -127,8 +129,8 @@ def read_ids(fields, name, split, index):
 
 def grey_out(pictures, tokens, grid):
     """Pictures (n, H, W, 3) uint8, grey where tokens (n, N) of a grid are unknown."""
-    patch = pictures.shape[1] // grid[0]
-    unknown = (tokens < 0).view(-1, *grid).numpy().repeat(patch, 1).repeat(patch, 2)[..., None]
+    rows, columns = (np.arange(side) * n // side for side, n in zip(pictures.shape[1:], grid))
+    unknown = (tokens < 0).view(-1, *grid).numpy()[:, rows][:, :, columns, None]
     return np.where(unknown, np.uint8(128), pictures)
 
 
@@ -244,7 +246,7 @@ def score_gpt(model, fields, settings, data, path):
     scores = {'nats/token': bootstrap(nll) | dict(baseline=math.log(model.config.vocab_size))}
     if data.meta['kind'] == 'stream':
         scores['bits/byte'] = bootstrap(nll / [math.log(2), 1 / data.meta['bytes_per_token']]) | dict(baseline=8.0)
-    else:
+    elif hasattr(fields, 'classes'):
         scores['nats/image given the class'] = bootstrap(nll / [1, 49])
         labels, started = np.arange(settings['n_score']) % 10, time.perf_counter()
         tokens = torch.cat([generate_pictures(model, settings | dict(seed=settings['seed'] + i), part[:, None])
@@ -1038,9 +1040,17 @@ def fields_of(folder, meta):
     return importlib.import_module(f'prepare.{meta["prepare"]}').Fields(folder)
 
 
+def section(model, functions):
+    """The function of the model's chapter, of DRAW or SCORE. Raises UserError for a model of your own that has none yet."""
+    if chapter_of(model) not in functions:
+        raise UserError(f'sample.py has no function for model={chapter_of(model)!r} yet: docs/yours.md shows how to add one; '
+                        '--pictures=False trains without it')
+    return functions[chapter_of(model)]
+
+
 def draw(model, folder, meta, path):
     """What train.py draws at an evaluation: a picture at `path`, or a text beside it."""
-    texts = DRAW[chapter_of(model)](model, fields_of(folder, meta), SETTINGS | dict(max_new_tokens=300), path)
+    texts = section(model, DRAW)(model, fields_of(folder, meta), SETTINGS | dict(max_new_tokens=300), path)
     if texts:
         path.with_suffix('.txt').write_text(texts[0])
 
@@ -1048,7 +1058,7 @@ def draw(model, folder, meta, path):
 def check(settings, model):
     """Raises UserError where a setting has no meaning, or none for this model."""
     chapter = chapter_of(model)
-    for name in set(' '.join(BELONGS.values()).split()) - set(BELONGS[chapter].split()):
+    for name in set(' '.join(BELONGS.values()).split()) - set(BELONGS.get(chapter, '').split()):
         if settings[name] not in [SETTINGS[name]]:  # in: nan is itself
             others = ', '.join(other for other, names in BELONGS.items() if name in names.split())
             raise UserError(f'{name} is a setting of {others}, this run is of {chapter}: leave it out')
@@ -1071,7 +1081,7 @@ def check(settings, model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which generator? One table and one picture of several runs on MNIST
+# Pages of runs; and which generator of digits is best
 
 BINARY = dict(  # (model, fields, labels, settings) -> binary pictures (n, 14, 14), whatever the chapter works on
     gpt=lambda model, fields, labels, settings: fields.decode(generate_pictures(model, settings, labels[:, None])),
@@ -1080,28 +1090,22 @@ BINARY = dict(  # (model, fields, labels, settings) -> binary pictures (n, 14, 1
     flow=lambda model, fields, labels, settings: fields.binary(flow_samples(model, labels, settings)))
 
 
-def compare(settings):
-    """The runs named by `compare`, each in a row: size, training time, likelihood in its own representation (those of two rows
-    compare only where these are the same), the judge of 14x14 binary pictures, to which all are reduced, and speed."""
+def generators(runs, settings):
+    """The runs each in a row: size, training time, likelihood in its own representation (those of two rows compare only where
+    these are the same), the judge of 14x14 binary pictures, to which all are reduced, and speed. Returns the table."""
     rows, columns, labels = [], {}, np.arange(settings['n_score']) % 10
-    for name in settings['compare'].split(','):
-        model, checkpoint = load_model(Path(name, settings['checkpoint']))
-        chapter, folder = chapter_of(model), Path('data', checkpoint['settings']['dataset'])
-        if chapter not in BINARY or checkpoint['meta']['prepare'] != 'mnist':
-            raise UserError(f'{name}: compare is for runs of {", ".join(BINARY)} on MNIST')
-        check_data(folder, read_meta(folder), checkpoint)
-        fields, scores = fields_of(folder, checkpoint['meta']), Path(name, 'scores.json')
-        known = json.loads(scores.read_text()) if scores.is_file() else {}
-        own = next((f'{known[key]["value"]:.3g} {key}' for key in known if 'nats/image' in key or 'bits/dim' in key), '-')
+    for run, model, fields in runs:
+        chapter, likelihood = chapter_of(model), [name for name in run.scores if 'nats/image' in name or 'bits/dim' in name]
+        own = next((f'{run.scores[name]["value"]:.3g} {name}' for name in likelihood), '-')
         started = time.perf_counter()
         drawn = np.concatenate([BINARY[chapter](model, fields, part, settings | dict(seed=settings['seed'] + i))
                                 for i, part in enumerate(np.array_split(labels, -(-len(labels) // 64)))])
         seconds = (time.perf_counter() - started) / len(labels)
         found = {key: score['value'] if 'value' in score else score['parts'][..., 0].mean()
                  for key, score in fields.score(drawn, labels).items()}
-        count = sum(p.numel() for p in model.parameters())
-        rows.append(f'| {chapter} | {count / 1e6:.2f} M | {checkpoint["seconds"]:.0f} s | {own} | {found["accuracy"]:.1%} | '
-                    f'{found["frechet"]:.3f} | {found["precision"]:.3f}, {found["recall"]:.3f} | {seconds * 1000:.0f} ms |')
+        rows.append(f'| {chapter} | {run.parameters / 1e6:.2f} M | {run.checkpoint["seconds"]:.0f} s | {own} | '
+                    f'{found["accuracy"]:.1%} | {found["frechet"]:.3f} | {found["precision"]:.3f}, {found["recall"]:.3f} | '
+                    f'{seconds * 1000:.0f} ms |')
         order = np.argsort(labels[:100], kind='stable')
         columns[chapter] = [np.repeat(tile(drawn[:100][order], 10)[..., None], 3, -1)]
     real = fields.score(fields.real('train', 14)[:len(labels)], fields.load('train', 'label')[:len(labels)])
@@ -1112,8 +1116,28 @@ def compare(settings):
     head = '| | parameters | training | likelihood, given the class | class accuracy | Fréchet | precision, recall | an image |'
     table = '\n'.join([head, '|---' * 8 + '|', *rows])
     print(table)
-    Path('out/compare.md').write_text(table + '\n')
     save_grid(columns, Path('out/compare.png'))
+    return f'## Which generator?\n\n{table}\n\n![digits](compare.png)'
+
+
+def read_run(path):
+    """What a page tells of the run with this checkpoint; and its model."""
+    model, checkpoint = load_model(path)
+    defaults = resolve(dict(model=(chapter_of(model), '')))[0] | dict(model=resolve({})[0]['model'])
+    return page.Run(path.parent, checkpoint, sum(p.numel() for p in model.parameters()), defaults), model
+
+
+def compare(settings):
+    """A page of the runs named by `compare`; where all are generators of the same digits, these are compared as well."""
+    runs = [read_run(Path(name, settings['checkpoint'])) for name in settings['compare'].split(',')]
+    checkpoints = [run.checkpoint for run, _ in runs]
+    folder, meta = Path('data', checkpoints[0]['settings']['dataset']), checkpoints[0]['meta']
+    digits = meta['prepare'] == 'mnist' and all(one['meta'] == meta for one in checkpoints)
+    more = ''
+    if digits and all(chapter_of(model) in BINARY for _, model in runs):
+        check_data(folder, read_meta(folder), checkpoints[0])
+        more = generators([(run, model, fields_of(folder, meta)) for run, model in runs], settings)
+    page.write([run for run, _ in runs], Path('out/compare.md'), more)
 
 
 def main(*arguments, **overrides):
@@ -1123,6 +1147,8 @@ def main(*arguments, **overrides):
     if settings['compare']:
         return compare(settings)
     path = find_weights(settings['init_from']) if settings['init_from'] else Path(settings['out_dir'], settings['checkpoint'])
+    if settings['report']:
+        return page.write([read_run(path)[0]], path.with_name('report.md'))
     model, checkpoint = load_model(path)
     model.to(device)
     folder, meta, out_dir = Path('data', checkpoint['settings']['dataset']), checkpoint['meta'], path.parent
@@ -1132,9 +1158,9 @@ def main(*arguments, **overrides):
     check(settings, model)
     if settings['score']:
         data = Data(folder, settings['split'], meta, model.fields, getattr(model.config, 'block_size', 0))
-        SCORE[chapter_of(model)](model, fields, settings, data, out_dir / 'scores.json')
+        section(model, SCORE)(model, fields, settings, data, out_dir / 'scores.json')
     else:
-        DRAW[chapter_of(model)](model, fields, settings, out_dir / time.strftime('sample_%Y%m%d_%H%M%S.png'))
+        section(model, DRAW)(model, fields, settings, out_dir / time.strftime('sample_%Y%m%d_%H%M%S.png'))
 
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@ Everything random follows from (seed, step, micro-batch): the global batch of a 
 has the same samples, masks and noise whichever process computes it.
 """
 import copy
+import ctypes
 import dataclasses
 import hashlib
 import importlib
@@ -116,18 +117,31 @@ def find_dtype(name, device):
     return getattr(torch, name)
 
 
-def set_up(device, threads=0, training=True):
+def set_up(device, threads=0, training=True, length=0):
     """Process-wide choices. On a CPU attention is better written out than fused while sequences are short: the backward pass
-    of PyTorch 2.13's fused CPU kernel took 5 times as long at 64 tokens, 1.4 times at 256 and half as long at 1,024. Its forward
-    pass is the faster one when 32 texts are written at once."""
+    of PyTorch 2.13's fused CPU kernel took 5 times as long at 64 tokens, 1.4 times at 256 and half as long at 1,024, where its
+    memory also grows with the length and not its square. Its forward pass is the faster one when 32 texts are written at once."""
     torch.set_float32_matmul_precision('high')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if device.type == 'cpu':
         if threads:
             torch.set_num_threads(threads)
-        torch.backends.cuda.enable_flash_sdp(not training)  # the switch is named after CUDA and holds for the CPU as well
+        keep_memory()
+        # the switch is named after CUDA and holds for the CPU as well
+        torch.backends.cuda.enable_flash_sdp(not training or length >= 1024)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # bfloat16 products without a detour by float32
+
+
+def keep_memory():
+    """Freed memory stays with this process. The C library of Linux gives large pieces back to the system, which hands them out
+    again page by page, filled with zeros: up to a sixth of a training step."""
+    try:
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no piece is mapped for itself
+        mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+    except (OSError, AttributeError):
+        pass  # another system, another allocator
 
 
 def autocast(device, dtype):
@@ -172,16 +186,17 @@ def is_block(module):
 
 def compile_blocks(model, device):
     """torch.compile for every Transformer block of a model, in place. All blocks of a kind share one compiled function, so that
-    this takes seconds where compiling a whole model took minutes. Where no compiler works, a line says so."""
+    this takes seconds where compiling a whole model took minutes. Returns whether a compiler works; if not, a line says so."""
     try:
         torch.compile(lambda x: (x @ x).relu())(torch.ones(2, 2, device=device))
     except Exception as error:
         print(f'torch.compile does not work here ({type(error).__name__}): going on without it, about half as fast')
-        return
+        return False
     torch._dynamo.config.recompile_limit = 64  # one for each combination of shapes; chapters keep these few
     for module in model.modules():
         if is_block(module):
             module.compile(dynamic=True)
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,6 +392,15 @@ def find_weights(name):
     return path
 
 
+def holds(now, before):
+    """Whether a description of data still says what it said before; it may say more, as when modalities were added."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return all(holds(now.get(name), value) for name, value in before.items())
+    if isinstance(before, str) and isinstance(now, str):
+        return set(before.split()) <= set(now.split())
+    return now == before
+
+
 def check_sums(folder, rank, world):
     """Reads this process's share of the arrays and compares them with SHA256SUMS, which prepare/ left beside meta.json."""
     path = folder / 'SHA256SUMS'
@@ -393,7 +417,7 @@ def check_sums(folder, rank, world):
 
 def check_data(folder, meta, checkpoint):
     """Tokens mean something only to the tokenizers that made them."""
-    if meta != checkpoint['meta']:
+    if not holds(meta, checkpoint['meta']):
         raise UserError(f'{folder} is not the data that this run was trained on (its meta.json differs): restore that data, or '
                         'train anew')
 
@@ -760,9 +784,11 @@ def run(assigned, files, stack):
     checkpoint = find_run(out_dir, settings, stack)
     if checkpoint:
         check_data(folder, meta, checkpoint)
+        meta = checkpoint['meta']
     if settings['checksum']:
         check_sums(folder, rank, world)
-    set_up(device, settings['threads'] or (checkpoint['threads'] if checkpoint else 0))
+    threads = settings['threads'] or (checkpoint['threads'] if checkpoint else 0)
+    set_up(device, threads, length=settings.get('block_size', 0))
 
     # data, model, optimizers
     size = settings['micro_batch_size']

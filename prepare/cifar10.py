@@ -6,7 +6,7 @@ CIFAR-10 (Krizhevsky, 2009): 32x32 colour photographs of ten kinds of things, 50
 The binary version of the public archive: files of records, each a byte of class and 3 x 1,024 bytes of red, green and blue.
 Nothing is unpickled, and no path is trusted: the known names are read from the archive, nothing is written where it says.
 image.npy holds (n, views, 32, 32, 3): two for training, the picture and its mirror image, one for validation; label.npy (n,). The
-archive is downloaded once into the cache folder.
+archive is downloaded once into the cache folder. prepare/cifar10_modalities.py makes six modalities of the same photographs.
 """
 import sys
 import tarfile
@@ -49,6 +49,16 @@ def read_archive(path):
     return splits
 
 
+def fetch():
+    """What read_archive returns, from the archive in the cache folder; downloaded once."""
+    return read_archive(download(URL + ARCHIVE, ARCHIVE, MD5))
+
+
+def views(images, split):
+    """(n, H, H, 3) -> (n, views, H, H, 3): in training also the mirror image."""
+    return np.stack((images, images[:, :, ::-1]), 1) if split == 'train' else images[:, None]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The folder as sample.py sees it
 
@@ -77,13 +87,12 @@ class Fields:
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
-    splits = read_archive(download(URL + ARCHIVE, ARCHIVE, MD5))
+    splits = fetch()
     folder = Path(settings['out'])
     (folder / 'meta.json').unlink(missing_ok=True)  # an older one is not to vouch for these files
     for split, (images, labels) in splits.items():
         (folder / split).mkdir(parents=True, exist_ok=True)
-        views = np.stack((images, images[:, :, ::-1]), 1) if split == 'train' else images[:, None]
-        np.save(folder / split / 'image.npy', views)
+        np.save(folder / split / 'image.npy', views(images, split))
         np.save(folder / split / 'label.npy', labels)
     network = judge.train_judge(*splits['train'], settings['seed'], JUDGE_STEPS)
     network.save(folder / 'judge.pt')

@@ -27,83 +27,14 @@ from tqdm import tqdm
 
 import config
 from config import UserError
-from prepare.image_tokenizers import Config, ImageTokenizer, fit, from_network, reconstruction_loss, to_network
+from prepare.image_tokenizers import ImageTokenizer
 from prepare.meta import save_meta
-from prepare.pictures import read_picture
+from prepare.pictures import (MAKE, SIDE, TOKENIZED, enlarged, entry, from_tokens, pixel_error, read_picture, tokenize,
+                              train_tokenizer)
 from prepare.text_tokenizers import decode_row, encode_rows, load_encoding, save_encoding, train_bpe
 
 SETTINGS = dict(source='', out='data/folder', size=64, views=4, steps=400, vocab_size=1024, caption_tokens=64, seed=0)
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff')
-SIDE = 8  # tokens of a picture's side
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Modalities: pictures (n, H, W, 3) uint8 -> uint8
-
-def grey(rgb):
-    """(n, H, W, 1): luminance, ITU-R BT.601."""
-    return np.round(rgb @ np.array((0.299, 0.587, 0.114), np.float32)).astype(np.uint8)[..., None]
-
-
-def edges(rgb):
-    """(n, H, W, 1): length of the gradient of the grey picture by Sobel's filters, 255 for four fifths of the largest step."""
-    g = np.pad(grey(rgb)[..., 0].astype(np.float32), ((0, 0), (1, 1), (1, 1)), 'edge')
-    across, down = g[:, :, 2:] - g[:, :, :-2], g[:, 2:] - g[:, :-2]  # (n, H + 2, W), (n, H, W + 2)
-    dx = across[:, :-2] + 2 * across[:, 1:-1] + across[:, 2:]
-    dy = down[:, :, :-2] + 2 * down[:, :, 1:-1] + down[:, :, 2:]
-    return (np.hypot(dx, dy) / 3.2).clip(0, 255).astype(np.uint8)[..., None]
-
-
-def palette(rgb, colors=5):
-    """(n, 1, 5, 3): colours of each picture by median cut, the most frequent first; one of few colours repeats them."""
-    rows = []
-    for picture in rgb:
-        image = Image.fromarray(picture).quantize(colors)
-        table = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
-        rows.append(np.resize(table[[i for _, i in sorted(image.getcolors(), reverse=True)]], (1, colors, 3)))
-    return np.stack(rows)
-
-
-def low(rgb):
-    """(n, 8, 8, 3): means of squares."""
-    n, H, W, _ = rgb.shape
-    return np.round(rgb.reshape(n, SIDE, H // SIDE, SIDE, W // SIDE, 3).mean((2, 4))).astype(np.uint8)
-
-
-TOKENIZED = dict(rgb=(lambda rgb: rgb, 3, '16*16*16*16'), grey=(grey, 1, '8*8*8*8'), edges=(edges, 1, '8*8*8*8'))
-COLORS = dict(palette=(palette, '1x5'), low=(low, f'{SIDE}x{SIDE}'))  # a pixel is a token: four bits of each channel
-MAKE = {name: spec[0] for name, spec in (TOKENIZED | COLORS).items()}
-
-
-def color_tokens(pixels):
-    """(n, h, w, 3) uint8 -> ids (n, h * w) of the levels 16*16*16."""
-    return ((pixels >> 4).astype(np.int32) @ [256, 16, 1]).reshape(len(pixels), -1)
-
-
-def token_colors(ids, shape):
-    """The inverse: ids (n, h * w) -> (n, *shape, 3) uint8."""
-    return (17 * np.stack((ids >> 8, ids >> 4 & 15, ids & 15), -1)).astype(np.uint8).reshape(len(ids), *shape, 3)
-
-
-def train_tokenizer(name, rgb, steps, seed=0, batch_size=64):
-    """An image tokenizer for one modality of pictures (n, views, H, H, 3)."""
-    make, channels, levels = TOKENIZED[name]
-    torch.manual_seed(seed)
-    random, size = np.random.default_rng((seed, 5)), rgb.shape[2]
-
-    def batch_of():
-        pictures = rgb[random.integers(0, len(rgb), batch_size), random.integers(0, rgb.shape[1], batch_size)]
-        return to_network('rgb', make(pictures)), torch.ones(batch_size, size, size)
-    model = ImageTokenizer(Config(size=size, patch=size // SIDE, channels=channels, levels=levels))
-    return fit(model, reconstruction_loss, batch_of, steps, name)
-
-
-def tokenize(name, rgb, tokenizer=None):
-    """Tokens (n, size) int32 of one modality of pictures (n, H, H, 3)."""
-    if name in COLORS:
-        return color_tokens(MAKE[name](rgb))
-    parts = [tokenizer.encode(to_network('rgb', MAKE[name](rgb[i:i + 100]))) for i in range(0, len(rgb), 100)]
-    return torch.cat(parts).int().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,9 +116,7 @@ class Fields:
         """Token ids (n, size) -> raw values."""
         if name == 'caption':
             return [decode_row(self.encoding, row) for row in ids.tolist()]
-        if name in COLORS:
-            return token_colors(ids.cpu().numpy(), [int(n) for n in COLORS[name][1].split('x')])
-        return np.concatenate([from_network('rgb', self.tokenizers[name].decode(part)) for part in ids.cpu().split(100)])
+        return from_tokens(name, ids, self.tokenizers.get(name))
 
     def read_text(self, name, text):
         """A user's text -> token ids (1, size)."""
@@ -204,16 +133,14 @@ class Fields:
             canvas = Image.new('RGB', (128, 128), 'white')
             ImageDraw.Draw(canvas).text((4, 2), '\n'.join(textwrap.wrap(raw, 20)), fill='black')
             return np.asarray(canvas)
-        rows, columns = (np.arange(self.size) * n // self.size for n in raw.shape[:2])
-        return np.repeat(raw[rows][:, columns], 3 // raw.shape[-1], -1)
+        return enlarged(raw, self.size)
 
     def score(self, name, raw, split, index):
         """{metric: (n, 1, 2)}, numerators and denominators: of pictures the mean difference of a pixel's value (of 255), of
         captions the words shared with the true one as a share of all words of both, and whether they are the same."""
         truth = self.truth(split, name, index)
         if name != 'caption':
-            error = np.abs(truth.astype(np.float64) - raw).mean((1, 2, 3))
-            return dict(error=np.stack((error, np.ones(len(error))), -1)[:, None])
+            return pixel_error(truth, raw)
         bags = [(Counter(a.lower().split()), Counter(b.lower().split())) for a, b in zip(truth, raw)]
         return dict(words=np.array([[[(a & b).total(), (a | b).total()]] for a, b in bags], float),
                     exact=np.array([[[a == b, 1]] for a, b in bags], float))
@@ -229,6 +156,37 @@ class Fields:
 # ---------------------------------------------------------------------------------------------------------------------
 # Making it
 
+def make(folder, splits, settings):
+    """Writes a data folder of pictures with captions, {split: (pictures (n, views, H, H, 3), captions)}, and its meta.json."""
+    train, texts = splits['train']
+    encoding = train_bpe(texts, settings['vocab_size'])
+    texts = {split: [shorten(text, encoding, settings['caption_tokens']) for text in some] for split, (_, some) in splits.items()}
+    L = 1 + max(len(encoding.encode_ordinary(text)) for some in texts.values() for text in some)
+    tokenizers = {name: train_tokenizer(name, train, settings['steps'], settings['seed']) for name in TOKENIZED}
+    for split, (pictures, _) in splits.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        np.save(folder / split / 'raw_rgb.npy', pictures)
+        np.save(folder / split / 'caption.npy', encode_rows(encoding, texts[split], L))
+        for name in MAKE:
+            tokens = tokenize(name, pictures.reshape(-1, *pictures.shape[2:]), tokenizers.get(name))
+            np.save(folder / split / f'{name}.npy', tokens.reshape(*pictures.shape[:2], -1))
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save(folder / f'{name}.pt')
+    save_encoding(folder / 'caption.json', encoding)
+    fields = Fields(folder)
+    rebuilt = {name: fields.decode(name, torch.from_numpy(fields.load('val', name).astype(np.int64))) for name in MAKE}
+    quality = {name: float(fields.score(name, raw, 'val', slice(None))['error'][..., 0].mean()) for name, raw in rebuilt.items()}
+    print('mean error after tokenizing, of 255: ' + ', '.join(f'{name} {error:.1f}' for name, error in quality.items()))
+    vocabularies = {name: 4096 for name in MAKE} | dict(rgb=65536, tokens=65536, image=256)
+    facts = dict(modalities=' '.join([*map(entry, MAKE), f'caption:{encoding.n_vocab}:{L}']), vocab_size=65536,
+                 levels=TOKENIZED['rgb'][2], grid=f'{SIDE}x{SIDE}', block_size=SIDE * SIDE - 1, n_classes=0,
+                 image_size=train.shape[2], channels=3)  # other chapters: rgb's tokens, or pixels
+    meta = dict(kind='rows', prepare='folder', fields=vocabularies | dict(caption=encoding.n_vocab), config=facts,
+                views=dict.fromkeys(vocabularies, train.shape[1]), files=dict(tokens='rgb', image='raw_rgb'), quality=quality,
+                settings=settings)
+    save_meta(folder, meta)
+
+
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     source, folder, size, views = Path(settings['source']), Path(settings['out']), settings['size'], settings['views']
@@ -242,34 +200,7 @@ def main(*arguments, **overrides):
     order = np.random.default_rng((settings['seed'], 0)).permutation(len(pictures))
     n_val = max(1, len(order) // 10)
     splits = dict(val=order[:n_val], train=order[n_val:])
-    train = pictures[splits['train']]
-    encoding = train_bpe([captions[i] for i in splits['train']], settings['vocab_size'])
-    captions = [shorten(text, encoding, settings['caption_tokens']) for text in captions]
-    L = 1 + max(len(encoding.encode_ordinary(text)) for text in captions)
-    tokenizers = {name: train_tokenizer(name, train, settings['steps'], settings['seed']) for name in TOKENIZED}
-    for split, ids in splits.items():
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        np.save(folder / split / 'raw_rgb.npy', pictures[ids])
-        np.save(folder / split / 'caption.npy', encode_rows(encoding, [captions[i] for i in ids], L))
-        for name in MAKE:
-            tokens = tokenize(name, pictures[ids].reshape(-1, size, size, 3), tokenizers.get(name))
-            np.save(folder / split / f'{name}.npy', tokens.reshape(len(ids), views, -1))
-    for name, tokenizer in tokenizers.items():
-        tokenizer.save(folder / f'{name}.pt')
-    save_encoding(folder / 'caption.json', encoding)
-    fields = Fields(folder)
-    rebuilt = {name: fields.decode(name, torch.from_numpy(fields.load('val', name).astype(np.int64))) for name in MAKE}
-    quality = {name: float(fields.score(name, raw, 'val', slice(None))['error'][..., 0].mean()) for name, raw in rebuilt.items()}
-    print('mean error after tokenizing, of 255: ' + ', '.join(f'{name} {error:.1f}' for name, error in quality.items()))
-    entries = ([f'{name}:{levels}:{SIDE}x{SIDE}' for name, (_, _, levels) in TOKENIZED.items()]
-               + [f'{name}:16*16*16:{grid}' for name, (_, grid) in COLORS.items()] + [f'caption:{encoding.n_vocab}:{L}'])
-    vocabularies = {name: 4096 for name in MAKE} | dict(rgb=65536, tokens=65536, image=256)
-    facts = dict(modalities=' '.join(entries), vocab_size=65536, levels=TOKENIZED['rgb'][2], grid=f'{SIDE}x{SIDE}',
-                 block_size=SIDE * SIDE - 1, n_classes=0, image_size=size, channels=3)  # other chapters: rgb's tokens, or pixels
-    meta = dict(kind='rows', prepare='folder', fields=vocabularies | dict(caption=encoding.n_vocab), config=facts,
-                views=dict.fromkeys(vocabularies, views), files=dict(tokens='rgb', image='raw_rgb'), quality=quality,
-                settings=settings)
-    save_meta(folder, meta)
+    make(folder, {split: (pictures[ids], [captions[i] for i in ids]) for split, ids in splits.items()}, settings)
 
 
 if __name__ == '__main__':

@@ -192,10 +192,10 @@ def reconstruction_loss(tokenizer, images, weight):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-def fit(model, loss_of, batch_of, steps, name):
+def fit(model, loss_of, batch_of, steps, name, rates=''):
     """Trains one of this folder's small networks by loss_of(model, *batch_of()), with train.py's optimizers and its choices
     for the machine; the rates fall linearly to zero. Not compiled: that takes longer than it saves in so short a run."""
-    settings = SETTINGS | dict(max_iters=steps, warmup_iters=30, decay=1.0)
+    settings = SETTINGS | dict(max_iters=steps, warmup_iters=30, decay=1.0, rates=rates)
     device = find_device()
     dtype = find_dtype('auto', device)
     set_up(device)

@@ -12,4 +12,6 @@ def save_meta(folder, meta):
         with open(path, 'rb') as file:
             lines.append(f'{hashlib.file_digest(file, "sha256").hexdigest()}  {path.relative_to(folder).as_posix()}\n')
     (folder / 'SHA256SUMS').write_text(''.join(lines))
-    (folder / 'meta.json').write_text(json.dumps(meta, indent=1))
+    new = folder / 'meta.tmp'
+    new.write_text(json.dumps(meta, indent=1))
+    new.replace(folder / 'meta.json')  # at once: a folder to which something was added is never without

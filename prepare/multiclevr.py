@@ -37,7 +37,8 @@ from tqdm import tqdm
 import config
 from config import UserError
 from prepare.meta import save_meta
-from prepare.scenes import caption, drawing, parse_text, scene_desc, score_objects, typical, words
+from prepare.scenes import caption, drawing, parse_text, scene_desc, typical, words
+from prepare.scenes_scores import score_objects
 from prepare.text_tokenizers import decode_row, encode_rows, frequent_words, load_words, save_words
 
 SETTINGS = dict(source='', out='data/multiclevr', decoder='', workers=0)  # workers: processes; 0 is one a core

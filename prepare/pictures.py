@@ -1,11 +1,20 @@
 """
-Picture files of any kind: one way to read them, for all data sets and for the user's own.
+Pictures: one way to read files of any kind, and the modalities that can be made of any picture, for all data sets and for the
+user's own. To add one, write a function of pictures and name it in TOKENIZED or in COLORS.
 """
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from config import UserError
+from prepare.image_tokenizers import Config, ImageTokenizer, fit, from_network, reconstruction_loss, to_network
 
+SIDE = 8  # tokens of a picture's side; pixels, in low resolution
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
 
 def read_picture(path):
     """A picture file as an upright RGB Image, whatever its mode: 16-bit values are brought to 0..255, transparent parts become
@@ -32,3 +41,102 @@ def read_square(path, best):
     if image.width != image.height:
         raise UserError(f'{path}: {image.width}x{image.height} pixels; give a square picture ({best}x{best} is best)')
     return image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modalities: pictures (n, H, W, 3) uint8 -> uint8
+
+def grey(rgb):
+    """(n, H, W, 1): luminance, ITU-R BT.601."""
+    return np.round(rgb @ np.array((0.299, 0.587, 0.114), np.float32)).astype(np.uint8)[..., None]
+
+
+def edges(rgb):
+    """(n, H, W, 1): length of the gradient of the grey picture by Sobel's filters, 255 for four fifths of the largest step."""
+    g = np.pad(grey(rgb)[..., 0].astype(np.float32), ((0, 0), (1, 1), (1, 1)), 'edge')
+    across, down = g[:, :, 2:] - g[:, :, :-2], g[:, 2:] - g[:, :-2]  # (n, H + 2, W), (n, H, W + 2)
+    dx = across[:, :-2] + 2 * across[:, 1:-1] + across[:, 2:]
+    dy = down[:, :, :-2] + 2 * down[:, :, 1:-1] + down[:, :, 2:]
+    return (np.hypot(dx, dy) / 3.2).clip(0, 255).astype(np.uint8)[..., None]
+
+
+def palette(rgb, colors=5):
+    """(n, 1, 5, 3): colours of each picture by median cut, the most frequent first; one of few colours repeats them."""
+    rows = []
+    for picture in rgb:
+        image = Image.fromarray(picture).quantize(colors)
+        table = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
+        rows.append(np.resize(table[[i for _, i in sorted(image.getcolors(), reverse=True)]], (1, colors, 3)))
+    return np.stack(rows)
+
+
+def low(rgb):
+    """(n, 8, 8, 3): means of squares."""
+    n, H, W, _ = rgb.shape
+    return np.round(rgb.reshape(n, SIDE, H // SIDE, SIDE, W // SIDE, 3).mean((2, 4))).astype(np.uint8)
+
+
+TOKENIZED = dict(rgb=(lambda rgb: rgb, 3, '16*16*16*16'), grey=(grey, 1, '8*8*8*8'), edges=(edges, 1, '8*8*8*8'))
+COLORS = dict(palette=(palette, '1x5'), low=(low, f'{SIDE}x{SIDE}'))  # a pixel is a token: four bits of each channel
+MAKE = {name: spec[0] for name, spec in (TOKENIZED | COLORS).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Their tokens
+
+def color_tokens(pixels):
+    """(n, h, w, 3) uint8 -> ids (n, h * w) of the levels 16*16*16."""
+    return ((pixels >> 4).astype(np.int32) @ [256, 16, 1]).reshape(len(pixels), -1)
+
+
+def token_colors(ids, shape):
+    """The inverse: ids (n, h * w) -> (n, *shape, 3) uint8."""
+    return (17 * np.stack((ids >> 8, ids >> 4 & 15, ids & 15), -1)).astype(np.uint8).reshape(len(ids), *shape, 3)
+
+
+def train_tokenizer(name, rgb, steps, seed=0, batch_size=64):
+    """An image tokenizer for one modality of pictures (n, views, H, H, 3)."""
+    make, channels, levels = TOKENIZED[name]
+    torch.manual_seed(seed)
+    random, size = np.random.default_rng((seed, 5)), rgb.shape[2]
+
+    def batch_of():
+        pictures = rgb[random.integers(0, len(rgb), batch_size), random.integers(0, rgb.shape[1], batch_size)]
+        return to_network('rgb', make(pictures)), torch.ones(batch_size, size, size)
+    model = ImageTokenizer(Config(size=size, patch=size // SIDE, channels=channels, levels=levels))
+    return fit(model, reconstruction_loss, batch_of, steps, name)
+
+
+def to_tokens(name, raw, tokenizer=None):
+    """Pictures of one modality (n, h, w, 1 or 3) uint8 -> ids (n, size)."""
+    return color_tokens(raw) if name in COLORS else tokenizer.encode(to_network('rgb', raw)).int().numpy()
+
+
+def from_tokens(name, ids, tokenizer=None):
+    """The inverse: ids (n, size) -> (n, h, w, 1 or 3) uint8."""
+    if name in COLORS:
+        return token_colors(ids.cpu().numpy(), [int(n) for n in COLORS[name][1].split('x')])
+    return np.concatenate([from_network('rgb', tokenizer.decode(part)) for part in ids.cpu().split(100)])
+
+
+def tokenize(name, rgb, tokenizer=None):
+    """Ids (n, size) of one modality of pictures (n, H, H, 3)."""
+    starts = tqdm(range(0, len(rgb), 100), f'encode {name}', unit='x100', leave=False, disable=len(rgb) <= 100)
+    return np.concatenate([to_tokens(name, MAKE[name](rgb[i:i + 100]), tokenizer) for i in starts])
+
+
+def entry(name):
+    """One of the entries of which chapter 3's Config.modalities consists."""
+    return f'{name}:16*16*16:{COLORS[name][1]}' if name in COLORS else f'{name}:{TOKENIZED[name][2]}:{SIDE}x{SIDE}'
+
+
+def enlarged(raw, side):
+    """A modality (h, w, 1 or 3) of one picture as an RGB picture (side, side, 3)."""
+    rows, columns = (np.arange(side) * n // side for n in raw.shape[:2])
+    return np.repeat(raw[rows][:, columns], 3 // raw.shape[-1], -1)
+
+
+def pixel_error(truth, found):
+    """The mean difference of a pixel's value, of 255: {metric: (n, 1, 2)}, numerators and denominators."""
+    error = np.abs(truth.astype(np.float32) - found).mean((1, 2, 3))
+    return dict(error=np.stack((error, np.ones(len(error))), -1)[:, None])

@@ -4,7 +4,9 @@ What sample.py leaves behind: grids of pictures and GIFs, and tables of scores w
 import json
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+
+COLOURS = '#2a5caa', '#d1495b', '#2e8b57', '#e08e0b', '#7a4fa3', '#3d9bb3'
 
 
 def save_grid(columns, path, scale=2):
@@ -40,6 +42,33 @@ def tile(pictures, columns, gap=1):
         y, x = i // columns * (H + gap), i % columns * (W + gap)
         sheet[y:y + H, x:x + W] = picture
     return sheet
+
+
+def save_curves(curves, path, title):
+    """Curves {name: {x: score}} of scores from 0 to 1 with their intervals as a PNG; the values of x stand equally far apart."""
+    S, width, height, left, top = 3, 420, 240, 52, 60  # S: drawn larger, for smooth lines
+    canvas = Image.new('RGB', (S * (left + width + 20), S * (top + height + 30)), 'white')
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12 * S)
+    xs = list(next(iter(curves.values())))
+    place = {x: S * (left + width * (i + 0.5) / len(xs)) for i, x in enumerate(xs)}
+
+    def height_of(score):
+        return S * (top + height * (1 - score))
+    draw.text((S * left, S * 16), title, '#444444', font, 'lm')
+    for tenth in range(0, 11, 2):
+        y = height_of(tenth / 10)
+        draw.line([(S * left, y), (S * (left + width), y)], '#e6e6e6', S)
+        draw.text((S * (left - 8), y), f'{tenth * 10} %', '#444444', font, 'rm')
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        draw.line([(place[x], height_of(score['value'])) for x, score in curve.items()], colour, 2 * S, joint='curve')
+        for x, score in curve.items():
+            draw.line([(place[x], height_of(score[bound])) for bound in ('low', 'high')], colour, S)
+        draw.text((S * (left + 110 * i), S * 38), name, colour, font, 'lm')
+    for x in xs:
+        draw.text((place[x], S * (top + height + 8)), x, '#444444', font, 'mt')
+    canvas.resize((canvas.width // 2, canvas.height // 2), Image.LANCZOS).save(path, optimize=True)
+    print(f'wrote {path}')
 
 
 def save_answers(pictures, talks, path, side=160):

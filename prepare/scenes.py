@@ -3,6 +3,7 @@ The data set `scenes`: CLEVR-like pictures with exact ground truth in six modali
 
     python -m prepare.scenes                      (train.py runs it by itself when data/scenes is missing)
     python -m prepare.scenes --n_train=2000 --n_val=200 --max_objects=3 --out=data/scenes_small
+    python -m prepare.scenes --extra="edges palette boxes metadata"     (adds to data/scenes what it lacks of these)
 
     rgb           the picture                            64x64, 64 tokens
     depth         distance along the optical axis        64x64, 64 tokens
@@ -11,12 +12,14 @@ The data set `scenes`: CLEVR-like pictures with exact ground truth in six modali
     scene_desc    "Object 1 - Position: x=20 y=31 Shape: cube Color: blue Material: metal. Object 2 - ..."
     caption       "a large red metal sphere, a small blue rubber cube and a large gray metal cylinder", from left to right
 
+and, where --extra names them, those that can be made of any picture (grey, edges, palette, low: prepare/pictures.py) and those
+that are numbers (boxes, metadata: prepare/scenes_numbers.py).
+
 Besides the tokens (FIELD.npy) the folder keeps what they were made from (raw_FIELD.npy, raw_instance.npy, the objects' attributes
 and positions in raw_objects.npy), the tokenizers and, once scores have been asked for, the parser that reads objects back from
 any picture. `Fields` decodes, draws and scores tokens for sample.py.
 """
 import functools
-import json
 import re
 import sys
 from pathlib import Path
@@ -27,16 +30,22 @@ from PIL import Image, ImageDraw
 
 import config
 from config import UserError
-from prepare import image_tokenizers, scenes_parser
+from prepare import image_tokenizers, pictures, scenes_numbers, scenes_parser
+from prepare.meta import save_meta
 from prepare.pictures import read_square
+from prepare.scenes_numbers import NUMBERS
 from prepare.scenes_render import COLORS, MATERIALS, SHAPES, SIZES, make
+from prepare.scenes_scores import score_boxes, score_depth, score_normal, score_numbers, score_objects, score_segmentation
 from prepare.text_tokenizers import decode_row, encode_rows, load_words, save_words
+from train import read_meta
 
 COLOR_NAMES = tuple(COLORS)
 NAMES = dict(shape=SHAPES, color=COLOR_NAMES, material=MATERIALS, size=SIZES)  # the columns of raw_objects, before x and y
 SETTINGS = dict(n_train=20000, n_val=1000, size=64, max_objects=5, seed=0, out='data/scenes', workers=0)
+EXTRA_STEPS = 250  # of the tokenizer of a modality that --extra names
 IMAGES = ('rgb', 'depth', 'normal', 'segmentation')
 TEXTS = ('scene_desc', 'caption')
+EXTRA = tuple(name for name in (*pictures.MAKE, *NUMBERS) if name not in IMAGES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,73 +129,6 @@ def typical(objects):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Scores: every metric is a sum of numerators over a sum of denominators, (n, k, 2) for n samples and k classes
-
-def match(truth, found):
-    """How many attributes agree in each pair of the best alignment of two lists of objects that keeps both left to right.
-
-    truth (a, 4) and found (b, 4): an attribute counts where both know it. Returns a list of (agreeing, known) a true object.
-    """
-    a, b = len(truth), len(found)
-    best = np.zeros((a + 1, b + 1))  # the longest-common-subsequence recursion, with attributes for letters
-    agree = ((truth[:, None] == found[None]) & (found[None] >= 0)).sum(-1)  # (a, b)
-    for i in range(a):
-        for j in range(b):
-            best[i + 1, j + 1] = max(best[i, j + 1], best[i + 1, j], best[i, j] + agree[i, j])
-    pairs, i, j = [0] * a, a, b
-    while i and j:
-        if best[i, j] == best[i - 1, j]:
-            i -= 1
-        elif best[i, j] == best[i, j - 1]:
-            j -= 1
-        else:
-            i, j = i - 1, j - 1
-            pairs[i] = agree[i, j]
-    return np.array(pairs)
-
-
-def score_objects(truths, founds):
-    """Attribute accuracy (missing and surplus objects count as wrong), share of objects with all attributes right, share
-    of scenes with exactly the right objects. An attribute that a field does not tell (size in scene_desc) is left out."""
-    rows = []
-    for truth, found in zip(truths, founds):
-        truth, found = truth[truth[:, 0] >= 0, :4], found[:, :4]
-        known = 4 if not len(found) or (found[:, 3] >= 0).any() else 3
-        right = match(truth[:, :known], found[:, :known])
-        most = max(len(truth), len(found))
-        exact = len(truth) == len(found) and (right == known).all()
-        rows.append([[right.sum(), known * most], [(right == known).sum(), most], [exact, 1]])
-    rows = np.array(rows, float)
-    return dict(attributes=rows[:, 0:1], objects=rows[:, 1:2], scenes=rows[:, 2:3])
-
-
-def over_pixels(error, mask):
-    """The numerator and denominator (n, 1, 2) of a mean over the pixels of a mask, both (n, H, W)."""
-    return np.stack(((error * mask).sum((1, 2)), mask.sum((1, 2))), -1)[:, None].astype(float)
-
-
-def score_depth(truth, found, objects):
-    error, ratio = np.abs(found - truth) / truth, np.maximum(found / truth, truth / found) < 1.25
-    return dict(absrel_objects=over_pixels(error, objects), delta_objects=over_pixels(ratio, objects),
-                absrel_all=over_pixels(error, objects >= 0), delta_all=over_pixels(ratio, objects >= 0))
-
-
-def score_normal(truth, found, objects):
-    lengths = np.linalg.norm(truth, axis=-1) * np.maximum(np.linalg.norm(found, axis=-1), 1e-6)
-    angle = np.degrees(np.arccos(np.clip((truth * found).sum(-1) / lengths, -1, 1)))
-    return dict(angle_objects=over_pixels(angle, objects), angle_all=over_pixels(angle, objects >= 0))
-
-
-def score_segmentation(truth, found, objects):
-    """Mean intersection over union of the classes, over the pixels of objects and over all."""
-    def overlap(mask):
-        return np.stack([np.stack((((truth == c) & (found == c) & mask).sum((1, 2)),
-                                   (((truth == c) | (found == c)) & mask).sum((1, 2))), -1)
-                         for c in range(1 + len(SHAPES) * len(COLORS))], 1).astype(float)  # (n, 25, 2)
-    return dict(miou_objects=overlap(objects)[:, 1:], miou_all=overlap(objects >= 0))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The folder as sample.py sees it
 
 class Fields:
@@ -196,9 +138,10 @@ class Fields:
     texts a list of n strings.
     """
     def __init__(self, folder):
-        self.folder = Path(folder)
-        self.tokenizers = {name: image_tokenizers.ImageTokenizer.load(self.folder / f'{name}.pt') for name in IMAGES}
-        self.encodings = {name: load_words(self.folder / f'{name}.json') for name in TEXTS}
+        self.folder, names = Path(folder), read_meta(folder)['fields']
+        self.tokenizers = {name: image_tokenizers.ImageTokenizer.load(self.folder / f'{name}.pt') for name in names
+                           if name in IMAGES or name in pictures.TOKENIZED}
+        self.encodings = {name: load_words(self.folder / f'{name}.json') for name in names if name in TEXTS or name in NUMBERS}
         self.size = self.tokenizers['rgb'].config.size
 
     @functools.cached_property
@@ -212,16 +155,14 @@ class Fields:
         return scenes_parser.Parser.load(path)
 
     def load(self, split, name):
-        path = self.folder / split / f'{name}.npy'
-        try:
-            return np.load(path, mmap_mode='r')
-        except (OSError, ValueError) as error:
-            raise UserError(f'{path}: missing or damaged ({error}); delete {self.folder} to make it anew')
+        return load(self.folder / split, name)
 
     def truth(self, split, name, index):
         """The raw values of the samples with these indices."""
-        if name in TEXTS:
+        if name in self.encodings:
             return self.decode(name, torch.from_numpy(self.load(split, name)[index].astype(np.int64)))
+        if name in EXTRA:
+            return pictures.MAKE[name](self.load(split, 'raw_rgb')[index])
         raw = self.load(split, f'raw_{name}')[index]
         if name == 'normal':
             return raw.astype(np.float32) / 127  # stored in bytes
@@ -229,16 +170,20 @@ class Fields:
 
     def decode(self, name, ids):
         """Token ids (n, size) -> raw values."""
-        if name in TEXTS:
+        if name in self.encodings:
             return [decode_row(self.encodings[name], row) for row in ids.tolist()]
+        if name in EXTRA:
+            return pictures.from_tokens(name, ids, self.tokenizers.get(name))
         parts = [image_tokenizers.from_network(name, self.tokenizers[name].decode(part)) for part in ids.cpu().split(100)]
         return np.concatenate(parts)
 
     def encode(self, name, raw):
         """Raw values -> token ids (n, size)."""
-        if name in TEXTS:
+        if name in self.encodings:
             length = self.load('val', name).shape[1]
             return torch.from_numpy(encode_rows(self.encodings[name], raw, length)).long()
+        if name in EXTRA:
+            return torch.from_numpy(pictures.to_tokens(name, raw, self.tokenizers.get(name))).long()
         return self.tokenizers[name].encode(image_tokenizers.to_network(name, raw))
 
     def read_text(self, name, text):
@@ -247,10 +192,11 @@ class Fields:
 
     def read_image(self, name, path):
         """A user's picture file -> token ids (1, size); any mode, and any size that is square, is brought to the data's."""
-        if name != 'rgb':
-            raise UserError(f'--image gives the modality rgb, not {name}')
+        if name not in pictures.MAKE:
+            raise UserError(f'--image gives the modality rgb, or what is made of it ({", ".join(pictures.MAKE)}), not {name}')
         image = read_square(path, self.size)
-        return self.encode('rgb', np.asarray(image.resize((self.size, self.size), Image.BICUBIC))[None])
+        image = np.asarray(image.resize((self.size, self.size), Image.BICUBIC))[None]
+        return torch.from_numpy(pictures.tokenize(name, image, self.tokenizers.get(name))).long()
 
     def picture(self, name, raw):
         """One raw value as an RGB picture (H, W, 3) uint8; a scene_desc is drawn at its coordinates, a caption as text."""
@@ -264,7 +210,9 @@ class Fields:
         if name == 'segmentation':
             palette = np.array([(140, 140, 140)] + [np.array(rgb) * (0.6 + 0.2 * s) for s in range(3) for rgb in COLORS.values()])
             return palette[raw].astype(np.uint8)
-        return drawing(name, raw, self.size)
+        if name in NUMBERS:
+            return scenes_numbers.drawing(name, raw, self.size)
+        return pictures.enlarged(raw, self.size) if name in EXTRA else drawing(name, raw, self.size)
 
     def classes_named(self, words):
         """The classes of a segmentation that words such as 'red cube', 'cube', 'red' or 'object' mean."""
@@ -277,6 +225,11 @@ class Fields:
 
     def score(self, name, raw, split, index):
         """Metrics of raw values against the truth: {metric: (n, k, 2)}, numerators and denominators."""
+        if name in NUMBERS:
+            tables = ([scenes_numbers.read(name, text) for text in texts] for texts in (self.truth(split, name, index), raw))
+            return score_boxes(*tables) if name == 'boxes' else score_numbers(name, *tables)
+        if name in EXTRA:
+            return pictures.pixel_error(self.truth(split, name, index), raw)
         objects = self.load(split, 'raw_instance')[index] > 0
         if name == 'depth':
             return score_depth(self.truth(split, name, index), raw, objects)
@@ -292,7 +245,10 @@ class Fields:
         mean shows no objects to read, the pictures of other scenes."""
         if name == 'rgb':
             return self.truth(split, name, np.roll(index, 1))
-        if name in IMAGES:
+        if name in NUMBERS:
+            some = [scenes_numbers.read(name, text) for text in self.truth('train', name, slice(2000))]
+            return [scenes_numbers.tell(name, scenes_numbers.middle(some).tolist())] * len(index)
+        if name in IMAGES or name in EXTRA:
             raw = self.truth('train', name, slice(2000))
             constant = raw.mean(0) if name != 'segmentation' else np.array(
                 [[np.bincount(pixel).argmax() for pixel in row] for row in raw.transpose(1, 2, 0)])
@@ -321,43 +277,118 @@ def raw_arrays(made):
                 raw_segmentation=segmentation.reshape(made['instance'].shape).astype(np.uint8), raw_objects=objects)
 
 
-def main(*arguments, **overrides):
-    settings = config.apply(config.read(arguments, overrides), SETTINGS)
-    size, K, folder = settings['size'], settings['max_objects'], Path(settings['out'])
-    if not 2 <= K <= 10 or size % 8 or size < 32 or min(settings['n_train'], settings['n_val']) < 1:
-        raise UserError('max_objects must be 2..10, size a multiple of 8 from 32, n_train and n_val at least 1')
-    pictures = set()
+def load(folder, name):
+    path = folder / f'{name}.npy'
+    try:
+        return np.load(path, mmap_mode='r')
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: missing or damaged ({error}); delete {folder.parent} to make it anew')
+
+
+def add(meta, name, levels, size, vocabulary):
+    """Puts a modality into meta.json, as Config.modalities names it."""
+    meta['fields'][name] = vocabulary
+    meta['config']['modalities'] = f'{meta["config"].get("modalities", "")} {name}:{levels}:{size}'.strip()
+
+
+def add_image(folder, meta, name, size, seed):
+    """The tokens of one of the renderer's pictures, by a tokenizer of its own."""
+    tokenizer, meta['quality'][name] = image_tokenizers.train_field(folder, name, size, seed)
+    print(f'{name}: ' + ', '.join(f'{key} {value:.4g}' for key, value in meta['quality'][name].items()))
+    tokenizer.save(folder / f'{name}.pt')
+    for split in ('train', 'val'):
+        write(folder / split, {name: image_tokenizers.encode_all(tokenizer, name, folder / split)})
+    side = size // tokenizer.config.patch
+    add(meta, name, tokenizer.config.levels, f'{side}x{side}', tokenizer.vocabulary)
+
+
+def add_text(folder, meta, name, vocabulary, texts, length):
+    """Texts {split: [text, ...]} of at most so many tokens in a closed vocabulary."""
+    save_words(folder / f'{name}.json', vocabulary)
+    encoding = load_words(folder / f'{name}.json')
+    for split, some in texts.items():
+        write(folder / split, {name: encode_rows(encoding, some, length)})
+    add(meta, name, encoding.n_vocab, length, encoding.n_vocab)
+
+
+def add_numbers(folder, meta, name):
+    """Numbers that are measured from the raw arrays, as text."""
+    measure, columns = NUMBERS[name]
+    tables = {}
+    for split in ('train', 'val'):
+        raw = {part: load(folder / split, f'raw_{part}') for part in (*IMAGES, 'instance', 'objects')}
+        tables[split] = np.concatenate([measure({part: array[i:i + 500] for part, array in raw.items()})
+                                        for i in range(0, len(raw['rgb']), 500)])
+    texts = {split: [scenes_numbers.tell(name, table) for table in some.tolist()] for split, some in tables.items()}
+    add_text(folder, meta, name, scenes_numbers.words(name), texts, tables['val'].shape[1] * len(columns) + 1)
+
+
+def add_picture(folder, meta, name, seed):
+    """What can be made of any picture."""
+    rgb, tokenizer = {split: load(folder / split, 'raw_rgb') for split in ('train', 'val')}, None
+    if name in pictures.TOKENIZED:
+        tokenizer = pictures.train_tokenizer(name, rgb['train'][:, None], EXTRA_STEPS, seed)
+        tokenizer.save(folder / f'{name}.pt')
+    for split, some in rgb.items():
+        tokens = pictures.tokenize(name, some, tokenizer)
+        write(folder / split, {name: tokens})
+    rebuilt = pictures.from_tokens(name, torch.from_numpy(tokens).long(), tokenizer)
+    error = float(pictures.pixel_error(pictures.MAKE[name](rgb['val']), rebuilt)['error'][..., 0].mean())
+    print(f'{name}: mean error {error:.3g} of 255')
+    meta['quality'][name] = dict(error=error)
+    _, levels, size = pictures.entry(name).split(':')
+    add(meta, name, levels, size, 4096)  # 8^4 codes, or 16^3 colours
+
+
+def make_scenes(settings):
+    """Renders the scenes and makes the six modalities that every folder has; returns what meta.json is to say."""
+    size, K, folder, seen = settings['size'], settings['max_objects'], Path(settings['out']), set()
     for split, n, seed in (('val', settings['n_val'], 2 * settings['seed'] + 1), ('train', settings['n_train'], 2 * settings['seed'])):
         arrays = raw_arrays(make(n, seed, size, K, settings['workers'] or None))
         hashes = {picture.tobytes() for picture in arrays['raw_rgb']}
-        assert not hashes & pictures, 'a scene stands in both splits'
-        pictures = hashes if split == 'val' else pictures
+        assert not hashes & seen, 'a scene stands in both splits'
+        seen = hashes if split == 'val' else seen
         write(folder / split, arrays)
-
     meta = dict(kind='rows', prepare='scenes', fields={}, config={}, quality={}, settings=settings)
-    entries = []
     for name in IMAGES:
-        tokenizer, quality = image_tokenizers.train_field(folder, name, size, settings['seed'])
-        print(f'{name}: ' + ', '.join(f'{key} {value:.4g}' for key, value in quality.items()))
-        tokenizer.save(folder / f'{name}.pt')
-        for split in ('train', 'val'):
-            write(folder / split, {name: image_tokenizers.encode_all(tokenizer, name, folder / split)})
-        meta['quality'][name], meta['fields'][name] = quality, tokenizer.vocabulary
-        entries.append(f'{name}:{tokenizer.config.levels}:{size // tokenizer.config.patch}x{size // tokenizer.config.patch}')
+        add_image(folder, meta, name, size, settings['seed'])
     for name, tell in (('scene_desc', scene_desc), ('caption', caption)):
-        save_words(folder / f'{name}.json', words(name, size, K))
-        encoding, length = load_words(folder / f'{name}.json'), text_length(name, K)
-        for split in ('train', 'val'):
-            texts = [tell(objects) for objects in np.load(folder / split / 'raw_objects.npy').tolist()]
-            write(folder / split, {name: encode_rows(encoding, texts, length)})
-        meta['fields'][name] = encoding.n_vocab
-        entries.append(f'{name}:{encoding.n_vocab}:{length}')
-    _, levels, grid = entries[0].split(':')  # chapters that know one modality get rgb, as tokens or as the picture itself
-    meta['config'] = dict(modalities=' '.join(entries), vocab_size=meta['fields']['rgb'], levels=levels, grid=grid,
-                          block_size=(size // tokenizer.config.patch) ** 2 - 1, image_size=size, channels=3, n_classes=0)
+        texts = {split: [tell(objects) for objects in load(folder / split, 'raw_objects').tolist()] for split in ('train', 'val')}
+        add_text(folder, meta, name, words(name, size, K), texts, text_length(name, K))
+    # chapters that know one modality get rgb, as tokens or as the picture itself
+    _, levels, grid = meta['config']['modalities'].split()[0].split(':')
+    meta['config'] |= dict(vocab_size=meta['fields']['rgb'], levels=levels, grid=grid, block_size=(size // 8) ** 2 - 1,
+                           image_size=size, channels=3, n_classes=0)
     meta['fields'] |= dict(tokens=meta['fields']['rgb'], image=256)
     meta['files'] = dict(tokens='rgb', image='raw_rgb')
-    (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
+    save_meta(folder, meta)
+    return meta
+
+
+def main(*arguments, **overrides):
+    assigned = config.read(arguments, overrides)
+    settings = config.apply(assigned, SETTINGS | dict(extra=''))
+    extra, folder, size = settings.pop('extra').replace(',', ' ').split(), Path(settings['out']), settings['size']
+    there = (folder / 'meta.json').is_file()
+    if unknown := [name for name in extra if name not in EXTRA]:
+        raise UserError(f'extra: there is no modality {unknown[0]!r}; there are {", ".join(EXTRA)}')
+    if not 2 <= settings['max_objects'] <= 10 or size % 8 or size < 32 or min(settings['n_train'], settings['n_val']) < 1:
+        raise UserError('max_objects must be 2..10, size a multiple of 8 from 32, n_train and n_val at least 1')
+    if there and not extra:
+        raise UserError(f'{folder} exists already: delete it, choose another --out, or let --extra= add modalities to it')
+    meta = read_meta(folder) if there else make_scenes(settings)
+    for name in set(assigned) - {'extra', 'out', 'workers'}:
+        if settings[name] != meta['settings'][name]:
+            raise UserError(f'{folder} was made with {name}={meta["settings"][name]}: leave {name} out, or choose another --out')
+    for name in dict.fromkeys(extra):
+        if name in meta['fields']:
+            print(f'{folder} has {name} already')
+            continue
+        if name in NUMBERS:
+            add_numbers(folder, meta, name)
+        else:
+            add_picture(folder, meta, name, meta['settings']['seed'])
+        save_meta(folder, meta)
 
 
 if __name__ == '__main__':

@@ -9,9 +9,11 @@ import pytest
 import config
 import train
 from config import UserError
+from tests import homework
 
 ROOT = Path(__file__).parent.parent
-PAGES = '\n'.join(path.read_text() for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))))
+PAGES = '\n'.join(path.read_text() for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))
+                  if path.stem != 'yours')  # about code that is not there yet: see tests/test_docs.py
 
 
 def settings_of(*arguments, **overrides):
@@ -73,7 +75,7 @@ def test_shipped_configs_are_valid():
             settings_of(str(path))
 
 
-COMMANDS = sorted(set(re.findall(r'^(?:.* && )?((?:python|torchrun) .*?)(?:  #.*)?(?:   .*)?$', PAGES, re.M)
+COMMANDS = sorted(set(re.findall(r'^(?:\$ |.* && )?((?:python|torchrun) .*?)(?:  #.*)?(?:   .*)?$(?!\nerror: )', PAGES, re.M)
                       + re.findall(r'`(python [^`]*)`', PAGES)))
 
 
@@ -82,11 +84,13 @@ def test_the_pages_commands_use_settings_that_exist(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
     program = next(word for word in words if word.endswith('.py') or word.startswith(('prepare.', 'tests.')))
-    assigned = config.read([word for word in words[words.index(program) + 1:]])
+    arguments = words[words.index(program) + 1:]
     if program == 'train.py':
-        train.resolve(assigned)
+        train.resolve(config.read(arguments))
+    elif program == 'tests.homework':
+        homework.settings_of(arguments)
     else:
-        config.apply(assigned, importlib.import_module(program.removesuffix('.py')).SETTINGS)
+        config.apply(config.read(arguments), importlib.import_module(program.removesuffix('.py')).SETTINGS)
 
 
 def test_the_pages_have_commands():

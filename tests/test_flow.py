@@ -15,7 +15,7 @@ import flow
 import sample
 import train
 from config import UserError
-from prepare import cifar10, judge, mnist, toy2d
+from prepare import cifar10, cifar10_modalities, folder, judge, mnist, pictures, toy2d, transfer
 from tests.test_download import server  # noqa: F401, a fixture
 from tests.test_mnist import toy_digits
 
@@ -288,15 +288,15 @@ def toy_cifar(n=20):
 
 @pytest.fixture
 def cifar(server, work, monkeypatch):  # noqa: F811
-    """A function that serves an archive of these files, and makes the data set from it."""
+    """A function that serves an archive of these files, and makes a data set from it."""
     monkeypatch.setattr(cifar10, 'URL', server.url)
     monkeypatch.setattr(cifar10, 'MD5', '')
     monkeypatch.setattr(cifar10, 'JUDGE_STEPS', 3)
     monkeypatch.setattr(judge.train_judge, '__defaults__', (0, 3, 16))
 
-    def make(files):
+    def make(files, module=cifar10, out='data/toy_cifar', **settings):
         server.files[cifar10.ARCHIVE] = files if isinstance(files, bytes) else archive_of(files)
-        cifar10.main(out='data/toy_cifar')
+        module.main(out=out, **settings)
     return make
 
 
@@ -311,6 +311,23 @@ def test_cifar10_end_to_end(cifar, capsys):
     sample.main('--out_dir=out/flow_cifar', '--score=True', '--n_score=20', '--steps=2')
     scores = json.loads(Path('out/flow_cifar/scores.json').read_text())
     assert {'squared error', 'bits/dim given the class', '2 steps: accuracy', '2 steps: frechet'} <= scores.keys()
+
+
+def test_cifar10_in_six_modalities(cifar, monkeypatch):
+    monkeypatch.setattr(pictures.train_tokenizer, '__defaults__', (0, 8))  # pictures a step
+    cifar(toy_cifar(), cifar10_modalities, 'data/photos', steps=2)
+    fields, index = folder.Fields('data/photos'), np.arange(20)
+    assert fields.truth('val', 'caption', index)[7] == 'a photo of a horse' and np.load('data/photos/val/label.npy')[7] == 7
+    assert fields.truth('val', 'low', index).shape == (20, 8, 8, 3)
+    assert np.load('data/photos/train/edges.npy').shape == (100, 2, 64)
+    train.main('config/nano4m_cifar10.py', dataset='photos', max_iters=1, batch_size=4, micro_batch_size=4, n_embd=48, eval_iters=1,
+               device='cpu', dtype='float32', compile=False, out_dir='out/photos')
+    assert Path('out/photos/sample_000001.png').is_file()
+    sample.main('--out_dir=out/photos', '--given=caption', '--text=a photo of a cat', '--target=low', '--n=1')
+    transfer.main('--run=out/photos', '--task=label', '--labels=20', '--steps=1', '--n_val=20')
+    assert 'scratch, 20 labels' in json.loads(Path('out/photos/transfer_label.json').read_text())
+    with pytest.raises(UserError, match='data/photos exists already'):
+        cifar(toy_cifar(), cifar10_modalities, 'data/photos')
 
 
 @pytest.mark.parametrize('damage, message', [

@@ -11,8 +11,9 @@ from PIL import Image
 import sample
 import train
 from config import UserError
-from prepare import folder
-from prepare.folder import COLORS, MAKE, color_tokens, edges, grey, low, palette, shorten, squares, token_colors
+from prepare import folder, pictures
+from prepare.folder import shorten, squares
+from prepare.pictures import COLORS, MAKE, color_tokens, edges, grey, low, palette, token_colors
 from prepare.text_tokenizers import train_bpe
 
 HALVES = np.zeros((1, 16, 16, 3), np.uint8)  # left black, right red
@@ -46,7 +47,7 @@ def work(tmp_path_factory):
     os.chdir(here)
     make_folder(here / 'mine')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder.train_tokenizer, '__defaults__', (0, 8))  # pictures a step
+        patch.setattr(pictures.train_tokenizer, '__defaults__', (0, 8))  # pictures a step
         folder.main('--source=mine', size=32, views=2, steps=4)
     yield here
     os.chdir(before)

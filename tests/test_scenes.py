@@ -1,5 +1,6 @@
-"""The data set: its texts, its files, its scores."""
+"""The data set: its texts, its files, its scores, more modalities."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -7,9 +8,12 @@ import torch
 from PIL import Image
 
 from config import UserError
-from prepare import scenes, scenes_parser
-from prepare.scenes import (caption, match, parse_text, scene_desc, score_depth, score_normal, score_objects,
-                            score_segmentation, spell_out, text_length, words)
+import sample
+import train
+from prepare import pictures, scenes, scenes_numbers, scenes_parser
+from prepare.scenes import caption, parse_text, scene_desc, spell_out, text_length, words
+from prepare.scenes_scores import (match, score_boxes, score_depth, score_normal, score_numbers, score_objects,
+                                   score_segmentation)
 from prepare.image_tokenizers import ids_to_digits
 from prepare.scenes_parser import targets
 from prepare.text_tokenizers import decode_row, encode_rows, word_encoding
@@ -60,11 +64,12 @@ def test_spell_out():
 
 
 def test_match_keeps_left_to_right():
-    a, b, c = (0, 1, 0, 1), (1, 2, 1, 0), (2, 3, 0, 0)
-    assert match(np.array([a, b, c]), np.array([a, b, c])).tolist() == [4, 4, 4]
-    assert match(np.array([a, b, c]), np.array([a, c])).tolist()[::2] == [4, 4]  # a missing object costs only itself
-    assert match(np.array([a, c]), np.array([a, b, c])).tolist() == [4, 4]
-    assert match(np.array([a, b]), np.zeros((0, 4), int)).tolist() == [0, 0]
+    agree = np.array([[4, 0, 1], [1, 4, 0], [0, 2, 4]])
+    assert match(agree).tolist() == [4, 4, 4]
+    assert match(agree[:, [0, 2]]).tolist()[::2] == [4, 4]  # a missing object costs only itself
+    assert match(agree[[0, 2]]).tolist() == [4, 4]
+    assert match(agree[:, ::-1]).tolist() == [1, 4, 0]      # the order counts
+    assert match(np.zeros((2, 0))).tolist() == [0, 0]
 
 
 def test_object_scores():
@@ -96,6 +101,39 @@ def test_dense_scores():
     half = labels.copy()
     half[:, 1, 1:3] = 0
     assert value(score_segmentation(labels, half, objects)['miou_objects']) == pytest.approx(0.5)
+
+
+RAW = dict(objects=np.array([[(1, 0, 0, 0, 5, 9), (0, 0, 0, 0, 20, 9), (-1,) * 6]]), rgb=np.full((1, 32, 32, 3), 51),
+           instance=np.zeros((1, 32, 32), int), depth=np.full((1, 32, 32), 8.26, np.float16),
+           normal=np.tile(np.array((0, 110, 64), np.int8), (1, 32, 32, 1)))  # of a ground seen from 30 degrees
+RAW['instance'][0, 8:12, 2:6], RAW['instance'][0, 4:31, 20:22] = 1, 2
+
+
+def test_numbers_and_back():
+    table = scenes_numbers.boxes(RAW)
+    assert table.tolist() == [[[1, 4, 16, 10, 22], [0, 40, 8, 42, 60], [-1] * 5]]  # 64 bins of 32 pixels
+    assert scenes_numbers.metadata(RAW).tolist() == [[[2, 7, 83, 20, 30]]]
+    text = scenes_numbers.tell('boxes', table[0].tolist())
+    assert text == 'shape=sphere left=4 top=16 right=10 bottom=22 shape=cube left=40 top=8 right=42 bottom=60'
+    assert scenes_numbers.read('boxes', text).tolist() == table[0, :2].tolist()
+    assert scenes_numbers.read('boxes', text[:-3] + ' top=3').tolist() == table[0, :1].tolist()  # malformed: left out
+    for name in scenes_numbers.NUMBERS:
+        encoding = word_encoding(name, scenes_numbers.words(name))
+        text = scenes_numbers.tell(name, scenes_numbers.NUMBERS[name][0](RAW)[0].tolist())
+        assert min(encoding.encode_ordinary(text)) >= 256 and encoding.decode(encoding.encode_ordinary(text)) == text
+    assert scenes_numbers.middle([table[0, :2], table[0, :2] + 2, table[0, :1]]).tolist() == (table[0, :2] + 1).tolist()
+
+
+def test_scores_of_numbers():
+    truth = np.array([[0, 0, 0, 9, 9], [1, 20, 0, 29, 9]])
+    found = np.array([[0, 5, 0, 14, 9], [2, 20, 0, 29, 9], [1, 60, 60, 61, 61]])
+    perfect, wrong, none = (score_boxes([truth], [boxes]) for boxes in (truth, found, truth[:0]))
+    assert value(perfect['iou']) == value(perfect['found']) == 1 and value(none['iou']) == 0
+    assert value(wrong['iou']) == pytest.approx(50 / 150 / 3) and value(wrong['found']) == 0  # another shape, one too many
+    assert value(score_boxes([truth], [truth[:1]])['found']) == 0.5
+    errors = score_numbers('metadata', [np.array([[3, 20, 80, 50, 36]])] * 2, [np.array([[4, 20, 82, 50, 36]]), np.zeros((0, 5))])
+    assert {name: value(parts) for name, parts in errors.items()} == dict(objects_error=2, cover_error=10, depth_error=41,
+                                                                          light_error=25, elevation_error=18)
 
 
 def test_parser_targets():
@@ -132,6 +170,61 @@ def test_the_folder(work):
     labels = np.load(work / 'data/scenes/val/raw_segmentation.npy')
     assert labels[0][instance[0] == 2][0] == 1 + objects[0, 1, 0] * 8 + objects[0, 1, 1]
     assert ((labels == 0) == (instance == 0)).all()
+
+
+def counts(raw):
+    """How many cubes, spheres and cylinders: a modality of one function and one entry, as docs/fourm.md shows it."""
+    return (raw['objects'][..., :1] == np.arange(3)).sum(1, keepdims=True)
+
+
+def test_more_modalities(work, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(scenes_numbers.NUMBERS, 'counts', (counts, dict(cubes=11, spheres=11, cylinders=11)))
+    monkeypatch.setattr(scenes, 'EXTRA', (*scenes.EXTRA, 'counts'))
+    monkeypatch.setattr(scenes, 'EXTRA_STEPS', 3)
+    monkeypatch.setattr(pictures.train_tokenizer, '__defaults__', (0, 8))
+    out, names = work / 'data/scenes_more', ('edges', 'palette', 'low', 'boxes', 'metadata', 'counts')
+    shutil.copytree(work / 'data/scenes', out)
+    tiny = dict(model='fourm', dataset='scenes_more', n_layer_encoder=1, n_layer_decoder=1, n_embd=32, n_head=2, input_slots='64',
+                target_slots='64', batch_size=4, micro_batch_size=4, device='cpu', dtype='float32', compile=False, eval_iters=1)
+    train.main(**tiny, max_iters=1, pictures=False, out_dir='out/older')
+    before, stamps = json.loads((out / 'meta.json').read_text()), {path: path.stat().st_mtime_ns for path in out.rglob('*.npy')}
+    scenes.main(f'--out={out}', '--extra=' + ' '.join(names))
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    meta, fields, index = json.loads((out / 'meta.json').read_text()), scenes.Fields(out), np.arange(10)
+    assert list(meta['fields']) == [*before['fields'], *names] and meta['settings'] == before['settings']
+    assert meta['config']['modalities'].startswith(before['config']['modalities'] + ' edges:8*8*8*8:8x8 palette:16*16*16:1x5 ')
+    for name in names:
+        ids, truth = torch.from_numpy(np.array(fields.load('val', name)[:10])).long(), fields.truth('val', name, index)
+        raw, blind = fields.decode(name, ids), fields.baseline(name, 'val', index)
+        perfect, worse = (fields.score(name, some, 'val', index) for some in (truth, blind))
+        for metric, parts in perfect.items():
+            best = 0 if 'error' in metric else 1
+            assert value(parts) == best and abs(value(worse[metric]) - best) > 0.02
+        assert (fields.encode(name, truth) != ids).float().mean() < 0.02  # but for digits on the edge between two levels
+        assert name not in scenes.NUMBERS or raw == truth
+        assert all(fields.picture(name, one).shape == (64, 64, 3) for one in raw)
+    train.main(**tiny, max_iters=2, pictures=False, out_dir='out/older')  # an older run's data, and more: it goes on
+    assert train.load_model(work / 'out/older/ckpt_last.pt')[0].fields == scenes.IMAGES + scenes.TEXTS
+    with pytest.raises(UserError, match='is not the data that this run was trained on'):
+        train.check_data(out, before, dict(meta=meta))
+    train.main(**tiny, use='rgb palette boxes metadata', max_iters=1, out_dir='out/more')
+    sample.main('--out_dir=out/more', '--score=True', '--n_score=2', '--given=rgb', '--target=palette,boxes,metadata')
+    scores = json.loads((work / 'out/more/scores.json').read_text())
+    assert scores['rgb>boxes/found']['ceiling'] == 1 and scores['rgb>metadata/depth_error']['ceiling'] == 0
+    Image.new('RGB', (64, 64)).save(tmp_path / 'x.png')
+    sample.main('--out_dir=out/more', '--given=palette', f'--image={tmp_path}/x.png', '--target=metadata', '--n=1')
+    capsys.readouterr()
+    scenes.main(f'--out={out}', '--extra=edges')
+    assert 'scenes_more has edges already' in capsys.readouterr().out
+    (out / 'val/raw_instance.npy').unlink()
+    for arguments, message in ((['--extra=edgse'], "there is no modality 'edgse'; there are grey, edges, palette, low, boxes"),
+                               (['--extra=grey', '--n_train=7'], 'was made with n_train=96: leave n_train out'),
+                               ([], 'exists already: delete it, choose another --out, or let --extra= add')):
+        with pytest.raises(UserError, match=message):
+            scenes.main(f'--out={out}', *arguments)
+    (out / 'meta.json').write_text(json.dumps(before))
+    with pytest.raises(UserError, match='raw_instance.npy: missing or damaged'):
+        scenes.main(f'--out={out}', '--extra=boxes')
 
 
 def test_user_pictures(work, tmp_path):

@@ -564,7 +564,7 @@ def test_damaged_data(here):
 
 @pytest.mark.parametrize('changes, message', [
     (dict(dataset='scnes'), "dataset='scnes': there is neither data/scnes/meta.json nor a script prepare/scnes.py"),
-    (dict(dataset='download'), 'nor a script prepare/download.py .there are cifar10, fashion_mnist'),
+    (dict(dataset='download'), 'nor a script prepare/download.py .there are cifar10, cifar10_modalities'),
     (dict(modalities='rgb:4:2x2'), 'modalities is decided by the data set'),
     (dict(use='rgb sound'), "there is no modality 'sound'"),
     (dict(micro_batch_size=3), 'does not split into micro-batches of 3'),

@@ -1,0 +1,14 @@
+# nano4M on CIFAR-10's photographs (prepare/cifar10_modalities.py): any of rgb, grey, edges, palette, low, caption -> any other.
+# 10,000 steps x 64 photographs x (60 input + 190 target tokens) = 160 M tokens, 13 passes over 50,000 of them; 4.0 M parameters.
+# Four hours on two CPU cores at 11,000 tokens/s, minutes on a GPU. Not run yet: tested on a made-up archive in the true format.
+model = 'fourm'
+dataset = 'cifar10_modalities'
+n_layer_decoder = 4
+n_head = 6
+n_embd = 192
+target_slots = '192'  # about what a sample has left: 261 tokens of a picture, and a caption
+batch_size = 64
+micro_batch_size = 64
+max_iters = 10000
+eval_interval = 2500
+eval_iters = 32

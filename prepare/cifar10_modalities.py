@@ -1,0 +1,39 @@
+"""
+CIFAR-10's photographs in six modalities for nano4M: rgb, grey, edges, palette, low resolution and the class as a caption, made by
+prepare/folder.py as for your own pictures. Tokens are of 4x4 pixels; the mirror image is a second view.
+
+    python -m prepare.cifar10_modalities    (train.py runs it by itself when data/cifar10_modalities is missing)
+    python train.py config/nano4m_cifar10.py
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import config
+from config import UserError
+from prepare.cifar10 import CLASSES, fetch, views
+from prepare.folder import make
+
+SETTINGS = dict(out='data/cifar10_modalities', steps=800, vocab_size=512, caption_tokens=8, seed=0)
+
+
+def main(*arguments, **overrides):
+    settings = config.apply(config.read(arguments, overrides), SETTINGS)
+    out = Path(settings['out'])
+    if (out / 'meta.json').is_file():
+        raise UserError(f'{out} exists already: delete it, or choose another --out')
+    splits = fetch()
+    for split, (_, labels) in splits.items():
+        (out / split).mkdir(parents=True, exist_ok=True)
+        np.save(out / split / 'label.npy', labels)  # for prepare/transfer.py
+    captions = [f'a photo of {"an" if name[0] in "aeiou" else "a"} {name}' for name in CLASSES]
+    make(out, {split: (views(images, split), [captions[label] for label in labels])
+               for split, (images, labels) in splits.items()}, settings)
+
+
+if __name__ == '__main__':
+    try:
+        main(*sys.argv[1:])
+    except (UserError, OSError) as error:
+        sys.exit(f'error: {error}')

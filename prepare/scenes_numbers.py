@@ -1,0 +1,92 @@
+"""
+Numbers about a scene as modalities of the data set `scenes`: a short text with a token for each "column=value".
+
+    boxes     "shape=cube left=3 top=20 right=17 bottom=33 shape=sphere left=..."   from left to right
+    metadata  "objects=3 cover=27 depth=98 light=52 elevation=36"
+
+A table of whole numbers (n, K, columns) is measured from what the folder keeps of n scenes and told row by row, as 4M-21
+(2406.09406) does with boxes and metadata. To add a modality, write the function that measures it and name its columns in NUMBERS.
+"""
+import re
+from collections import Counter
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from prepare.scenes_render import COLORS, SHAPES
+
+BINS = 64  # of a coordinate, whatever the picture's size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured: raw arrays {rgb, depth, normal, instance, segmentation, objects} of n scenes -> (n, K, columns)
+
+def boxes(raw):
+    """The shape of each object, and the outermost pixels in which it is seen; -1 where there is none."""
+    shape, size = raw['objects'][..., :1], raw['instance'].shape[1]
+    seen = raw['instance'][:, None] == np.arange(1, 1 + shape.shape[1])[:, None, None]  # (n, K, H, W)
+    columns, rows = seen.any(2), seen.any(3)
+    ends = [columns.argmax(-1), rows.argmax(-1),
+            size - 1 - columns[..., ::-1].argmax(-1), size - 1 - rows[..., ::-1].argmax(-1)]
+    return np.where(shape < 0, -1, np.concatenate((shape, np.stack(ends, -1) * BINS // size), -1))
+
+
+def metadata(raw):
+    """How many objects, on how many percent of the pixels; the mean depth in tenths; the mean brightness in percent; how many
+    degrees the camera stands above the ground, whose normal it sees tilted."""
+    up = (raw['normal'] * (raw['instance'] == 0)[..., None]).sum((1, 2), dtype=float)  # (n, 3)
+    columns = [(raw['objects'][..., 0] >= 0).sum(1), 100 * (raw['instance'] > 0).mean((1, 2)),
+               10 * raw['depth'].mean((1, 2), dtype=np.float32), raw['rgb'].mean((1, 2, 3)) / 2.55,
+               np.degrees(np.arctan2(up[:, 2], up[:, 1]))]
+    return np.round(np.stack(columns, -1))[:, None].astype(int)  # (n, 1, 5)
+
+
+NUMBERS = dict(  # what measures it; how many values each column has
+    boxes=(boxes, dict(shape=len(SHAPES), left=BINS, top=BINS, right=BINS, bottom=BINS)),
+    metadata=(metadata, dict(objects=11, cover=101, depth=201, light=101, elevation=91)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables as texts
+
+def word(column, value):
+    return f'{column}={SHAPES[value] if column == "shape" else value}'
+
+
+def words(name):
+    """The closed vocabulary; only the first word of a text has no space before it."""
+    columns = NUMBERS[name][1]
+    first, *_ = columns
+    found = [word(column, value) for column, many in columns.items() for value in range(many)]
+    return [*(one for one in found if one.startswith(first)), *(f' {one}' for one in found)]
+
+
+def tell(name, table):
+    """A scene's table (K, columns), a list -> text; rows that begin with -1 are left out."""
+    return ' '.join(word(column, value) for row in table if row[0] >= 0 for column, value in zip(NUMBERS[name][1], row))
+
+
+def read(name, text):
+    """The inverse: text -> (K, columns); malformed rows are left out."""
+    pattern = ' '.join(rf'{column}=({"|".join(SHAPES) if column == "shape" else "[0-9]+"})' for column in NUMBERS[name][1])
+    rows = [[SHAPES.index(value) if value in SHAPES else int(value) for value in row] for row in re.findall(pattern, text)]
+    return np.array(rows, int).reshape(-1, len(NUMBERS[name][1]))
+
+
+def middle(tables):
+    """What a predictor that sees nothing says: the most frequent number of rows, and the medians of what stands in them."""
+    most = Counter(map(len, tables)).most_common(1)[0][0]
+    return np.median([table for table in tables if len(table) == most], 0).astype(int)
+
+
+def drawing(name, text, side):
+    """A text as a picture (side, side, 3): frames, red of cubes, blue of spheres, green of cylinders; other numbers a line each."""
+    canvas = Image.new('RGB', (side, side), (225, 225, 225))
+    draw, scale, colors = ImageDraw.Draw(canvas), side / BINS, [COLORS[color] for color in ('red', 'blue', 'green')]
+    if name != 'boxes':
+        draw.text((2, 2), text.replace(' ', '\n'), fill='black', spacing=1)
+    for shape, *ends in read('boxes', text):
+        left, top, right, bottom = (end * scale for end in ends)
+        draw.rectangle((min(left, right), min(top, bottom), max(left, right), max(top, bottom)), outline=colors[shape],
+                       width=max(1, side // BINS))
+    return np.asarray(canvas)

@@ -1,0 +1,78 @@
+"""Transfer of a nano4M's encoder to a task: the three ways to train, files, faults."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from config import UserError
+from fourm import Config, FourM
+from prepare import transfer
+from prepare.transfer import Classifier, read_split, train_all, train_probe
+
+
+@pytest.fixture(scope='module')
+def tiny_run(work):
+    train.main(model='fourm', dataset='scenes', n_layer_encoder=1, n_layer_decoder=1, n_embd=32, n_head=2, input_slots='64',
+               target_slots='64', batch_size=4, micro_batch_size=4, max_iters=1, eval_iters=1, device='cpu', dtype='float32',
+               compile=False, pictures=False, out_dir='out/transfer')
+    return 'out/transfer'
+
+
+def tiny():
+    torch.manual_seed(0)
+    return FourM(Config(modalities='caption:300:5 rgb:8:2x2', n_embd=16, n_head=2, n_layer_encoder=1, n_layer_decoder=1))
+
+
+def sample(n=120):
+    """Pictures of the tokens 0 to 3, or 4 to 7."""
+    labels = torch.arange(n) % 2
+    return 4 * labels[:, None] + torch.from_numpy(np.random.default_rng(0).integers(0, 4, (n, 4))), labels
+
+
+def test_a_probe_changes_the_linear_layer_alone():
+    ids, labels = sample()
+    model, classifier = tiny(), Classifier(tiny(), 'rgb', 2)
+    assert (classifier(ids) - classifier.head.bias).abs().max() == 0 and classifier.places == slice(5, 9)
+    train_probe(classifier, ids, labels)
+    assert (classifier(ids).argmax(1) == labels).float().mean() > 0.8
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), classifier.model.parameters()))
+
+
+def test_finetuning_changes_the_encoder_and_nothing_unused():
+    ids, labels = sample()
+    model, classifier = tiny(), Classifier(tiny(), 'rgb', 2)
+    train_all(classifier, ids, labels, dict(seed=0, batch_size=32, steps=60), 'test', 'model:0.5')
+    assert (classifier(ids).argmax(1) == labels).float().mean() > 0.8
+    changed = {name.split('.')[0] for name, parameter in classifier.model.named_parameters()
+               if not torch.equal(parameter, model.get_parameter(name))}
+    assert changed == {'embedding', 'place_embedding', 'encoder'}
+
+
+def test_classes(work):
+    objects = np.load(work / 'data/scenes/val/raw_objects.npy')
+    ids, counts = read_split(work / 'data/scenes', 'val', 'depth', 'count')
+    assert ids.shape == (32, 64) and counts.tolist() == [sum(shape >= 0 for shape in row) for row in objects[:, :, 0].tolist()]
+    assert read_split(work / 'data/scenes', 'val', 'rgb', 'color')[1].tolist() == objects[:, 0, 1].tolist()
+
+
+def test_curves(tiny_run, capsys):
+    transfer.main(f'--run={tiny_run}', '--labels=8,40', '--steps=1', '--batch_size=4', '--n_val=20')
+    scores = json.loads((train.Path(tiny_run) / 'transfer_count.json').read_text())
+    assert list(scores) == [f'{way}, {n} labels' for way in ('probe', 'random', 'finetune', 'scratch') for n in (8, 40)]
+    assert all(0 <= score['low'] <= score['value'] <= score['high'] <= 1 and score['n'] == 20 for score in scores.values())
+    assert np.ptp(np.asarray(Image.open(f'{tiny_run}/transfer_count.png'))) > 200
+    assert 'probe, 8 labels: ' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('setting, message', [
+    ('--task=size', 'task is one of count, shape, color, label, given one of rgb, depth'),
+    ('--given=caption', 'given one of rgb'), ('--task=label', 'label.npy: missing or damaged'),
+    ('--labels=2', 'labels=2: numbers from 4 to 96'), ('--labels=50,1000', 'numbers from 4 to 96'),
+    ('--labels=many', 'not of type int'), ('--run=out/none', 'no such checkpoint')])
+def test_faults(tiny_run, setting, message):
+    with pytest.raises(UserError, match=message) as error:
+        transfer.main(f'--run={tiny_run}', setting)
+    assert '\n' not in str(error.value)
