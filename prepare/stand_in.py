@@ -28,6 +28,7 @@ DATA = {  # {field: (ids, shape of a sample)}, none for a stream of tokens, no i
     'scenes': (dict(tokens=(65536, (64,)), image=(256, (64, 64, 3))),
                PICTURE | dict(modalities=SCENES, vocab_size=65536, levels='16*16*16*16', grid='8x8', block_size=63, n_classes=0)),
     'folder': (dict(image=(256, (64, 64, 3))), dict(modalities=FOLDER)),
+    'cifar10_modalities': (dict(image=(256, (32, 32, 3))), dict(modalities=FOLDER)),
     'multiclevr': (dict(image=(256, (64, 64, 3))), dict(modalities=CLEVR)),
     'scenes_align': (dict(tokens=(340, (104,)), counted=(2, (104,)), image=(256, (64, 64, 3)), names=(340, (64, 4))),
                      PICTURE | TALK | dict(block_size=104, n_named=64, n_names=4)),
