@@ -717,15 +717,18 @@ def find_run(out_dir, settings, stack):
     return checkpoint
 
 
-def go_on(checkpoint, out_dir, optimizers, scaler):
-    """Loads a stopped run's state, and forgets what its log says of steps after its last checkpoint: they are done again."""
+def forget(log, step):
+    """Cuts off what the log says of later steps, which a killed run did after its last checkpoint: they are done again."""
+    if log.exists() and is_main():
+        kept = [line for line in log.read_bytes().splitlines(True) if line.endswith(b'\n') and json.loads(line)['step'] <= step]
+        os.truncate(log, sum(map(len, kept)))  # in place: a kill here loses nothing
+
+
+def go_on(checkpoint, optimizers, scaler):
+    """Loads a stopped run's state; its weights are loaded already."""
     for optimizer, state in zip(optimizers, checkpoint['optimizers']):
         optimizer.load_state_dict(shares(state, optimizer))
     scaler.load_state_dict(checkpoint['scaler'])
-    log = out_dir / 'log.jsonl'
-    if log.exists() and is_main():
-        whole = [line for line in log.read_text().splitlines(True) if line.endswith('\n')]
-        log.write_text(''.join(line for line in whole if json.loads(line)['step'] <= checkpoint['step']))
 
 
 def listen(stack):
@@ -813,9 +816,10 @@ def run(assigned, files, stack):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = dict(step=0, best=math.inf, seconds=0.0, tokens=0, skipped=0, wandb_id=None)
     if checkpoint:
-        go_on(checkpoint, out_dir, optimizers, scaler)
+        go_on(checkpoint, optimizers, scaler)
         state |= {name: checkpoint[name] for name in state}
         del checkpoint  # as large as what it was loaded into
+    forget(out_dir / 'log.jsonl', state['step'] or -1)
     if settings['compile']:
         compile_blocks(raw_model, device)
     model = DistributedDataParallel(raw_model) if world > 1 and not sharded else raw_model

@@ -143,6 +143,15 @@ def test_as_in_a_notebook(tmp_path, monkeypatch, capsys):
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
+def test_what_a_killed_run_logged_is_done_again(tmp_path):
+    log = tmp_path / 'log.jsonl'
+    log.write_text('{"step": 0}\n{"step": 3}\n{"step": 6}\n{"st')
+    train.forget(log, 3)
+    assert log.read_text() == '{"step": 0}\n{"step": 3}\n'
+    train.forget(log, -1)  # it had no checkpoint yet
+    assert log.read_text() == ''
+
+
 def test_checksums(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     faults.make_data('gpt', faults.CASES['gpt'][0])
