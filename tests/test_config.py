@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import bench
 import config
 import train
 from config import UserError
@@ -87,6 +88,8 @@ def test_the_pages_commands_use_settings_that_exist(command, monkeypatch):
     arguments = words[words.index(program) + 1:]
     if program == 'train.py':
         train.resolve(config.read(arguments))
+    elif program == 'bench.py':  # its own settings; configs beside them are what it measures
+        config.apply(config.read([word for word in arguments if not word.endswith('.py')]), bench.SETTINGS | bench.SIZES)
     elif program == 'tests.homework':
         homework.settings_of(arguments)
     else:
