@@ -344,9 +344,9 @@ class Flow(nn.Module):
         loss = (error / (error.detach() + 0.01)).mean() if self.config.mean else error.mean()
         plain, quarter = before == t, (4 * t).long().clamp(max=3)
         logs = {f't_{i / 4:g}_{(i + 1) / 4:g}': plain & (quarter == i) for i in range(4)} | {'loss': plain}
-        logs = {name: torch.stack((error.detach()[rows].sum(), rows.sum())) for name, rows in logs.items()}
-        tokens = loss.new_tensor([len(t) * max(1, self.config.image_size // self.config.patch) ** 2, 1])
-        return loss, logs | {'tokens': tokens}
+        logs = {name: torch.stack((error.detach().where(rows, 0).sum(), rows.sum())) for name, rows in logs.items()}
+        tokens = loss.new_full((), len(t) * max(1, self.config.image_size // self.config.patch) ** 2)
+        return loss, logs | {'tokens': torch.stack((tokens, torch.ones_like(tokens)))}
 
     @torch.no_grad()
     def mean_velocity(self, z, velocity, t, label, before):

@@ -304,10 +304,10 @@ class MaskGIT(nn.Module):
         if self.config.n_classes and self.training:  # as dropout
             classes = classes.masked_fill(batch['drop'], self.config.n_classes)
         h = self.trunk(tokens, classes).flatten(0, 1)[batch['rows']]  # (R, D)
-        nll, B = self.head(h, batch['ids']), torch.tensor(len(tokens), device=h.device)
+        nll, B = self.head(h, batch['ids']), batch['rows'].new_full((), len(tokens))  # filled on the device: no wait for it
         loss, bound = (nll * batch['weight']).sum(), (nll.detach() * batch['bound_weight']).sum()
         count = (tokens >= 0).sum() + len(nll)
-        pooled = nll.detach().sum(), torch.tensor(len(nll), device=h.device)
+        pooled = nll.detach().sum(), B.new_full((), len(nll))
         return loss, dict(loss=torch.stack((loss.detach() * B, B)), bound=torch.stack((bound * B, B)),
                           pooled=torch.stack(pooled), tokens=torch.stack((count, torch.ones_like(count))))
 

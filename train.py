@@ -13,7 +13,9 @@ Everything random follows from (seed, step, micro-batch): the global batch of a 
 has the same samples, masks and noise whichever process computes it.
 """
 import copy
+import ctypes
 import dataclasses
+import hashlib
 import importlib
 import json
 import math
@@ -34,6 +36,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -81,6 +86,8 @@ SETTINGS = dict(
     device='auto',            # cuda, mps or cpu
     dtype='auto',             # bfloat16 where the hardware computes it natively, otherwise float32; float16 for GPUs without it
     compile=True,             # torch.compile
+    shard=False,              # for models that do not fit: of weights, gradients and moments each process keeps only its share
+    checksum=False,           # read all data once before the first step and compare them with what prepare/ made
     threads=0,                # of a CPU run; 0 is PyTorch's choice, one for each core that this process may use
 )
 
@@ -89,11 +96,14 @@ SETTINGS = dict(
 # The machine
 
 def find_device(name='auto'):
-    if name != 'auto':
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-    return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if name == 'cuda':  # one GPU a process
+        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'device={name!r} does not work here: {str(error).splitlines()[0]}')
 
 
 def find_dtype(name, device):
@@ -107,18 +117,31 @@ def find_dtype(name, device):
     return getattr(torch, name)
 
 
-def set_up(device, threads=0, training=True):
+def set_up(device, threads=0, training=True, length=0):
     """Process-wide choices. On a CPU attention is better written out than fused while sequences are short: the backward pass
-    of PyTorch 2.13's fused CPU kernel took 5 times as long at 64 tokens, 1.4 times at 256 and half as long at 1,024. Its forward
-    pass is the faster one when 32 texts are written at once."""
+    of PyTorch 2.13's fused CPU kernel took 5 times as long at 64 tokens, 1.4 times at 256 and half as long at 1,024, where its
+    memory also grows with the length and not its square. Its forward pass is the faster one when 32 texts are written at once."""
     torch.set_float32_matmul_precision('high')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if device.type == 'cpu':
         if threads:
             torch.set_num_threads(threads)
-        torch.backends.cuda.enable_flash_sdp(not training)  # the switch is named after CUDA and holds for the CPU as well
+        keep_memory()
+        # the switch is named after CUDA and holds for the CPU as well
+        torch.backends.cuda.enable_flash_sdp(not training or length >= 1024)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # bfloat16 products without a detour by float32
+
+
+def keep_memory():
+    """Freed memory stays with this process. The C library of Linux gives large pieces back to the system, which hands them out
+    again page by page, filled with zeros: up to a sixth of a training step."""
+    try:
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no piece is mapped for itself
+        mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+    except (OSError, AttributeError):
+        pass  # another system, another allocator
 
 
 def autocast(device, dtype):
@@ -157,18 +180,23 @@ def count_flops(model, batch):
     return 3 * counter.get_total_flops()
 
 
+def is_block(module):
+    return type(module).__name__.endswith('Block')
+
+
 def compile_blocks(model, device):
     """torch.compile for every Transformer block of a model, in place. All blocks of a kind share one compiled function, so that
-    this takes seconds where compiling a whole model took minutes. Where no compiler works, a line says so."""
+    this takes seconds where compiling a whole model took minutes. Returns whether a compiler works; if not, a line says so."""
     try:
         torch.compile(lambda x: (x @ x).relu())(torch.ones(2, 2, device=device))
     except Exception as error:
         print(f'torch.compile does not work here ({type(error).__name__}): going on without it, about half as fast')
-        return
+        return False
     torch._dynamo.config.recompile_limit = 64  # one for each combination of shapes; chapters keep these few
     for module in model.modules():
-        if type(module).__name__.endswith('Block'):
+        if is_block(module):
             module.compile(dynamic=True)
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,6 +401,20 @@ def holds(now, before):
     return now == before
 
 
+def check_sums(folder, rank, world):
+    """Reads this process's share of the arrays and compares them with SHA256SUMS, which prepare/ left beside meta.json."""
+    path = folder / 'SHA256SUMS'
+    if not path.is_file():
+        raise UserError(f'{path} is missing: make the data anew, or trust them as they are: cd {folder}; '
+                        f'sha256sum */*.npy > {path.name}')
+    for line in path.read_text(errors='replace').splitlines()[rank::world]:
+        digest, _, name = line.partition('  ')
+        array = folder / name
+        with open(array, 'rb') if array.is_file() else nullcontext() as file:
+            if not file or hashlib.file_digest(file, 'sha256').hexdigest() != digest:
+                raise UserError(f'{array} is not what {path} tells of: copy it again, or delete {folder} to make it anew')
+
+
 def check_data(folder, meta, checkpoint):
     """Tokens mean something only to the tokenizers that made them."""
     if not holds(meta, checkpoint['meta']):
@@ -437,7 +479,10 @@ class Muon(torch.optim.Optimizer):
                 gradients = [p.grad for p in some]
                 torch._foreach_lerp_(averages, gradients, 1 - group['momentum'])
                 ahead = torch.stack(torch._foreach_lerp(gradients, averages, group['momentum']))  # Nesterov: one step further
-                steps = orthogonal(ahead, find_dtype('auto', ahead.device)).to(ahead.dtype).unbind()
+                if sharded := isinstance(ahead, DTensor):  # from some rows of all matrices to all rows of some matrices
+                    ahead = ahead.redistribute(placements=[Shard(0)])
+                steps = orthogonal(ahead, find_dtype('auto', ahead.device)).to(ahead.dtype)
+                steps = (steps.redistribute(placements=[Shard(1)]) if sharded else steps).unbind()
                 torch._foreach_mul_(some, 1 - group['lr'] * group['weight_decay'])
                 torch._foreach_add_(some, steps, alpha=-group['lr'] * max(1, rows / columns) ** 0.5)
 
@@ -488,7 +533,66 @@ def follow(mean, model, decay, step):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sums over micro-batches and processes
+# Many processes
+
+def is_main():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def any_process(value, device):
+    """Whether the value is true in any process."""
+    flag = torch.tensor(float(bool(value)), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def shard(model, device):
+    """FSDP2 (arXiv 2304.11277), in place: each process keeps some rows of every parameter. Those of a block, and of what is
+    outside of all blocks, are gathered when it begins to compute and dropped again when it has."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = [module for module in model.modules() if is_block(module)]
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def summed(model, last):
+    """A context for a micro-batch; the gradients are summed over all processes in the last one's backward pass only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+
+
+def whole(value):
+    """The value with all sharded tensors in it made whole in process 0's memory, one after the other; every process has to call
+    this. So a checkpoint is the same file however many processes wrote it."""
+    if isinstance(value, dict):
+        return {name: whole(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    if not isinstance(value, DTensor):
+        return value
+    tensor = value.full_tensor()
+    return tensor.cpu() if is_main() else None
+
+
+def shares(state, optimizer):
+    """An optimizer's whole state -> this process's share: each moment is sharded like its parameter."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
+
+    def share(tensor, p):
+        if not isinstance(p, DTensor) or tensor.shape != p.shape:
+            return tensor
+        return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)  # all have it: nothing is sent
+    return state | dict(state={i: {name: share(tensor, parameters[i]) for name, tensor in moments.items()}
+                               for i, moments in state['state'].items()})
+
+
+def clip(model, most):
+    """Scales the gradient down where its norm is above `most`, 0 for never; returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most or math.inf)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
 
 def add_logs(total, logs):
     """logs: name -> (sum, count) on the device; adding keeps every mean exact, and needs no wait for the device."""
@@ -517,7 +621,7 @@ def loss_of(values):
 # The run
 
 FREE = {'init_from', 'out_dir', 'max_iters', 'micro_batch_size', 'eval_interval', 'eval_iters', 'log_interval', 'target_loss',
-        'keep', 'skip', 'pictures', 'wandb_log', 'device', 'dtype', 'compile', 'threads'}  # may change when a run goes on
+        'keep', 'skip', 'pictures', 'wandb_log', 'device', 'dtype', 'compile', 'threads', 'shard', 'checksum'}  # may change
 
 
 def read_sources(init_from):
@@ -613,18 +717,18 @@ def find_run(out_dir, settings, stack):
     return checkpoint
 
 
-def go_on(checkpoint, out_dir, model, mean, optimizers, scaler):
-    """Loads a stopped run's state, and forgets what its log says of steps after its last checkpoint: they are done again."""
-    model.load_state_dict(checkpoint['weights'])
-    if mean is not model:
-        mean.load_state_dict(checkpoint['ema'])
-    for optimizer, state in zip(optimizers, checkpoint['optimizers']):
-        optimizer.load_state_dict(state)
-    scaler.load_state_dict(checkpoint['scaler'])
-    log = out_dir / 'log.jsonl'
+def forget(log, step):
+    """Cuts off what the log says of later steps, which a killed run did after its last checkpoint: they are done again."""
     if log.exists() and is_main():
-        whole = [line for line in log.read_text().splitlines(True) if line.endswith('\n')]
-        log.write_text(''.join(line for line in whole if json.loads(line)['step'] <= checkpoint['step']))
+        kept = [line for line in log.read_bytes().splitlines(True) if line.endswith(b'\n') and json.loads(line)['step'] <= step]
+        os.truncate(log, sum(map(len, kept)))  # in place: a kill here loses nothing
+
+
+def go_on(checkpoint, optimizers, scaler):
+    """Loads a stopped run's state; its weights are loaded already."""
+    for optimizer, state in zip(optimizers, checkpoint['optimizers']):
+        optimizer.load_state_dict(shares(state, optimizer))
+    scaler.load_state_dict(checkpoint['scaler'])
 
 
 def listen(stack):
@@ -641,18 +745,6 @@ def listen(stack):
         for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, 'SIGUSR1') else [])):
             stack.callback(signal.signal, number, signal.signal(number, note))
     return asked
-
-
-def any_process(value, device):
-    """Whether the value is true in any process."""
-    flag = torch.tensor(float(bool(value)), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
-
-
-def is_main():
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def prefetched(make, jobs, device):
@@ -687,7 +779,8 @@ def run(assigned, files, stack):
     device = find_device(settings['device'])
     dtype = find_dtype(settings['dtype'], device)
     if 'RANK' in os.environ and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
+        gpu = device.type == 'cuda'
+        dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(minutes=10), device_id=device if gpu else None)
         stack.callback(dist.destroy_process_group)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     asked = listen(stack)
@@ -695,7 +788,10 @@ def run(assigned, files, stack):
     if checkpoint:
         check_data(folder, meta, checkpoint)
         meta = checkpoint['meta']
-    set_up(device, settings['threads'] or (checkpoint['threads'] if checkpoint else 0))
+    if settings['checksum']:
+        check_sums(folder, rank, world)
+    threads = settings['threads'] or (checkpoint['threads'] if checkpoint else 0)
+    set_up(device, threads, length=settings.get('block_size', 0))
 
     # data, model, optimizers
     size = settings['micro_batch_size']
@@ -710,17 +806,23 @@ def run(assigned, files, stack):
     block_size = settings.get('block_size', 0)
     train_data, val_data = (Data(folder, split, meta, raw_model.fields, block_size, settings['seed'])
                             for split in ('train', 'val'))
-    raw_model.to(device)
     mean = copy.deepcopy(raw_model) if settings['ema'] else raw_model  # the model that is evaluated and sampled from
+    sharded = settings['shard'] and world > 1
+    for name, each in [('weights', raw_model), ('ema', mean)][:1 + (mean is not raw_model)]:
+        if checkpoint:
+            each.load_state_dict(checkpoint[name])
+        shard(each, device) if sharded else each.to(device)
     optimizers = make_optimizers(raw_model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = dict(step=0, best=math.inf, seconds=0.0, tokens=0, skipped=0, wandb_id=None)
     if checkpoint:
-        go_on(checkpoint, out_dir, raw_model, mean, optimizers, scaler)
+        go_on(checkpoint, optimizers, scaler)
         state |= {name: checkpoint[name] for name in state}
+        del checkpoint  # as large as what it was loaded into
+    forget(out_dir / 'log.jsonl', state['step'] or -1)
     if settings['compile']:
         compile_blocks(raw_model, device)
-    model = DistributedDataParallel(raw_model) if world > 1 else raw_model
+    model = DistributedDataParallel(raw_model) if world > 1 and not sharded else raw_model
     limit, flops = matmul_rate(device, dtype) if is_main() else 1, {}
     if is_main():
         count = sum(p.numel() for p in raw_model.parameters())
@@ -732,6 +834,7 @@ def run(assigned, files, stack):
             import wandb
             state['wandb_id'] = wandb.init(project='nanofm', name=out_dir.name, config=settings, id=state['wandb_id'],
                                            resume='allow').id
+            stack.callback(wandb.finish)  # offline it says how to send the run later
 
     def log(line):
         if is_main():
@@ -745,31 +848,36 @@ def run(assigned, files, stack):
     def evaluate():
         mean.eval()
         total, batches = {}, -(-val_data.n // size)
-        jobs = [(val_data, raw_model, settings, j) for j in range(min(settings['eval_iters'] or batches, batches))]
-        for batch in prefetched(evaluation_batch, jobs[rank::world], device):
+        n = min(settings['eval_iters'] or batches, batches)
+        turns = range(rank, n + -n % world, world)  # of each process equally many, as sharding needs; some may not count
+        for j, batch in zip(turns, prefetched(evaluation_batch, [(val_data, raw_model, settings, j % n) for j in turns], device)):
             with autocast(device, dtype):
-                total = add_logs(total, mean(to_device(batch, device))[1])
+                logs = mean(to_device(batch, device))[1]
+            total = add_logs(total, {name: value * (j < n) for name, value in logs.items()})
         mean.train()
         return means(total)[0]
 
-    def save(name, step):
-        if is_main():
-            save_checkpoint(out_dir / name, dict(
-                settings=settings, model_config=dataclasses.asdict(raw_model.config), meta=meta, step=step, best=best,
-                seconds=seconds, tokens=int(tokens), skipped=skipped, weights=raw_model.state_dict(), dtype=str(dtype),
-                optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(),
-                threads=torch.get_num_threads(), wandb_id=state['wandb_id'])
-                | (dict(ema=mean.state_dict()) if settings['ema'] else {}))
+    def save(step, *names):
+        checkpoint = whole(dict(
+            settings=settings, model_config=dataclasses.asdict(raw_model.config), meta=meta, step=step, best=best,
+            seconds=seconds, tokens=int(tokens), skipped=skipped, weights=raw_model.state_dict(), dtype=str(dtype),
+            optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(),
+            threads=torch.get_num_threads(), wandb_id=state['wandb_id'])
+            | (dict(ema=mean.state_dict()) if settings['ema'] else {}))
+        for name in names if is_main() else ():
+            save_checkpoint(out_dir / name, checkpoint)
+        any_process(False, device)  # nobody leaves before it is written: torchrun and srun end all when the first one does
 
     start, best, seconds, tokens, skipped = (state[name] for name in ('step', 'best', 'seconds', 'tokens', 'skipped'))
     if start >= settings['max_iters']:
-        print(f'{out_dir}: finished at step {start}, best val_loss {best:.4f}; raise max_iters to go on, or --init_from=scratch '
-              'to start anew')
+        if is_main():
+            print(f'{out_dir}: finished at step {start}, best val_loss {best:.4f}; raise max_iters to go on, or '
+                  '--init_from=scratch to start anew')
         return {}
     mine = range(rank, n_micro, world)
     jobs = ((train_data, raw_model, settings, step, j) for step in range(start, settings['max_iters']) for j in mine)
     batches = prefetched(micro_batch, jobs, device)
-    bar = tqdm(total=settings['max_iters'], initial=start, desc='train', unit='step', disable=not is_main())
+    bar = stack.enter_context(tqdm(total=settings['max_iters'], initial=start, desc='train', unit='step', disable=not is_main()))
     total, work, waited, since = {}, 0, 0.0, time.perf_counter()  # since the last log line
     for step in range(start, settings['max_iters'] + 1):
 
@@ -786,18 +894,14 @@ def run(assigned, files, stack):
             improved, best = val_loss < best, min(val_loss, best)
             seconds += paused - since
             if step:
-                save('ckpt_last.pt', step)
-                if improved:
-                    save('ckpt_best.pt', step)
-                if settings['keep']:
-                    save(f'ckpt_{step:06d}.pt', step)
-                    for old in sorted(out_dir.glob('ckpt_[0-9]*.pt'))[:-settings['keep']]:
-                        old.unlink(missing_ok=True)
+                # the last one last: a run killed in between evaluates this step again
+                save(step, *['ckpt_best.pt'] * improved, *[f'ckpt_{step:06d}.pt'] * (settings['keep'] > 0), 'ckpt_last.pt')
+                for old in sorted(out_dir.glob('ckpt_[0-9]*.pt'))[:-settings['keep']]:
+                    old.unlink(missing_ok=True)
                 if settings['pictures'] and is_main():
                     import sample
-                    with torch.compiler.set_stance('force_eager'):
-                        sample.draw(mean.eval(), folder, meta, out_dir / f'sample_{step:06d}.png')
-                    mean.train()
+                    drawn = load_model(out_dir / 'ckpt_last.pt')[0].to(device)
+                    sample.draw(drawn, folder, meta, out_dir / f'sample_{step:06d}.png')
             reached = val_loss <= settings['target_loss']
             if reached and is_main():
                 print(f'val_loss {val_loss:.4f} <= target_loss after {int(tokens):,} tokens, {seconds:.1f} s')
@@ -807,7 +911,7 @@ def run(assigned, files, stack):
 
         # asked to stop: between two lines of the log, so that it continues without a seam
         if step > start and step % settings['log_interval'] == 0 and any_process(asked, device):
-            save('ckpt_last.pt', step)
+            save(step, 'ckpt_last.pt')
             if is_main():
                 print(f'stopped by signal after step {step}; the same command goes on from here')
             return {'stopped': asked[0] if asked else signal.SIGTERM}
@@ -822,18 +926,18 @@ def run(assigned, files, stack):
                 flops[shapes] = count_flops(raw_model, batch)
             work += flops[shapes]
             torch.manual_seed(settings['seed'] + step * n_micro + j)  # dropout
-            with model.no_sync() if world > 1 and j != mine[-1] else nullcontext():
+            with summed(model, j == mine[-1]):
                 with autocast(device, dtype):
                     loss, logs = model(batch)
                 scaler.scale(loss * world / n_micro).backward()
             total = add_logs(total, logs)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings['grad_clip'] or math.inf).item()
+        norm = clip(raw_model, settings['grad_clip'])
         if not math.isfinite(norm):
             skipped += 1
             if skipped > settings['skip'] and not scaler.is_enabled() or scaler.get_scale() < 1:  # at 1 nothing overflows
-                save('ckpt_fault.pt', step)
+                save(step, 'ckpt_fault.pt')
                 samples = train_data.ids(step * settings['batch_size'], settings['batch_size'])
                 log({'step': step, 'grad_norm': str(norm), 'samples': samples})
                 raise UserError(f'step {step}: the gradient is not finite ({norm}). The state before it is in '
@@ -858,7 +962,8 @@ def run(assigned, files, stack):
                     'tokens_per_second': round(count / took), 'mfu': round(work / took / limit, 4),
                     'data_wait': round(waited / took, 4)} | ({'skipped': skipped} if skipped else {})
             log(line | {name: value for name, value in values.items() if name != 'loss'})
-            bar.set_postfix(loss=f'{line["train_loss"]:.3f}', tok_s=f'{line["tokens_per_second"]:,}', mfu=f'{line["mfu"]:.0%}')
+            shown = dict(loss=f'{line["train_loss"]:.3f}', tok_s=f'{line["tokens_per_second"]:,}', mfu=f'{line["mfu"]:.0%}')
+            bar.set_postfix(shown, refresh=False)
             total, work, waited, since = {}, 0, 0.0, now
     bar.close()
     if is_main():

@@ -158,7 +158,7 @@ class VLM(nn.Module):
         x = self.trunk(batch['tokens'][:, :-1], seen).flatten(0, 1)[batch['rows']]  # (R, D)
         nll = cross_entropy(x, self.language.head.weight, batch['targets'], self.config.softcap)  # (R,)
         loss, B, real = (nll * batch['weight']).sum(), len(batch['tokens']), (batch['tokens'] >= 0).sum()
-        return loss, {'loss': torch.stack((B * loss.detach(), loss.new_tensor(B))), 'tokens': torch.stack((real, real / real))}
+        return loss, {'loss': torch.stack((B * loss.detach(), loss.new_full((), B))), 'tokens': torch.stack((real, real / real))}
 
     # -----------------------------------------------------------------------------------------------------------------
     # Generation

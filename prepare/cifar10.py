@@ -8,7 +8,6 @@ Nothing is unpickled, and no path is trusted: the known names are read from the 
 image.npy holds (n, views, 32, 32, 3): two for training, the picture and its mirror image, one for validation; label.npy (n,). The
 archive is downloaded once into the cache folder. prepare/cifar10_modalities.py makes six modalities of the same photographs.
 """
-import json
 import sys
 import tarfile
 from pathlib import Path
@@ -19,6 +18,7 @@ import config
 from config import UserError
 from prepare import judge
 from prepare.download import download
+from prepare.meta import save_meta
 
 SETTINGS = dict(seed=0, out='data/cifar10')
 URL, ARCHIVE = 'https://www.cs.toronto.edu/~kriz/', 'cifar-10-binary.tar.gz'
@@ -101,7 +101,7 @@ def main(*arguments, **overrides):
     print(f'judge of 32x32 pictures: {right:.1%} of {len(truth):,} held-out ones right')
     meta = dict(kind='rows', fields=dict(image=256, label=10), views=dict(image=2), prepare='cifar10', classes=CLASSES,
                 config=dict(image_size=32, channels=3, n_classes=10), quality=dict(judge=right), settings=settings)
-    (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
+    save_meta(folder, meta)
 
 
 if __name__ == '__main__':

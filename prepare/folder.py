@@ -15,7 +15,6 @@ Of each picture there are a few square views, the first from its middle, the oth
 pictures last longer. All modalities are functions of pictures (n, H, W, 3) alone: another data set's script can use them too.
 What cannot be read is named and left out. All passes through memory: for some ten thousand pictures, not for millions.
 """
-import json
 import sys
 import textwrap
 from collections import Counter
@@ -29,6 +28,7 @@ from tqdm import tqdm
 import config
 from config import UserError
 from prepare.image_tokenizers import ImageTokenizer
+from prepare.meta import save_meta
 from prepare.pictures import (MAKE, SIDE, TOKENIZED, enlarged, entry, from_tokens, pixel_error, read_picture, tokenize,
                               train_tokenizer)
 from prepare.text_tokenizers import decode_row, encode_rows, load_encoding, save_encoding, train_bpe
@@ -184,7 +184,7 @@ def make(folder, splits, settings):
     meta = dict(kind='rows', prepare='folder', fields=vocabularies | dict(caption=encoding.n_vocab), config=facts,
                 views=dict.fromkeys(vocabularies, train.shape[1]), files=dict(tokens='rgb', image='raw_rgb'), quality=quality,
                 settings=settings)
-    (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
+    save_meta(folder, meta)
 
 
 def main(*arguments, **overrides):

@@ -26,6 +26,7 @@ import config
 from config import UserError
 from prepare import judge
 from prepare.download import download
+from prepare.meta import save_meta
 from prepare.pictures import read_square
 
 SETTINGS = dict(subset='', fashion=False, views=8, seed=0, out='')  # out: '' is data/mnist or data/fashion_mnist
@@ -210,7 +211,7 @@ def main(*arguments, **overrides):
     facts = dict(vocab_size=26, block_size=49, grid='7x7', n_classes=10, image_size=28, channels=1)
     meta = dict(kind='rows', fields=dict(tokens=26, image=256, label=10), views=dict(tokens=settings['views']), config=facts,
                 prepare='mnist', classes=CLASSES[kind], quality=quality, settings=settings)
-    (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
+    save_meta(folder, meta)
 
 
 if __name__ == '__main__':

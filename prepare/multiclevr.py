@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError
+from prepare.meta import save_meta
 from prepare.scenes import caption, drawing, parse_text, scene_desc, typical, words
 from prepare.scenes_scores import score_objects
 from prepare.text_tokenizers import decode_row, encode_rows, frequent_words, load_words, save_words
@@ -319,7 +320,7 @@ def main(*arguments, **overrides):
         fields = {name: CODES for name in IMAGES} | {name: V for name, (V, _) in sizes.items()}
         meta = dict(kind='rows', prepare='multiclevr', fields=fields, views=dict.fromkeys(fields, CROPS),
                     config=dict(modalities=' '.join(entries)), settings=dict(source=source))
-        (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
+        save_meta(folder, meta)
         for split in splits:
             (folder / split / 'texts.jsonl').unlink()
     if settings['decoder']:

@@ -20,7 +20,6 @@ and positions in raw_objects.npy), the tokenizers and, once scores have been ask
 any picture. `Fields` decodes, draws and scores tokens for sample.py.
 """
 import functools
-import json
 import re
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ from PIL import Image, ImageDraw
 import config
 from config import UserError
 from prepare import image_tokenizers, pictures, scenes_numbers, scenes_parser
+from prepare.meta import save_meta
 from prepare.pictures import read_square
 from prepare.scenes_numbers import NUMBERS
 from prepare.scenes_render import COLORS, MATERIALS, SHAPES, SIZES, make
@@ -361,15 +361,8 @@ def make_scenes(settings):
                            image_size=size, channels=3, n_classes=0)
     meta['fields'] |= dict(tokens=meta['fields']['rgb'], image=256)
     meta['files'] = dict(tokens='rgb', image='raw_rgb')
-    save(folder, meta)
+    save_meta(folder, meta)
     return meta
-
-
-def save(folder, meta):
-    """Written last, and at once: its presence says that all that it names is there."""
-    new = folder / 'meta.tmp'
-    new.write_text(json.dumps(meta, indent=1))
-    new.replace(folder / 'meta.json')
 
 
 def main(*arguments, **overrides):
@@ -395,7 +388,7 @@ def main(*arguments, **overrides):
             add_numbers(folder, meta, name)
         else:
             add_picture(folder, meta, name, meta['settings']['seed'])
-        save(folder, meta)
+        save_meta(folder, meta)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,6 @@ Byte-pair encodings put an end token after each document (each file). The last v
 The packing here, and `Fields`, which turns prompts into ids and ids into text, serve all data sets that are plain text.
 """
 import hashlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError
+from prepare.meta import save_meta
 from prepare.text_tokenizers import Characters, gpt2_encoding, load_encoding, save_encoding, train_bpe
 
 SETTINGS = dict(input='', encoding='characters', vocab_size=4096, out='data/text', val_share=0.1)
@@ -115,7 +115,7 @@ def write(folder, encoding, splits, meta):
         meta['encoding'] += '-' + hashlib.sha256((folder / 'encoding.json').read_bytes()).hexdigest()[:8]
     meta = dict(kind='stream', fields=dict(tokens=encoding.n_vocab), config=dict(vocab_size=encoding.n_vocab), sizes=sizes,
                 bytes_per_token=bytes_per_token) | meta
-    (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
+    save_meta(folder, meta)
     print(f'{folder}: {encoding.n_vocab:,} symbols; {sizes["train"]:,} tokens for training, {sizes["val"]:,} for validation, '
           f'of {bytes_per_token:.2f} bytes each')
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 
 import config
 from config import UserError
+from prepare.meta import save_meta
 
 SETTINGS = dict(name='gaussians', n_train=200_000, n_val=20_000, seed=0, out='data/toy2d')
 RADIUS, WIDTH = 1.4, 0.1  # of the eight Gaussians
@@ -169,7 +170,7 @@ def main(*arguments, **overrides):
         np.save(folder / split / 'point.npy', points.astype(np.float32))
     meta = dict(kind='rows', fields=dict(point=0), config=dict(image_size=0, channels=2, n_classes=0), prepare='toy2d',
                 settings=settings)
-    (folder / 'meta.json').write_text(json.dumps(meta, indent=1))  # last: its presence says that all is there
+    save_meta(folder, meta)
 
 
 if __name__ == '__main__':

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError
+from prepare.meta import save_meta
 from prepare.pictures import read_picture
 from prepare.text_tokenizers import load_words
 
@@ -225,7 +226,7 @@ def write_meta(out, way, encoding, length, size, n_images, prepare, settings, pi
                         n_named=n_named, n_names=n_names)
     meta = dict(kind='rows', prepare=prepare, encoding=encoding, fields=fields, files=dict(image=pictures),
                 index=dict(image='scene'), settings=settings, config=model_config)
-    (out / 'meta.json').write_text(json.dumps(meta, indent=1))
+    save_meta(out, meta)
 
 
 if __name__ == '__main__':

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # which every run needs: once here takes a second less of each
 from PIL import Image
 
 import config

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import torch
 
 import train
 from config import UserError
+from prepare.meta import save_meta
 from tests import faults
 
 TINY = dict(model='fourm', dataset='scenes', n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, input_slots='16,32',
@@ -59,7 +61,8 @@ def test_a_run_and_its_folder(here):
     assert {path.name for path in Path('out/a').iterdir()} == {'log.jsonl', 'ckpt_last.pt', 'ckpt_best.pt', 'lock'}
 
 
-def test_resume_is_bit_identical(here):
+@pytest.mark.parametrize('killed_after', ['ckpt_best.pt', 'ckpt_last.pt'])  # each as soon as it was written
+def test_resume_is_bit_identical(here, killed_after):
     run('out/whole', dropout=0.1)
     run('out/parts', dropout=0.1, max_iters=6, target_loss=100.0)  # stops at the evaluation of step 0: nothing saved yet
     run('out/parts', dropout=0.1)
@@ -72,7 +75,7 @@ def test_resume_is_bit_identical(here):
 
     def save_then_stop(path, checkpoint):
         saved(path, checkpoint)
-        if path.name == 'ckpt_best.pt':
+        if path.name == killed_after:
             raise Stop
     train.save_checkpoint = save_then_stop
     try:
@@ -80,56 +83,155 @@ def test_resume_is_bit_identical(here):
             full(**(TINY | dict(out_dir='out/parts', dropout=0.1)))
     finally:
         train.save_checkpoint = saved
-    assert train.read_checkpoint(Path('out/parts/ckpt_last.pt'))['step'] == 3
+    assert train.read_checkpoint(Path('out/parts', killed_after))['step'] == 3
     run('out/parts', dropout=0.1)
-    a, b = weights('out/whole'), weights('out/parts')
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    for name in ('ckpt_last.pt', 'ckpt_best.pt'):
+        assert faults.same(weights('out/whole', name), weights('out/parts', name))
     assert [line.get('val_loss') for line in lines('out/whole')] == [line.get('val_loss') for line in lines('out/parts')]
     assert [line.get('train_loss') for line in lines('out/whole')] == [line.get('train_loss') for line in lines('out/parts')]
 
 
-def test_micro_batches_do_not_change_the_step(here):
-    """8 x 1 and 4 x 2 have other masks; 2 micro-batches on one process or one each on two have the same."""
-    run('out/one', max_iters=2, eval_interval=2)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29611',
-               str(Path(train.__file__)), '--out_dir=out/two', '--max_iters=2', '--eval_interval=2',
-               *(f'--{name}={value}' for name, value in TINY.items() if name not in ('max_iters', 'eval_interval'))]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'}, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    a, b = weights('out/one'), weights('out/two')
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-4)
-    one, two = ([line['train_loss'] for line in lines(f'out/{run}') if 'train_loss' in line] for run in ('one', 'two'))
-    assert one == pytest.approx(two, rel=1e-5)
+KILLER = """
+import os as _os, pathlib as _pathlib, threading as _threading, time as _time
+def _die():
+    while not _pathlib.Path('out/two/ckpt_last.pt').exists():
+        _time.sleep(0.01)
+    _pathlib.Path('killed').touch()
+    _os.kill(_os.getpid(), 9)
+if _os.environ['RANK'] == '1' and _os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    _threading.Thread(target=_die, daemon=True).start()
+"""
+
+
+def test_torchrun_goes_on_after_a_process_was_killed(tmp_path, monkeypatch):
+    """A config file is code: this one kills the second process. The job ends like one that ran on a single process."""
+    monkeypatch.chdir(tmp_path)
+    faults.make_data('gpt', faults.CASES['gpt'][0])
+    Path('killer.py').write_text(KILLER)
+    settings = faults.RUN | faults.CASES['gpt'][1] | dict(model='gpt', dataset='gpt')
+    train.main(**settings, out_dir='out/one')
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=2',
+                           train.__file__, 'killer.py', '--out_dir=out/two', *(f'--{name}={value}' for name, value in settings.items())],
+                          capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'}, timeout=300)
+    assert done.returncode == 0 and Path('killed').exists(), done.stderr[-2000:]
+    for (name, a), b in zip(weights('out/one').items(), weights('out/two').values()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=name)
+    one, two = ([(line['step'], line.get('train_loss', line.get('val_loss'))) for line in lines(f'out/{run}')] for run in ('one', 'two'))
+    assert [step for step, _ in one] == [step for step, _ in two]
+    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], rel=1e-3)
     assert lines('out/one')[-1]['tokens'] == lines('out/two')[-1]['tokens']
+
+
+def test_as_in_a_notebook(tmp_path, monkeypatch, capsys):
+    """main returns or raises, and can be called again: after an error, after an interruption, in the same folder."""
+    monkeypatch.chdir(tmp_path)
+    faults.make_data('gpt', faults.CASES['gpt'][0])
+    settings = faults.RUN | faults.CASES['gpt'][1] | dict(model='gpt', dataset='gpt', out_dir='out/a')
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert train.main(**settings | dict(max_iters=3))['loss'] > 0
+    assert 'train: 100%' in capsys.readouterr().err
+    with pytest.raises(UserError, match='n_embd=16, not 32'):
+        train.main(**settings | dict(n_embd=32))
+    update = train.update
+    monkeypatch.setattr(train, 'update', lambda *arguments: signal.raise_signal(signal.SIGINT) or update(*arguments))
+    assert train.main(**settings | dict(max_iters=9)) == {'stopped': signal.SIGINT}
+    monkeypatch.setattr(train, 'update', lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(**settings | dict(max_iters=9))
+    monkeypatch.setattr(train, 'update', update)
+    assert train.main(**settings | dict(max_iters=9))['loss'] > 0 and lines('out/a')[-1]['step'] == 9
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_what_a_killed_run_logged_is_done_again(tmp_path):
+    log = tmp_path / 'log.jsonl'
+    log.write_text('{"step": 0}\n{"step": 3}\n{"step": 6}\n{"st')
+    train.forget(log, 3)
+    assert log.read_text() == '{"step": 0}\n{"step": 3}\n'
+    train.forget(log, -1)  # it had no checkpoint yet
+    assert log.read_text() == ''
+
+
+def test_checksums(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    faults.make_data('gpt', faults.CASES['gpt'][0])
+    settings = faults.RUN | faults.CASES['gpt'][1] | dict(model='gpt', dataset='gpt', out_dir='out/a', max_iters=1, checksum=True)
+    with pytest.raises(UserError, match='data/gpt/SHA256SUMS is missing'):
+        train.main(**settings)
+    save_meta('data/gpt', faults.CASES['gpt'][0] | dict(prepare='none'))
+    assert subprocess.run(['sha256sum', '-c', 'SHA256SUMS'], cwd='data/gpt', capture_output=True).returncode == 0
+    assert train.main(**settings)['loss'] > 0
+    path = Path('data/gpt/val/tokens.npy')
+    tokens = np.load(path)
+    tokens[7] = (tokens[7] + 1) % 20  # a legal token, but another one
+    np.save(path, tokens)
+    for damage in (lambda: None, path.unlink):
+        damage()
+        with pytest.raises(UserError, match='data/gpt/val/tokens.npy is not what data/gpt/SHA256SUMS tells of'):
+            train.main(**settings)
 
 
 @pytest.mark.parametrize('chapter', faults.CASES)
 def test_every_split_over_processes_is_the_same_step(tmp_path, monkeypatch, chapter):
-    """Four micro-batches on one process, two or four: the loss and every gradient of the first step, dropout included, to rounding."""
+    """Four micro-batches on one process, two, four, or two that share the model between them: the loss and every gradient of the
+    first step, dropout included, to rounding, and the weights after it."""
     monkeypatch.chdir(tmp_path)
     faults.make_data(chapter, faults.CASES[chapter][0])
     clip = torch.nn.utils.clip_grad_norm_
 
     def spy(parameters, most):
         parameters = list(parameters)
-        torch.save([p.grad for p in parameters], f'gradients_{os.environ["WORLD_SIZE"]}_{os.environ["RANK"]}.pt')
+        torch.save(train.whole([p.grad for p in parameters]), f'gradients_{os.environ["RANK"]}.pt')
         return clip(parameters, most)
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', spy)
-    found = {}
-    for world in (1, 2, 4):
-        processes = [faults.start(chapter, f'out/{world}', dict(
-            WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='localhost', MASTER_PORT=str(29700 + world)),
-            micro_batch_size=2, max_iters=1, log_interval=1) for rank in range(world)]
-        for process in processes:
-            process.join(60)
-            assert process.exitcode == 0
-        found[world] = torch.load(f'gradients_{world}_0.pt')
-        line = next(line for line in lines(f'out/{world}') if 'train_loss' in line)
-        assert line['train_loss'] == pytest.approx(lines('out/1')[1]['train_loss'], rel=1e-6)
-    for world in (2, 4):
-        for a, b in zip(found[1], found[world]):
+    for name, world in dict(one=1, two=2, four=4, shards=2).items():
+        together(world, chapter, f'out/{name}', max_iters=1, log_interval=1, eval_iters=3, shard=name == 'shards')
+        found = torch.load('gradients_0.pt')
+        log = [line.get('train_loss', line.get('val_loss')) for line in lines(f'out/{name}')]
+        if world == 1:
+            expected, losses = found, log
+        assert log[:2] == pytest.approx(losses[:2], rel=1e-6) and log[2] == pytest.approx(losses[2], rel=1e-4)
+        for a, b in zip(expected, found):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * a.abs().max().item() + 1e-12)
+        for (key, a), b in zip(weights('out/one').items(), weights(f'out/{name}').values()):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4, msg=key)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+def test_shards_resume_on_any_number_of_processes(tmp_path, monkeypatch, dtype):
+    """Two processes that share a model, then one, then two, with a running mean and frozen parts: the files are one process's."""
+    monkeypatch.chdir(tmp_path)
+    faults.make_data('fourm', faults.CASES['fourm'][0])
+    settings = dict(dtype=dtype, ema=0.9, rates='place_embedding:0', decay=1e-9, eval_iters=2, eval_interval=2, log_interval=1)
+    together(1, 'fourm', 'out/whole', max_iters=6, **settings)
+    for steps, world in ((2, 2), (4, 1), (6, 2)):
+        together(world, 'fourm', 'out/parts', max_iters=steps, shard=True, **settings)
+    whole, parts = (train.read_checkpoint(Path(f'out/{name}/ckpt_last.pt')) for name in ('whole', 'parts'))
+    assert faults.same(shapes(whole['optimizers']), shapes(parts['optimizers'])) and whole['scaler'] == parts['scaler']
+    for key in ('weights', 'ema'):
+        for name in whole[key]:
+            torch.testing.assert_close(whole[key][name], parts[key][name], rtol=5e-3, atol=5e-3 if dtype == 'float16' else 2e-4)
+    losses = [[line['val_loss'] for line in lines(f'out/{name}') if 'val_loss' in line] for name in ('whole', 'parts')]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def together(world, chapter, out_dir, **changes):
+    """The run on so many processes, with micro-batches of two."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    processes = [faults.start(chapter, out_dir, dict(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank),
+                                                     MASTER_ADDR='localhost', MASTER_PORT=str(port)),
+                              micro_batch_size=2, **changes) for rank in range(world)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+
+
+def shapes(value):
+    if isinstance(value, dict):
+        return {name: shapes(item) for name, item in value.items()}
+    return [shapes(item) for item in value] if isinstance(value, list) else getattr(value, 'shape', None)
 
 
 def test_target_loss_stops(here, capsys):
@@ -476,6 +578,7 @@ def test_damaged_data(here):
     (dict(use='rgb sound'), "there is no modality 'sound'"),
     (dict(micro_batch_size=3), 'does not split into micro-batches of 3'),
     (dict(n_head=5), 'must be a multiple'),
+    (dict(device='gpu'), "device='gpu' does not work here"),
     (dict(dtype='float8'), 'choose auto, float32, bfloat16 or float16'),
 ])
 def test_faulty_settings(here, changes, message):

@@ -1,0 +1,75 @@
+"""
+Random numbers in the shapes of data and weights that are not here, for bench.py: speed does not depend on their values.
+
+`write` leaves a folder as prepare/NAME.py does, `find_sizes` knows the published sizes of the weights that configs start from.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+
+import fourm
+import train
+from config import UserError
+
+SCENES = 'rgb:16*16*16*16:8x8 depth:8*8*8*8:8x8 normal:8*8*8*8:8x8 segmentation:8*8*8*8:8x8 scene_desc:435:31 caption:274:26'
+FOLDER = 'rgb:16*16*16*16:8x8 grey:8*8*8*8:8x8 edges:8*8*8*8:8x8 palette:16*16*16:1x5 low:16*16*16:8x8 caption:300:26'
+CLEVR = ' '.join(f'{name}:5*5*5*8*8*8:16x16' for name in ('rgb', 'depth', 'normal')) + ' scene_desc:500:128 caption:500:64'
+PICTURE = dict(image_size=64, channels=3)
+TALK = dict(vocab_size=341, image_token=340, n_images=1, n_named=0, n_names=0)
+DATA = {  # {field: (ids, shape of a sample)}, none for a stream of tokens, no ids for real numbers; what the data decides
+    'shakespeare': ({}, dict(vocab_size=65)),
+    'tinystories': ({}, dict(vocab_size=4096)),
+    'text': ({}, dict(vocab_size=49152)),
+    'mnist': (dict(tokens=(10, (50,)), image=(256, (28, 28)), label=(10, ())),
+              dict(vocab_size=26, block_size=49, grid='7x7', n_classes=10, image_size=28, channels=1)),
+    'cifar10': (dict(image=(256, (32, 32, 3)), label=(10, ())), dict(image_size=32, channels=3, n_classes=10)),
+    'toy2d': (dict(point=(0, (2,))), dict(image_size=0, channels=2, n_classes=0)),
+    'scenes': (dict(tokens=(65536, (64,)), image=(256, (64, 64, 3))),
+               PICTURE | dict(modalities=SCENES, vocab_size=65536, levels='16*16*16*16', grid='8x8', block_size=63, n_classes=0)),
+    'folder': (dict(image=(256, (64, 64, 3))), dict(modalities=FOLDER)),
+    'cifar10_modalities': (dict(image=(256, (32, 32, 3))), dict(modalities=FOLDER)),
+    'multiclevr': (dict(image=(256, (64, 64, 3))), dict(modalities=CLEVR)),
+    'scenes_align': (dict(tokens=(340, (104,)), counted=(2, (104,)), image=(256, (64, 64, 3)), names=(340, (64, 4))),
+                     PICTURE | TALK | dict(block_size=104, n_named=64, n_names=4)),
+    'scenes_qa': (dict(tokens=(340, (136,)), counted=(2, (136,)), image=(256, (64, 64, 3))),
+                  PICTURE | TALK | dict(block_size=136)),
+    'vqa': (dict(tokens=(49151, (256,)), counted=(2, (256,)), image=(256, (224, 224, 3))),
+            TALK | dict(vocab_size=49152, image_token=49151, image_size=224, channels=3, block_size=256)),
+}
+WEIGHTS = dict(
+    smollm2=dict(vocab_size=49152, block_size=8192, n_layer=30, n_head=9, n_embd=576, n_kv_head=3, mlp='swiglu', mlp_width=1536,
+                 qk_norm=False, rope_theta=1e5, norm_eps=1e-5, token_shift=False),
+    siglip=dict(image_size=224, channels=3, patch=16, eyes_embd=768, eyes_layer=12, eyes_head=12, eyes_mlp='gelu_tanh',
+                eyes_mlp_width=3072, eyes_norm_eps=1e-6, eyes_bias=True, eyes_qk_norm=False, eyes_rope_theta=0.0))
+
+
+def write(folder, name, block_size, n=64):
+    """A folder like data/NAME with n random samples for training, windows of block_size tokens where it is a stream."""
+    if name not in DATA:
+        raise UserError(f'data/{name} is not there and its shapes are unknown: make it first, as its prepare script says')
+    (fields, facts), random = DATA[name], np.random.default_rng(0)
+    kind = 'rows' if fields else 'stream'
+    fields = dict(fields) or dict(tokens=(facts['vocab_size'], (block_size + 1,)))
+    if 'modalities' in facts:
+        fields |= {m.name: (m.vocabulary, (m.size,)) for m in fourm.parse(fourm.Config(facts['modalities']))}
+    Path(folder, 'train').mkdir(parents=True)
+    for field, (ids, shape) in fields.items():
+        array = random.integers(ids, size=(n, *shape), dtype=np.int32) if ids else random.random((n, *shape), dtype=np.float32)
+        if field == 'tokens' and 'image_token' in facts:
+            array[:, 0] = facts['image_token']
+        np.save(Path(folder, 'train', f'{field}.npy'), array if kind == 'rows' else array.flatten())
+    vocabularies = {field: ids and max(ids, facts.get('vocab_size', 0)) for field, (ids, _) in fields.items()}
+    meta = dict(kind=kind, prepare=name, fields=vocabularies, config=facts)
+    Path(folder, 'meta.json').write_text(json.dumps(meta))
+
+
+def find_sizes(init_from):
+    """What train.resolve reads of the runs that a config starts from: sizes alone, and none of runs that are not here."""
+    found = {}
+    for part, _, name in (entry.rpartition(':') for entry in init_from.split(',')):
+        if name in WEIGHTS:
+            found[part] = dict(settings=dict(model='gpt'), model_config=WEIGHTS[name])
+        elif Path('out', name, 'ckpt_last.pt').is_file():
+            found[part] = train.read_checkpoint(Path('out', name, 'ckpt_last.pt'))
+    return found
