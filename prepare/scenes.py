@@ -41,7 +41,7 @@ from train import read_meta
 
 COLOR_NAMES = tuple(COLORS)
 NAMES = dict(shape=SHAPES, color=COLOR_NAMES, material=MATERIALS, size=SIZES)  # the columns of raw_objects, before x and y
-SETTINGS = dict(n_train=20000, n_val=1000, size=64, max_objects=5, seed=0, out='data/scenes', workers=0)
+SETTINGS = dict(n_train=20000, n_val=1000, size=64, max_objects=5, seed=0, out='data/scenes', workers=0, extra='')
 EXTRA_STEPS = 250  # of the tokenizer of a modality that --extra names
 IMAGES = ('rgb', 'depth', 'normal', 'segmentation')
 TEXTS = ('scene_desc', 'caption')
@@ -367,7 +367,7 @@ def make_scenes(settings):
 
 def main(*arguments, **overrides):
     assigned = config.read(arguments, overrides)
-    settings = config.apply(assigned, SETTINGS | dict(extra=''))
+    settings = config.apply(assigned, SETTINGS)
     extra, folder, size = settings.pop('extra').replace(',', ' ').split(), Path(settings['out']), settings['size']
     there = (folder / 'meta.json').is_file()
     if unknown := [name for name in extra if name not in EXTRA]:

@@ -38,7 +38,7 @@ SETTINGS = dict(
     labels='50 200 1000 5000',
     steps=300,                # of finetune and scratch, whatever the number of labels
     batch_size=32,
-    rate=0.25,                # of the encoder when it is finetuned, as a factor of its learning rates
+    rate=0.05,                # when it is finetuned, as a factor of the learning rates
     n_val=1000,
     seed=0)
 TASKS = dict(  # an array on disk, and how to read the class off it; the first object is the leftmost one
@@ -147,10 +147,10 @@ def main(*arguments, **overrides):
         some = ids[order[:n]], torch.from_numpy(labels[order[:n]])
         for way, start in starts.items():
             classifier = Classifier(start, given, len(names))
-            if way in ('probe', 'random'):
+            if way != 'scratch':
                 train_probe(classifier, *some)
-            else:
-                train_all(classifier, *some, settings, f'{way} {n}', f'model:{settings["rate"]}' if way == 'finetune' else '')
+            if way in ('finetune', 'scratch'):
+                train_all(classifier, *some, settings, f'{way} {n}', f'model:{settings["rate"]} head:{settings["rate"]}' * (way == 'finetune'))
             right = names[over_parts(classifier, held_out).argmax(1)] == truth
             print(f'{way}, {n:,} labels: {right.mean():.1%} of {len(right):,} right', flush=True)
             curves[way][f'{n:,}'] = bootstrap(np.stack((right, np.ones(len(right))), -1)[:, None]) | dict(baseline=baseline)

@@ -204,7 +204,7 @@ MUTANTS = dict(
         ('Flow.forward', 'error.detach() + 0.01', 'error + 0.01', 'denominator'),
         ('Flow.forward', '.square()', '.abs()', 'the loss'),
         ('Flow.forward', 'plain & (quarter == i)', 'quarter == 3 - i', 't_0.5_0.75'),
-        ('Flow.forward', 'error.detach()[rows]', 'error[rows]', 'logs should be detached'),
+        ('Flow.forward', 'error.detach().where(rows, 0)', 'error.where(rows, 0)', 'logs should be detached'),
         ('Block.forward', '(1 + gate) *', 'gate *', 'with no modulation'),
         ('Block.forward', 'shift, scale, gate,', 'scale, shift, gate,', 'a shift of the attention'),
         ('Block.forward', 'norm(x) * (1 + scale2) + shift2', 'norm(x * (1 + scale2) + shift2)', 'a shift of the MLP'),
