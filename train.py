@@ -779,8 +779,10 @@ def run(assigned, files, stack):
     device = find_device(settings['device'])
     dtype = find_dtype(settings['dtype'], device)
     if 'RANK' in os.environ and not dist.is_initialized():
-        gpu = device.type == 'cuda'
-        dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(minutes=10), device_id=device if gpu else None)
+        gpu, (store, rank, world) = device.type == 'cuda', next(dist.rendezvous('env://'))
+        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)  # no addresses of those that died
+        dist.init_process_group('nccl' if gpu else 'gloo', store=store, rank=rank, world_size=world,
+                                timeout=timedelta(minutes=10), device_id=device if gpu else None)
         stack.callback(dist.destroy_process_group)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     asked = listen(stack)

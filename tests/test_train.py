@@ -91,6 +91,37 @@ def test_resume_is_bit_identical(here, killed_after):
     assert [line.get('train_loss') for line in lines('out/whole')] == [line.get('train_loss') for line in lines('out/parts')]
 
 
+KILLER = """
+import os as _os, pathlib as _pathlib, threading as _threading, time as _time
+def _die():
+    while not _pathlib.Path('out/two/ckpt_last.pt').exists():
+        _time.sleep(0.01)
+    _pathlib.Path('killed').touch()
+    _os.kill(_os.getpid(), 9)
+if _os.environ['RANK'] == '1' and _os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    _threading.Thread(target=_die, daemon=True).start()
+"""
+
+
+def test_torchrun_goes_on_after_a_process_was_killed(tmp_path, monkeypatch):
+    """A config file is code: this one kills the second process. The job ends like one that ran on a single process."""
+    monkeypatch.chdir(tmp_path)
+    faults.make_data('gpt', faults.CASES['gpt'][0])
+    Path('killer.py').write_text(KILLER)
+    settings = faults.RUN | faults.CASES['gpt'][1] | dict(model='gpt', dataset='gpt')
+    train.main(**settings, out_dir='out/one')
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=2',
+                           train.__file__, 'killer.py', '--out_dir=out/two', *(f'--{name}={value}' for name, value in settings.items())],
+                          capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'}, timeout=300)
+    assert done.returncode == 0 and Path('killed').exists(), done.stderr[-2000:]
+    for (name, a), b in zip(weights('out/one').items(), weights('out/two').values()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=name)
+    one, two = ([(line['step'], line.get('train_loss', line.get('val_loss'))) for line in lines(f'out/{run}')] for run in ('one', 'two'))
+    assert [step for step, _ in one] == [step for step, _ in two]
+    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], rel=1e-3)
+    assert lines('out/one')[-1]['tokens'] == lines('out/two')[-1]['tokens']
+
+
 def test_as_in_a_notebook(tmp_path, monkeypatch, capsys):
     """main returns or raises, and can be called again: after an error, after an interruption, in the same folder."""
     monkeypatch.chdir(tmp_path)
