@@ -72,7 +72,9 @@ def make_data(chapter, meta):
 def start(chapter, out_dir, environment={}, **changes):
     """The run as a process; forked, so that nothing has to be imported again, but with signals and files of its own."""
     process = multiprocessing.get_context('fork').Process(target=as_a_program, args=(chapter, out_dir, environment, changes))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it has begun
     process.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return process
 
 
@@ -82,6 +84,7 @@ def as_a_program(chapter, out_dir, environment, changes):
     train.matmul_rate = lambda device, dtype: 1e9  # half a second of each start
     settings = RUN | CASES[chapter][1] | dict(model=chapter, dataset=chapter, out_dir=out_dir) | changes
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         stopped = train.main(**settings).get('stopped')
     except KeyboardInterrupt:
         os._exit(99)
