@@ -15,12 +15,10 @@ from itertools import cycle
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 import config
 from config import UserError
-
-COLOURS = '#2a5caa', '#d1495b', '#2e8b57', '#e08e0b', '#7a4fa3', '#3d9bb3', '#8c5a44', '#666666'
+from prepare.report import COLOURS, Pen
 
 
 @dataclass
@@ -81,28 +79,6 @@ def ticks(low, high, log):
     size = 10.0 ** math.floor(math.log10((high - low) / 2))
     step = next(size * digit for digit in (0.5, 1, 2, 5) if (high - low) / (size * digit) <= 7)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-class Pen:
-    """Draws on paper S times as large as its units; what is kept is half as large, so that lines come out smooth."""
-    S = 4
-
-    def __init__(self, width, height):
-        self.paper = Image.new('RGB', (self.S * width, self.S * height), 'white')
-        self.draw, self.font = ImageDraw.Draw(self.paper), ImageFont.load_default(12 * self.S)
-
-    def text(self, x, y, words, anchor, colour='#444444'):
-        self.draw.text((self.S * x, self.S * y), words, colour, self.font, anchor)
-
-    def line(self, points, colour, thick):
-        self.draw.line([(self.S * x, self.S * y) for x, y in points], colour, round(self.S * thick), joint='curve')
-
-    def dot(self, x, y, colour):
-        self.draw.circle((self.S * x, self.S * y), 3.4 * self.S, 'white', colour, round(1.8 * self.S))
-
-    def save(self, path):
-        self.paper.resize((self.paper.width // 2, self.paper.height // 2), Image.LANCZOS).save(path, optimize=True)
-        print(f'wrote {path}')
 
 
 LEFT, WIDTH, HEIGHT, LINE = 56, 380, 250, 20  # of a panel; of the legend's lines

@@ -2,11 +2,34 @@
 What sample.py leaves behind: grids of pictures and GIFs, and tables of scores with bootstrap intervals.
 """
 import json
+from itertools import cycle
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-COLOURS = '#2a5caa', '#d1495b', '#2e8b57', '#e08e0b', '#7a4fa3', '#3d9bb3'
+COLOURS = '#2a5caa', '#d1495b', '#2e8b57', '#e08e0b', '#7a4fa3', '#3d9bb3', '#8c5a44', '#666666'
+
+
+class Pen:
+    """Draws on paper S times as large as its units; what is kept is half as large, so that lines come out smooth."""
+    S = 4
+
+    def __init__(self, width, height):
+        self.paper = Image.new('RGB', (self.S * width, self.S * height), 'white')
+        self.draw, self.font = ImageDraw.Draw(self.paper), ImageFont.load_default(12 * self.S)
+
+    def text(self, x, y, words, anchor, colour='#444444'):
+        self.draw.text((self.S * x, self.S * y), words, colour, self.font, anchor)
+
+    def line(self, points, colour, thick):
+        self.draw.line([(self.S * x, self.S * y) for x, y in points], colour, round(self.S * thick), joint='curve')
+
+    def dot(self, x, y, colour):
+        self.draw.circle((self.S * x, self.S * y), 3.4 * self.S, 'white', colour, round(1.8 * self.S))
+
+    def save(self, path):
+        self.paper.resize((self.paper.width // 2, self.paper.height // 2), Image.LANCZOS).save(path, optimize=True)
+        print(f'wrote {path}')
 
 
 def save_grid(columns, path, scale=2):
@@ -46,29 +69,24 @@ def tile(pictures, columns, gap=1):
 
 def save_curves(curves, path, title):
     """Curves {name: {x: score}} of scores from 0 to 1 with their intervals as a PNG; the values of x stand equally far apart."""
-    S, width, height, left, top = 3, 420, 240, 52, 60  # S: drawn larger, for smooth lines
-    canvas = Image.new('RGB', (S * (left + width + 20), S * (top + height + 30)), 'white')
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12 * S)
-    xs = list(next(iter(curves.values())))
-    place = {x: S * (left + width * (i + 0.5) / len(xs)) for i, x in enumerate(xs)}
+    width, height, left, top = 420, 240, 52, 60
+    pen, xs = Pen(left + width + 20, top + height + 30), list(next(iter(curves.values())))
 
-    def height_of(score):
-        return S * (top + height * (1 - score))
-    draw.text((S * left, S * 16), title, '#444444', font, 'lm')
+    def place(x, score):
+        return left + width * (xs.index(x) + 0.5) / len(xs), top + height * (1 - score)
+    pen.text(left, 16, title, 'lm')
     for tenth in range(0, 11, 2):
-        y = height_of(tenth / 10)
-        draw.line([(S * left, y), (S * (left + width), y)], '#e6e6e6', S)
-        draw.text((S * (left - 8), y), f'{tenth * 10} %', '#444444', font, 'rm')
-    for i, (name, curve) in enumerate(curves.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        draw.line([(place[x], height_of(score['value'])) for x, score in curve.items()], colour, 2 * S, joint='curve')
+        y = top + height * (1 - tenth / 10)
+        pen.line([(left, y), (left + width, y)], '#e6e6e6', 0.8)
+        pen.text(left - 8, y, f'{tenth * 10} %', 'rm')
+    for i, ((name, curve), colour) in enumerate(zip(curves.items(), cycle(COLOURS))):
+        pen.line([place(x, score['value']) for x, score in curve.items()], colour, 2)
         for x, score in curve.items():
-            draw.line([(place[x], height_of(score[bound])) for bound in ('low', 'high')], colour, S)
-        draw.text((S * (left + 110 * i), S * 38), name, colour, font, 'lm')
+            pen.line([place(x, score['low']), place(x, score['high'])], colour, 1)
+        pen.text(left + 110 * i, 38, name, 'lm', colour)
     for x in xs:
-        draw.text((place[x], S * (top + height + 8)), x, '#444444', font, 'mt')
-    canvas.resize((canvas.width // 2, canvas.height // 2), Image.LANCZOS).save(path, optimize=True)
-    print(f'wrote {path}')
+        pen.text(place(x, 0)[0], top + height + 8, x, 'mt')
+    pen.save(path)
 
 
 def save_answers(pictures, talks, path, side=160):

@@ -125,13 +125,16 @@ def nearness(model, index, name, ids, by='likelihood'):
     gallery = told if name == teller else teller
     if by == 'embedding':
         return embed(model, index, name, ids) @ index['vectors'][gallery].T
-    answers, device, rows = index['answers'].float(), model.turn.device, []
-    own = in_parts(lambda part: model.ask({teller: part}, told).float().cpu(), ids) if name == teller else None
+    if name == teller:
+        own, candidates, prior = in_parts(lambda part: model.ask({teller: part}, told), ids), index['ids'][told], index['prior']
+    else:
+        kept = index['answers'].float().to(model.turn.device)
+    rows = []
     for i in tqdm(range(len(ids)), desc=f'{name} > {gallery}', unit='query', leave=False, disable=len(ids) < 50):
         if name == teller:
-            row = model.log_prob(own[i].expand(index['n'], -1, -1).to(device), told, index['ids'][told]).cpu() - index['prior']
+            row = model.log_prob(own[i].expand(len(candidates), -1, -1), told, candidates).cpu() - prior
         else:
-            row = model.log_prob(answers.to(device), told, ids[i].expand(index['n'], -1)).cpu()
+            row = model.log_prob(kept, told, ids[i].expand(len(kept), -1)).cpu()
         rows.append(row.float())
     return torch.stack(rows)
 
