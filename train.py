@@ -773,11 +773,11 @@ def run(assigned, files, stack):
     sources = read_sources(assigned.get('init_from', ('resume',))[0])
     settings, chapter = resolve(assigned, sources)
     out_dir = Path(settings['out_dir'] or Path('out', Path(files[-1]).stem if files else settings['model']))
+    device = find_device(settings['device'])  # what is wrong with these is to be said before data are made, which takes minutes
+    dtype = find_dtype(settings['dtype'], device)
     folder, meta = prepare(settings['dataset'])
 
-    # the machine
-    device = find_device(settings['device'])
-    dtype = find_dtype(settings['dtype'], device)
+    # the processes
     if 'RANK' in os.environ and not dist.is_initialized():
         gpu, (store, rank, world) = device.type == 'cuda', next(dist.rendezvous('env://'))
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)  # no addresses of those that died

@@ -31,7 +31,7 @@ def read(arguments, overrides=None):
 def execute(path):
     """The public names that a config file assigns."""
     if not Path(path).is_file():
-        raise UserError(f'{path}: no such config file; there are {", ".join(sorted(map(str, Path("config").glob("*.py"))))}')
+        raise UserError(f'{path}: no such config file; there are {", ".join(sorted(map(str, Path("config").glob("[!_]*.py"))))}')
     names = {}
     try:
         exec(compile(Path(path).read_text(), path, 'exec'), names)
