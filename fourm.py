@@ -175,7 +175,8 @@ class FourM(nn.Module):
         super().__init__()
         self.config = config
         self.modalities = parse(config)
-        self.fields = tuple(m.name for m in self.modalities)  # what a batch holds
+        self.modality = {m.name: m for m in self.modalities}
+        self.fields = tuple(self.modality)  # what a batch holds
         self.N = self.modalities[-1].places.stop  # places of all modalities together; index N is the null token
         self.sections = [m.places for m in self.modalities]
         self.is_text = torch.tensor([m.is_text for m in self.modalities])
@@ -310,7 +311,7 @@ class FourM(nn.Module):
         def predict(m, index, progress):
             now = how | dict(temperature=between(temperature, temperature_end, progress))
             return self.draw_tokens(ids, m, index, between(guidance_start, guidance, progress), weights or {}, **now)
-        for m in [next(m for m in self.modalities if m.name == name) for name in targets]:
+        for m in [self.modality[name] for name in targets]:
             index = torch.arange(m.places.start, m.places.stop, device=ids.device).expand(len(ids), -1)  # (B, size)
             if m.is_text:
                 self.write(ids, m, index, predict)
@@ -366,7 +367,7 @@ class FourM(nn.Module):
     @torch.no_grad()
     def ask(self, given, name):
         """Answers (B, size, D) to all places of modality `name` at once, of which nothing is known."""
-        m = next(m for m in self.modalities if m.name == name)
+        m = self.modality[name]
         ids = self.join(given)
         ids[:, m.places] = -1
         context, places = self.look(ids)

@@ -477,7 +477,7 @@ def parse_chains(settings, model):
 def manner(model, link, known, weighted):
     """Arguments of model.generate for a link. Where the rgb picture is known, hardly more than one answer is right: the likeliest
     one, at once. Otherwise many are, and a picture's tokens have to agree with each other: a few at a time, drawn at random."""
-    is_text = next(m.is_text for m in model.modalities if m.name == link['name'])
+    is_text = model.modality[link['name']].is_text
     sure = is_text or link['name'] != 'rgb' and (known.get('rgb', -torch.ones(1)) >= 0).all()
     steps, temperature, guidance = (1, 0.0, 1.0) if sure else (8, 0.4, 1.0 if weighted else 2.0)
     if link['mean'] > 1:  # of what may be, not of the likeliest
@@ -534,7 +534,7 @@ def read_own(model, fields, settings, names):
         return {}
     own = {}
     for name in names:
-        m = next(m for m in model.modalities if m.name == name)
+        m = model.modality[name]
         if m.is_text and settings['text']:
             text = settings['text']
             own[name] = fields.read_text(name, text.removesuffix('...').strip())
@@ -567,7 +567,7 @@ def hidden_part(model, fields, settings, ids, generator):
     if name not in ids or not what:
         raise UserError(f'hide={settings["hide"]!r}: write NAME=WHAT, NAME one of what is given ({", ".join(ids)}), WHAT a box '
                         'x0,y0,x1,y1, "outside" and a box, objects such as "red cube"; of a text words, or how many are kept')
-    m = next(m for m in model.modalities if m.name == name)
+    m = model.modality[name]
     if m.is_text:
         words = [word.strip() for word in fields.decode(name, torch.arange(m.vocabulary)[:, None])]
         found = torch.tensor([word in what.split(',') for word in words])[ids[name].clamp(min=0)] & (ids[name] >= 0)
@@ -618,7 +618,7 @@ def read_given(model, fields, settings, chain, index, generator):
 def pictures_of_ids(model, fields, name, ids, filled):
     """Ids (B, size) of a modality as pictures (H, W, 3), grey where they are unknown; `filled` is what a tokenizer's decoder, which sees
     neighbours, is shown there."""
-    m = next(m for m in model.modalities if m.name == name)
+    m = model.modality[name]
     drawn = [fields.picture(name, raw) for raw in fields.decode(name, ids if m.is_text else torch.where(ids < 0, filled, ids))]
     return drawn if m.is_text else list(grey_out(np.stack(drawn), ids, m.grid))
 
@@ -916,12 +916,17 @@ def ask(model, fields, cache, questions, settings, first=()):
 
 
 def answers(model, fields, images, questions, settings):
-    """One answer each to S lists of n questions about S pictures (S, m, H, W, C): lists of lists of texts."""
+    """One reply each to S lists of n questions about S pictures (S, m, H, W, C): lists of lists of texts."""
     n = len(questions[0])
     with exact(settings, model.language.turn.device):
         drawn = list(ask(model, fields, look(model, fields, images, n), [q for row in questions for q in row], settings))
     texts = [fields.decode(ids) for ids in torch.stack(drawn, 1).tolist()]
     return [texts[i:i + n] for i in range(0, len(texts), n)]
+
+
+def final(reply):
+    """What a reply says in the end, after the thought if there is one."""
+    return reply.rpartition('Answer:')[2].strip()
 
 
 def chat(model, fields, images, settings):
@@ -972,7 +977,7 @@ def draw_vlm(model, fields, settings, path):
     images = in_rows(fields.pictures(settings['split'], [line['image'] for line in lines]), len(lines))
     asked = [(6 * line['turns'])[:6] for line in lines]  # equally many about each
     found = answers(model, fields, images, [[question for question, _ in turns] for turns in asked], settings)
-    talks = [dict.fromkeys((q, answer, truth) for (q, truth), answer in zip(turns, row)) for turns, row in zip(asked, found)]
+    talks = [dict.fromkeys((q, final(reply), truth) for (q, truth), reply in zip(turns, row)) for turns, row in zip(asked, found)]
     save_answers(images[:, 0], [list(talk) for talk in talks], path)
 
 
@@ -986,9 +991,9 @@ def right_answers(model, fields, settings, name='questions', shift=0):
         images = in_rows(fields.pictures(settings['split'], shown[start:start + 32]), len(part))
         asked = [[question for question, _ in (most * line['turns'])[:most]] for line in part]
         for i, (line, row) in enumerate(zip(part, answers(model, fields, images, asked, settings)), start):
-            for (_, truth), family, answer in zip(line['turns'], line['families'], row):
+            for (_, truth), family, reply in zip(line['turns'], line['families'], row):
                 for key in {family or 'all', 'all'}:
-                    families.setdefault(key, np.zeros((len(lines), 1, 2)))[i, 0] += (answer == truth, 1)
+                    families.setdefault(key, np.zeros((len(lines), 1, 2)))[i, 0] += (final(reply) == truth, 1)
                 total += 1
     return families, total / (time.perf_counter() - started)
 

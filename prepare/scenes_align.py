@@ -53,8 +53,8 @@ def main(*arguments, **overrides):
         objects, random = load(scenes, split, 'objects'), np.random.default_rng((settings['seed'], 2, seed))
         index, turns = (~has_new_pair(objects)).nonzero()[0], []
         for i in index:
-            scene = Scene(objects[i], random)
-            points = [where(scene, size) for _ in range(settings['n_where'])]
+            scene = Scene(objects[i], random, size)
+            points = [where(scene) for _ in range(settings['n_where'])]
             turns.append([(QUESTION, describe(objects[i].tolist(), size)), *points])
         write_rows(out / split, [way.rows(turn, settings['length'])[0] for turn in turns], index.astype(np.int32))
         np.save(out / split / 'names.npy', names(objects[index], size, way))

@@ -16,6 +16,13 @@ These are CLEVR's families (Johnson et al., 1612.06890). No prior is to help: of
 answer was heard least so far in questions of its kind. A scene's questions make one conversation, which shows the picture once;
 pictures are not copied but read from data/scenes.
 
+Before it answers, the model says what it looks at, cell by cell of 8x8, and what it finds there: a thought of a few words, by
+which a question of several steps becomes several easy ones (chain of thought, Wei et al., 2201.11903; counting by pointing, as in
+Molmo, 2409.17146). Only the answer is scored.
+
+    Question: Is the red cube left of the small sphere? row 3 column 1 row 5 column 6 Answer: yes
+    Question: Are there more cubes than red things? row 3 column 1 row 2 column 5 2 row 3 column 1 1 Answer: yes
+
 Some pairs of color and shape (HELD_OUT) are in no training picture, as in CLEVR-CoGenT: val/questions.jsonl asks about pictures
 without them, val/new_pairs.jsonl about pictures with them.
 """
@@ -34,7 +41,7 @@ from prepare.scenes import COLOR_NAMES, MATERIALS, NAMES, SHAPES, SIZES
 from prepare.text_tokenizers import save_words
 from prepare.vqa import Fields, template, write_meta, write_questions, write_rows  # noqa: F401  (Fields: for sample.py)
 
-SETTINGS = dict(scenes='data/scenes', out='data/scenes_qa', n_turns=12, n_where=2, length=136, seed=0)
+SETTINGS = dict(scenes='data/scenes', out='data/scenes_qa', n_turns=12, length=160, seed=0)
 HELD_OUT = (('purple', 'cube'), ('cyan', 'sphere'), ('yellow', 'cylinder'))
 SHAPE, COLOR, MATERIAL, SIZE = range(4)  # the columns of raw_objects, before x and y
 ATTRIBUTES = tuple(NAMES)
@@ -71,12 +78,12 @@ def vocabulary():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Families: each draws a random question about a scene, as (kind, question, answer), or None where it finds none
+# Families: each draws a random question about a scene, as (kind, question, thought, answer), or None where it finds none
 
 class Scene:
-    """One scene's objects (K, 6), and for each filter which and how many of them it fits."""
-    def __init__(self, objects, random):
-        self.objects = objects[objects[:, 0] >= 0]
+    """One scene's objects (K, 6) in a picture of `size` pixels, and for each filter which and how many of them it fits."""
+    def __init__(self, objects, random, size):
+        self.objects, self.size = objects[objects[:, 0] >= 0], size
         self.fits = ((FILTERS[:, None] == self.objects[None, :, :4]) | (FILTERS[:, None] < 0)).all(-1)  # (filters, K)
         self.count, self.random = self.fits.sum(1), random
         self.names = [{} for _ in self.objects]  # of each object: kind -> filters that fit it alone
@@ -102,6 +109,10 @@ class Scene:
     def noun(self):
         return self.choose(('thing', 'object'))
 
+    def places(self, chosen):
+        """Where the objects of this mask (K,) are: 'row 3 column 1 row 5 column 6', 'nowhere'."""
+        return ' '.join(place(x, y, self.size) for x, y in self.objects[chosen, 4:].tolist()) or 'nowhere'
+
 
 def exist(scene):
     kind = scene.choose(KINDS[1:])
@@ -109,7 +120,9 @@ def exist(scene):
     yes, no = (same & (scene.count > 0)).nonzero()[0], (same & (scene.count == 0)).nonzero()[0]
     if len(yes) and len(no):
         start = scene.choose((' Are there any', ' Do you see any'))
-        return kind, f'{start}{phrase(scene.choose(yes if answer else no), True, scene.noun())}?', 'yes' if answer else 'no'
+        f = scene.choose(yes if answer else no)
+        text = f'{start}{phrase(f, True, scene.noun())}?'
+        return kind, text, scene.places(scene.fits[f]), 'yes' if answer else 'no'
 
 
 def count(scene):
@@ -119,7 +132,8 @@ def count(scene):
     if len(fine):
         start = scene.choose((' How many', ' How many', ' What number of'))
         end = scene.choose((' are there?', ' do you see?'))
-        return '', f'{start}{phrase(scene.choose(fine), True, scene.noun())}{end}', str(n)
+        f = scene.choose(fine)
+        return '', f'{start}{phrase(f, True, scene.noun())}{end}', scene.places(scene.fits[f]), str(n)
 
 
 def ask_attribute(scene, a, subject):
@@ -130,7 +144,8 @@ def query(scene):
     a = scene.choose(range(4))
     f, k = scene.the(silent=a)
     if f is not None:
-        return a, ask_attribute(scene, a, phrase(f, noun=scene.noun())), WORDS[a][scene.objects[k, a]]
+        text = ask_attribute(scene, a, phrase(f, noun=scene.noun()))
+        return a, text, scene.places([k]), WORDS[a][scene.objects[k, a]]
 
 
 def compare(scene):
@@ -141,7 +156,8 @@ def compare(scene):
     if g is not None:
         one, two = (phrase(x, noun=scene.noun()) for x in (f, g))
         text = scene.choose((f' Do the{one} and the{two} have the same', f' Are the{one} and the{two} of the same'))
-        return a, f'{text} {ATTRIBUTES[a]}?', 'yes' if scene.objects[i, a] == scene.objects[j, a] else 'no'
+        u, v = (WORDS[a][scene.objects[k, a]] for k in (i, j))
+        return a, f'{text} {ATTRIBUTES[a]}?', f'{scene.places([i])} {u} {scene.places([j])} {v}', 'yes' if u == v else 'no'
 
 
 def number(scene):
@@ -152,7 +168,8 @@ def number(scene):
     if f != g and a + b:
         word, holds = scene.choose(((' more', a > b), (' fewer', a < b), (' as many', a == b)))
         link = ' as' if word == ' as many' else ' than'
-        return word, f' Are there{word}{phrase(f, True)}{link}{phrase(g, True)}?', 'yes' if holds else 'no'
+        thought = ' '.join(f'{scene.places(scene.fits[x])} {scene.count[x]}' for x in (f, g))
+        return word, f' Are there{word}{phrase(f, True)}{link}{phrase(g, True)}?', thought, 'yes' if holds else 'no'
 
 
 def relation(scene):
@@ -161,7 +178,8 @@ def relation(scene):
     side = scene.choose(list(SIDES))
     beside = None if f is None or g is None else scene.beside(side, j)
     if beside is not None:
-        return side, f' Is the{phrase(f, noun=scene.noun())}{side}{phrase(g, noun=scene.noun())}?', 'yes' if beside[i] else 'no'
+        text = f' Is the{phrase(f, noun=scene.noun())}{side}{phrase(g, noun=scene.noun())}?'
+        return side, text, scene.places([i, j]), 'yes' if beside[i] else 'no'
 
 
 def hop(scene):
@@ -174,11 +192,13 @@ def hop(scene):
     if a is None:  # no: one that is elsewhere in the picture
         wanted = here > 0 if scene.random.random() < 0.5 else (here == 0) & (scene.count > scene.fits[:, j])
         f = scene.choose(wanted.nonzero()[0])
-        return f if f is None else (KINDS[f], f' Are there any{phrase(f, True)}{side}{phrase(g)}?', 'yes' if here[f] else 'no')
+        thought = None if f is None else f'{scene.places([j])} {scene.places(scene.fits[f] & beside)}'
+        return thought and (KINDS[f], f' Are there any{phrase(f, True)}{side}{phrase(g)}?', thought, 'yes' if here[f] else 'no')
     f = scene.choose(((here == 1) & (FILTERS[:, a] < 0)).nonzero()[0])
     if f is not None:
         k = (scene.fits[f] & beside).argmax()
-        return a, ask_attribute(scene, a, f'{phrase(f)}{side}{phrase(g)}'), WORDS[a][scene.objects[k, a]]
+        text = ask_attribute(scene, a, f'{phrase(f)}{side}{phrase(g)}')
+        return a, text, scene.places([j, k]), WORDS[a][scene.objects[k, a]]
 
 
 def cell(place, size):
@@ -190,12 +210,11 @@ def place(x, y, size):
     return f'row {cell(y, size)} column {cell(x, size)}'
 
 
-def where(scene, size):
+def where(scene):
     """A question about the places of all objects that some words fit, and its answer."""
     wanted = scene.count > 0 if scene.random.random() < 0.85 else scene.count == 0
     f = scene.choose((wanted & (KINDS == scene.choose(KINDS[wanted]))).nonzero()[0])
-    places = [place(x, y, size) for x, y in scene.objects[scene.fits[f], 4:].tolist()]
-    return f'Where are the{phrase(f, True, scene.noun())}?', ' '.join(places) or 'nowhere'
+    return f'Where are the{phrase(f, True, scene.noun())}?', scene.places(scene.fits[f])
 
 
 FAMILIES = dict(exist=exist, count=count, query=query, compare=compare, number=number, relation=relation, hop=hop)
@@ -204,22 +223,22 @@ FAMILIES = dict(exist=exist, count=count, query=query, compare=compare, number=n
 # ---------------------------------------------------------------------------------------------------------------------
 # Conversations
 
-def converse(objects, random, heard, n_turns, tries=8):
-    """n_turns questions about a scene's objects (K, 6): [(family, question, answer), ...]. heard: how often each answer was
-    given, a Counter a (family, kind), which this goes on with; of several questions the one with the rarest answer is asked,
-    and none whose answer is ahead of its opposite."""
-    scene, turns, asked = Scene(objects, random), [], set()
-    families = [name for _ in range(1 + n_turns // len(FAMILIES)) for name in random.permutation(list(FAMILIES)).tolist()]
+def converse(scene, heard, n_turns, tries=8):
+    """n_turns questions about a scene: [(family, question, answer, thought), ...]. heard: how often each answer was given, a
+    Counter a (family, kind), which this goes on with; of several questions the one with the rarest answer is asked, and none whose
+    answer is ahead of its opposite."""
+    turns, asked = [], set()
+    families = [name for _ in range(1 + n_turns // len(FAMILIES)) for name in scene.random.permutation(list(FAMILIES)).tolist()]
     for family in families * 2:
         found = [one for one in (FAMILIES[family](scene) for _ in range(tries)) if one]
-        found = [(lead(heard.setdefault((family, kind), Counter()), answer), i, kind, question, answer)
-                 for i, (kind, question, answer) in enumerate(found) if question not in asked]
+        found = [(lead(heard.setdefault((family, kind), Counter()), answer), i, kind, question, thought, answer)
+                 for i, (kind, question, thought, answer) in enumerate(found) if question not in asked]
         if found:
-            ahead, _, kind, question, answer = min(found)
+            ahead, _, kind, question, thought, answer = min(found)
             if ahead <= 5 or answer not in ('yes', 'no'):
                 heard[family, kind][answer] += 1
                 asked.add(question)
-                turns.append((family, question.strip(), answer))
+                turns.append((family, question.strip(), answer, thought))
         if len(turns) == n_turns:
             break
     return turns
@@ -257,20 +276,14 @@ def load(folder, split, name):
 
 
 def write_split(out, way, objects, index, name, random, settings, size):
-    """Conversations about the scenes with these numbers: NAME.jsonl, and the rows that train.py reads. In training some turns
-    point at things (see prepare/scenes_align.py): what stage 1 has learned stays in use while answers begin to build on it."""
-    heard, n_where = {}, settings['n_where'] if out.name == 'train' else 0
-    turns = [converse(objects[i], random, heard, settings['n_turns']) for i in tqdm(index, desc=name, unit='scene')]
-    talks = [[turn[1:] for turn in talk] for talk in turns]
+    """Conversations about the scenes with these numbers: NAME.jsonl, and the rows that train.py reads."""
+    heard = {}
+    talks = [converse(Scene(objects[i], random, size), heard, settings['n_turns']) for i in tqdm(index, desc=name, unit='scene')]
     if name != 'new_pairs':
-        rows = []
-        for i, talk in zip(index, talks):
-            scene, mixed = Scene(objects[i], random), list(talk)
-            for _ in range(n_where):
-                mixed.insert(int(random.integers(len(talk))), where(scene, size))
-            rows.append(way.rows(mixed, settings['length'])[0])
+        rows = [way.rows([turn[1:] for turn in talk], settings['length'])[0] for talk in talks]
         write_rows(out, rows, index.astype(np.int32))
-    write_questions(out / f'{name}.jsonl', index.tolist(), talks, [[turn[0] for turn in talk] for talk in turns])
+    write_questions(out / f'{name}.jsonl', index.tolist(), [[turn[1:3] for turn in talk] for talk in talks],
+                    [[turn[0] for turn in talk] for talk in talks])
 
 
 def begin(settings):
@@ -285,6 +298,7 @@ def begin(settings):
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     out, scenes, way, size = begin(settings)
+    way.thinks = True
     for split, seed in (('val', 1), ('train', 0)):
         objects, random = load(scenes, split, 'objects'), np.random.default_rng((settings['seed'], seed))
         new = has_new_pair(objects)

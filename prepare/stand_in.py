@@ -32,8 +32,8 @@ DATA = {  # {field: (ids, shape of a sample)}, none for a stream of tokens, no i
     'multiclevr': (dict(image=(256, (64, 64, 3))), dict(modalities=CLEVR)),
     'scenes_align': (dict(tokens=(340, (104,)), counted=(2, (104,)), image=(256, (64, 64, 3)), names=(340, (64, 4))),
                      PICTURE | TALK | dict(block_size=104, n_named=64, n_names=4)),
-    'scenes_qa': (dict(tokens=(340, (136,)), counted=(2, (136,)), image=(256, (64, 64, 3))),
-                  PICTURE | TALK | dict(block_size=136)),
+    'scenes_qa': (dict(tokens=(340, (160,)), counted=(2, (160,)), image=(256, (64, 64, 3))),
+                  PICTURE | TALK | dict(block_size=160)),
     'vqa': (dict(tokens=(49151, (256,)), counted=(2, (256,)), image=(256, (224, 224, 3))),
             TALK | dict(vocab_size=49152, image_token=49151, image_size=224, channels=3, block_size=256)),
 }

@@ -55,7 +55,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.model, self.head = copy.deepcopy(model), nn.Linear(model.config.n_embd, classes)
         nn.init.zeros_(self.head.weight)
-        self.places = next(m.places for m in model.modalities if m.name == given)
+        self.places = model.modality[given].places
 
     def features(self, ids):
         index = torch.arange(self.places.start, self.places.stop, device=ids.device).expand(len(ids), -1)

@@ -35,28 +35,30 @@ SETTINGS = dict(input='', images='', out='data/vqa', size=224, length=256, val_s
 # Conversations as tokens
 
 class Template:
-    """Turns of question and answer as ids; `image` is the id that stands for a picture, `end` closes an answer."""
-    def __init__(self, encoding, end, image):
-        self.encoding, self.end, self.image = encoding, end, image
+    """Turns of question and answer as ids; `image` is the id that stands for a picture, `end` closes an answer. One that `thinks`
+    leaves it to the model to say ' Answer:', when it has thought (prepare/scenes_qa.py)."""
+    def __init__(self, encoding, end, image, thinks=False):
+        self.encoding, self.end, self.image, self.thinks = encoding, end, image, thinks
 
     def ask(self, question, n_images=0):
-        """The ids that lead to an answer: pictures, the question, and the word that asks for the answer. Raises UserError."""
+        """The ids that lead to a reply: pictures, the question, and the word that asks for the answer. Raises UserError."""
         question = question.strip()
         if not question:
             raise UserError('an empty question: write one')
-        text = f' Question: {question[0].upper()}{question[1:]} Answer:'
+        text = f' Question: {question[0].upper()}{question[1:]}' + ' Answer:' * (not self.thinks)
         return [self.image] * n_images + self.encoding.encode_ordinary(text)
 
-    def reply(self, answer):
-        """An answer's ids and its end: what is learned."""
-        return self.encoding.encode_ordinary(' ' + answer.strip()) + [self.end]
+    def reply(self, answer, thought=''):
+        """The ids of an answer, with the thought before it, and of its end: what is learned."""
+        words = [*thought.split(), 'Answer:', answer.strip()] if self.thinks else [answer.strip()]
+        return self.encoding.encode_ordinary(' ' + ' '.join(words)) + [self.end]
 
     def rows(self, turns, length, n_images=1):
-        """Turns [(question, answer), ...] -> a list of rows (tokens, counted), both (length,), as many as the conversation needs,
+        """Turns [(question, answer[, thought]), ...] -> a list of rows (tokens, counted), both (length,), as many as the conversation needs,
         each with its pictures in front; a turn that no row can hold is left out."""
         rows, tokens, counted = [], [], []
-        for question, answer in turns:
-            ask, reply = self.ask(question), self.reply(answer)
+        for question, *answer in turns:
+            ask, reply = self.ask(question), self.reply(*answer)
             if n_images + len(ask) + len(reply) > length:
                 continue
             if tokens and len(tokens) + len(ask) + len(reply) > length:
@@ -88,6 +90,7 @@ class Fields:
         self.folder, self.meta = Path(folder), json.loads(Path(folder, 'meta.json').read_text())
         self.size = self.meta['config']['image_size']
         self.template = template(self.meta['encoding'], self.folder)
+        self.template.thinks = self.meta.get('thinks', False)
 
     def pictures(self, split, index):
         """The pictures with these numbers: (n, H, W, 3) uint8, or (n, m, H, W, 3) for an index (n, m)."""
@@ -105,7 +108,7 @@ class Fields:
         return [json.loads(line) for line in Path(self.folder, split, f'{name}.jsonl').read_text().splitlines()]
 
     def decode(self, ids):
-        """An answer's ids -> its text."""
+        """A reply's ids -> its text, with the thought if there is one."""
         ids = [int(i) for i in ids if i >= 0]
         return self.template.encoding.decode(ids[:ids.index(self.template.end)] if self.template.end in ids else ids).strip()
 
@@ -224,7 +227,7 @@ def write_meta(out, way, encoding, length, size, n_images, prepare, settings, pi
     fields = dict(tokens=V, counted=2, image=256) | (dict(names=V) if n_names else {})
     model_config = dict(vocab_size=V, block_size=length, image_token=way.image, image_size=size, channels=3, n_images=n_images,
                         n_named=n_named, n_names=n_names)
-    meta = dict(kind='rows', prepare=prepare, encoding=encoding, fields=fields, files=dict(image=pictures),
+    meta = dict(kind='rows', prepare=prepare, encoding=encoding, thinks=way.thinks, fields=fields, files=dict(image=pictures),
                 index=dict(image='scene'), settings=settings, config=model_config)
     save_meta(out, meta)
 

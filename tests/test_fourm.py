@@ -276,7 +276,7 @@ def test_generate_equals_the_slow_reference(order, steps):
     given = {'rgb': batch['rgb'], 'depth': partial} if order != 'raster' else {'caption': batch['caption']}
     longest = max((model.join(given) >= 0).sum(1).tolist())
     for name in ('depth', 'caption') if order != 'raster' else ('rgb',):
-        m = next(m for m in model.modalities if m.name == name)
+        m = model.modality[name]
         found = model.generate(given, [name], steps=steps, temperature=0, order=order,
                                generator=torch.Generator().manual_seed(4))[name]
         random = torch.rand(3, m.size, generator=torch.Generator().manual_seed(4))

@@ -290,7 +290,7 @@ def test_scores(run):
 @pytest.mark.parametrize('arguments, message', [
     (['--image=none.png', '--text=Is it?'], 'none.png: no such picture'),
     (['--image=own.png'], 'an empty question'),
-    (['--image=own.png', '--text=' + 'x' * 100], 'the question has 103 tokens, and the context has room for 59, the answer'),
+    (['--image=own.png', '--text=' + 'x' * 100], 'the question has 102 tokens, and the context has room for 59, the answer'),
     (['--text=Is it?'], 'questions need --image=FILE'),
     (['--chat=True'], 'questions need --image=FILE'),
     (['--given=rgb'], 'given is a setting of fourm, this run is of vlm'),

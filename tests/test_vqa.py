@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sample
 import train
 from config import UserError
 from prepare import scenes_align, scenes_qa, smollm2, vqa
 from prepare.scenes import MATERIALS, SHAPES, SIZES, COLOR_NAMES
-from prepare.text_tokenizers import word_encoding
+from prepare.text_tokenizers import save_words, word_encoding
 from tests.test_smollm2 import TOKENIZER
 
 
@@ -175,7 +176,7 @@ def talks():
     random = np.random.default_rng(0)
     made = [sample_objects(random) for _ in range(300)]
     heard = {}
-    return made, [scenes_qa.converse(objects, random, heard, 12) for objects in made]
+    return made, [scenes_qa.converse(scenes_qa.Scene(objects, random, 64), heard, 12) for objects in made]
 
 
 def sample_objects(random):
@@ -238,16 +239,57 @@ def solve(family, question, objects):
 def test_answers_are_right(talks):
     for objects, talk in zip(*talks):
         objects = objects[objects[:, 0] >= 0]
-        for family, question, answer in talk:
+        for family, question, answer, _ in talk:
             assert solve(family, question, objects) == answer, (question, objects)
+
+
+def test_thoughts_look_at_what_is_asked_about(talks):
+    """Every thing that a question names by itself is looked at, in the order of the words; nothing else is, but with one hop."""
+    for objects, talk in zip(*talks):
+        objects = objects[objects[:, 0] >= 0]
+        cells = [f'row {y // 8} column {x // 8}' for *_, x, y in objects.tolist()]
+
+        def where(mask):
+            return ' '.join(cells[k] for k in mask.nonzero()[0]) or 'nowhere'
+        for family, question, answer, thought in talk:
+            phrases = re.findall(r'((?:(?:%s) )*\w*?(?:cube|sphere|cylinder|thing|object))' % '|'.join(
+                (*SIZES, *COLOR_NAMES, *MATERIALS)), question)
+            masks = [described(text, objects) for text in phrases]
+            if family == 'number':
+                assert thought == ' '.join(f'{where(mask)} {mask.sum()}' for mask in masks)
+            elif family == 'compare':
+                (i,), (j,) = (mask.nonzero()[0] for mask in masks)
+                found = re.fullmatch(f'{cells[i]} (\\w+) {cells[j]} (\\w+)', thought)
+                assert (found[1] == found[2]) == (answer == 'yes') and {found[1], found[2]} <= {
+                    *SHAPES, *COLOR_NAMES, *MATERIALS, *SIZES}
+            elif family == 'hop':
+                anchor, rest = where(masks[1]), thought[len(where(masks[1])) + 1:]
+                assert thought.startswith(anchor) and (rest == 'nowhere') == (answer == 'no')
+                assert rest == 'nowhere' or all(cell in cells for cell in re.findall(r'row \d column \d', rest))
+            else:
+                assert thought == ' '.join(map(where, masks)), question
+
+
+def test_a_thought_comes_before_its_answer(tmp_path):
+    save_words(tmp_path / 'words.json', scenes_qa.vocabulary())
+    way = vqa.template('', tmp_path)
+    turn = 'is the cube left of the blue thing?', 'no', 'row 0 column 7 row 5 column 1'
+    assert way.encoding.decode(way.ask(turn[0])) == ' Question: Is the cube left of the blue thing? Answer:'
+    way.thinks = True
+    (tokens, counted), = way.rows([turn], 30)
+    assert way.encoding.decode([i for i in tokens[1:] if i >= 0]) == (
+        ' Question: Is the cube left of the blue thing? row 0 column 7 row 5 column 1 Answer: no<|end|>')
+    learned = way.encoding.decode([i for i, flag in zip(tokens, counted) if flag])
+    assert learned == ' row 0 column 7 row 5 column 1 Answer: no<|end|>'  # also when to answer
+    assert sample.final(learned.removesuffix('<|end|>')) == 'no' == sample.final(' no')
 
 
 def test_no_prior_helps(talks):
     heard = {}
     for talk in talks[1]:
-        for family, question, answer in talk:
+        for family, _, answer, _ in talk:
             heard.setdefault(family, Counter())[answer] += 1
-        assert len(talk) >= 8 and len({question for _, question, _ in talk}) == len(talk)
+        assert len(talk) >= 8 and len({question for _, question, *_ in talk}) == len(talk)
     assert heard.keys() == scenes_qa.FAMILIES.keys()
     for family in ('exist', 'compare', 'number', 'relation'):
         assert abs(heard[family]['yes'] - heard[family]['no']) < 0.05 * sum(heard[family].values())
@@ -257,9 +299,9 @@ def test_no_prior_helps(talks):
 
 def test_the_vocabulary_is_closed(talks):
     encoding = word_encoding('closed', scenes_qa.vocabulary())
-    texts = [f' {text}' for talk in talks[1] for _, question, answer in talk for text in (question, answer)]
+    texts = [f' {text}' for talk in talks[1] for turn in talk for text in turn[1:]]
     texts += [f' {scenes_align.describe(objects, 64)}' for objects in talks[0]] + [f' {scenes_align.QUESTION}']
-    texts += [f' {text}' for objects in talks[0] for text in scenes_qa.where(scenes_qa.Scene(objects, np.random), 64)]
+    texts += [f' {text}' for objects in talks[0] for text in scenes_qa.where(scenes_qa.Scene(objects, np.random, 64))]
     ids = [encoding.encode_ordinary(text) for text in texts]
     assert {i for row in ids for i in row if i < 256} == {ord('?')} and max(map(len, ids)) < 32
     assert [encoding.decode(row) for row in ids] == texts
