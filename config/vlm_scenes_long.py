@@ -1,4 +1,4 @@
-# nanoVLM, stage 2 as in vlm_scenes.py, four times as long. Not run yet.
+# nanoVLM, stage 2 as in vlm_scenes.py, four times as long. Not run to its end.
 model = 'vlm'
 dataset = 'scenes_qa'
 init_from = 'vlm_scenes_align'
