@@ -110,7 +110,7 @@ class Scene:
         return self.choose(('thing', 'object'))
 
     def places(self, chosen):
-        """Where the objects of this mask (K,) are: 'row 3 column 1 row 5 column 6', 'nowhere'."""
+        """Where these objects are, a mask (K,) or their numbers: 'row 3 column 1 row 5 column 6', 'nowhere'."""
         return ' '.join(place(x, y, self.size) for x, y in self.objects[chosen, 4:].tolist()) or 'nowhere'
 
 
