@@ -286,19 +286,18 @@ def write_split(out, way, objects, index, name, random, settings, size):
                     [[turn[0] for turn in talk] for talk in talks])
 
 
-def begin(settings):
+def begin(settings, thinks=False):
     """The folder of conversations with its vocabulary, the folder of scenes, the template, the pixels of a picture's side."""
     out, scenes = Path(settings['out']), Path(settings['scenes'])
     out.mkdir(parents=True, exist_ok=True)
     (out / 'meta.json').unlink(missing_ok=True)
     save_words(out / 'words.json', vocabulary())
-    return out, scenes, template('', out), load(scenes, 'val', 'rgb').shape[1]
+    return out, scenes, template('', out, thinks), load(scenes, 'val', 'rgb').shape[1]
 
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
-    out, scenes, way, size = begin(settings)
-    way.thinks = True
+    out, scenes, way, size = begin(settings, thinks=True)
     for split, seed in (('val', 1), ('train', 0)):
         objects, random = load(scenes, split, 'objects'), np.random.default_rng((settings['seed'], seed))
         new = has_new_pair(objects)

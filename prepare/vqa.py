@@ -89,8 +89,7 @@ class Fields:
     def __init__(self, folder):
         self.folder, self.meta = Path(folder), json.loads(Path(folder, 'meta.json').read_text())
         self.size = self.meta['config']['image_size']
-        self.template = template(self.meta['encoding'], self.folder)
-        self.template.thinks = self.meta.get('thinks', False)
+        self.template = template(self.meta['encoding'], self.folder, self.meta.get('thinks', False))
 
     def pictures(self, split, index):
         """The pictures with these numbers: (n, H, W, 3) uint8, or (n, m, H, W, 3) for an index (n, m)."""
@@ -113,14 +112,14 @@ class Fields:
         return self.template.encoding.decode(ids[:ids.index(self.template.end)] if self.template.end in ids else ids).strip()
 
 
-def template(name, folder=None):
+def template(name, folder=None, thinks=False):
     """The Template of an encoding: SmolLM2's, or the closed vocabulary in the folder's words.json, then a picture."""
     if name == 'smollm2':
         from prepare import smollm2
         encoding = smollm2.encoding()
         return Template(encoding, encoding.eot_token, encoding.encode_single_token('<filename>'))
     encoding = load_words(folder / 'words.json')
-    return Template(encoding, encoding.n_vocab - 1, encoding.n_vocab)
+    return Template(encoding, encoding.n_vocab - 1, encoding.n_vocab, thinks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

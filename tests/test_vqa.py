@@ -275,7 +275,7 @@ def test_a_thought_comes_before_its_answer(tmp_path):
     way = vqa.template('', tmp_path)
     turn = 'is the cube left of the blue thing?', 'no', 'row 0 column 7 row 5 column 1'
     assert way.encoding.decode(way.ask(turn[0])) == ' Question: Is the cube left of the blue thing? Answer:'
-    way.thinks = True
+    way = vqa.template('', tmp_path, thinks=True)
     (tokens, counted), = way.rows([turn], 30)
     assert way.encoding.decode([i for i in tokens[1:] if i >= 0]) == (
         ' Question: Is the cube left of the blue thing? row 0 column 7 row 5 column 1 Answer: no<|end|>')
