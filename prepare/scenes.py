@@ -3,7 +3,7 @@ The data set `scenes`: CLEVR-like pictures with exact ground truth in six modali
 
     python -m prepare.scenes                      (train.py runs it by itself when data/scenes is missing)
     python -m prepare.scenes --n_train=2000 --n_val=200 --max_objects=3 --out=data/scenes_small
-    python -m prepare.scenes --extra="edges palette boxes metadata"     (adds to data/scenes what it lacks of these)
+    python -m prepare.scenes --extra="edges palette boxes metadata layout"     (adds to data/scenes what it lacks of these)
 
     rgb           the picture                            64x64, 64 tokens
     depth         distance along the optical axis        64x64, 64 tokens
@@ -13,7 +13,7 @@ The data set `scenes`: CLEVR-like pictures with exact ground truth in six modali
     caption       "a large red metal sphere, a small blue rubber cube and a large gray metal cylinder", from left to right
 
 and, where --extra names them, those that can be made of any picture (grey, edges, palette, low: prepare/pictures.py) and those
-that are numbers (boxes, metadata: prepare/scenes_numbers.py).
+that are numbers (boxes, metadata, layout: prepare/scenes_numbers.py).
 
 Besides the tokens (FIELD.npy) the folder keeps what they were made from (raw_FIELD.npy, raw_instance.npy, the objects' attributes
 and positions in raw_objects.npy), the tokenizers and, once scores have been asked for, the parser that reads objects back from

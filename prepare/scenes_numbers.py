@@ -3,6 +3,7 @@ Numbers about a scene as modalities of the data set `scenes`: a short text with 
 
     boxes     "shape=cube left=3 top=20 right=17 bottom=33 shape=sphere left=..."   from left to right
     metadata  "objects=3 cover=27 depth=98 light=52 elevation=36"
+    layout    "y0=30 y1=33 ... y5=36 cb0=31 cb1=32 cb2=32 cr0=33 cr1=30 cr2=32"     a feature of the picture as a whole
 
 A table of whole numbers (n, K, columns) is measured from what the folder keeps of n scenes and told row by row, as 4M-21
 (2406.09406) does with boxes and metadata. To add a modality, write the function that measures it and name its columns in NUMBERS.
@@ -13,9 +14,17 @@ from collections import Counter
 import numpy as np
 from PIL import Image, ImageDraw
 
+from prepare.pictures import SIDE, low
 from prepare.scenes_render import COLORS, SHAPES
 
 BINS = 64  # of a coordinate, whatever the picture's size
+YCBCR = np.array([(0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081)]).T  # from RGB: luminance, two differences
+# The lowest frequencies of a picture: of which of the three, how often down, how often across; a step of the number that tells it
+CHANNEL, DOWN, ACROSS = np.array([(c, *place) for c, many in enumerate((6, 3, 3))
+                                  for place in ((0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2))[:many]]).T
+STEP = np.array([32] + 11 * [8])
+WAVES = np.cos(np.pi / SIDE * np.arange(SIDE)[:, None] * (np.arange(SIDE) + 0.5)) * (2 / SIDE) ** 0.5  # (frequency, place)
+WAVES[0] /= 2 ** 0.5  # so that they are orthonormal
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,9 +50,26 @@ def metadata(raw):
     return np.round(np.stack(columns, -1))[:, None].astype(int)  # (n, 1, 5)
 
 
+def layout(raw):
+    """MPEG-7's color layout (Manjunath et al., "Color and Texture Descriptors", 2001), a global feature with which pictures are
+    searched: the lowest frequencies (cosine transform) of the picture in 8x8 pixels, six of its luminance, three of each color
+    difference; 32 is none."""
+    found = np.einsum('fi,nijc,gj->ncfg', WAVES, low(raw['rgb']) @ YCBCR - (128, 0, 0), WAVES)
+    return np.round(32 + found[:, CHANNEL, DOWN, ACROSS] / STEP).clip(0, 63)[:, None].astype(int)  # (n, 1, 12)
+
+
+def from_layout(numbers):
+    """The inverse: twelve numbers -> the picture (8, 8, 3) that has no other frequencies."""
+    found = np.zeros((3, SIDE, SIDE))
+    found[CHANNEL, DOWN, ACROSS] = (numbers - 32) * STEP
+    pixels = np.einsum('fi,cfg,gj->ijc', WAVES, found, WAVES) + (128, 0, 0)
+    return (pixels @ np.linalg.inv(YCBCR)).round().clip(0, 255).astype(np.uint8)
+
+
 NUMBERS = dict(  # what measures it; how many values each column has
     boxes=(boxes, dict(shape=len(SHAPES), left=BINS, top=BINS, right=BINS, bottom=BINS)),
-    metadata=(metadata, dict(objects=11, cover=101, depth=201, light=101, elevation=91)))
+    metadata=(metadata, dict(objects=11, cover=101, depth=201, light=101, elevation=91)),
+    layout=(layout, {f'{part}{i}': 64 for part, many in (('y', 6), ('cb', 3), ('cr', 3)) for i in range(many)}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +106,10 @@ def middle(tables):
 
 
 def drawing(name, text, side):
-    """A text as a picture (side, side, 3): frames, red of cubes, blue of spheres, green of cylinders; other numbers a line each."""
+    """A text as a picture (side, side, 3): frames, red of cubes, blue of spheres, green of cylinders; a layout as the blurred
+    picture that it tells of; other numbers a line each."""
+    for numbers in read('layout', text):
+        return np.asarray(Image.fromarray(from_layout(numbers)).resize((side, side), Image.BICUBIC))
     canvas = Image.new('RGB', (side, side), (225, 225, 225))
     draw, scale, colors = ImageDraw.Draw(canvas), side / BINS, [COLORS[color] for color in ('red', 'blue', 'green')]
     if name != 'boxes':

@@ -113,6 +113,16 @@ def test_numbers_and_back():
     table = scenes_numbers.boxes(RAW)
     assert table.tolist() == [[[1, 4, 16, 10, 22], [0, 40, 8, 42, 60], [-1] * 5]]  # 64 bins of 32 pixels
     assert scenes_numbers.metadata(RAW).tolist() == [[[2, 7, 83, 20, 30]]]
+    grey = scenes_numbers.layout(RAW)  # 51 of 255, everywhere
+    assert grey.tolist() == [[[32 + round((51 - 128) / 4)] + [32] * 11]]
+    ramp = np.broadcast_to(np.arange(0, 256, 8)[None, None, :, None], (1, 32, 32, 3)).astype(np.uint8)  # from left to right
+    dark_first, light_first = (scenes_numbers.layout(dict(rgb=rgb))[0, 0] for rgb in (ramp, ramp[:, :, ::-1]))
+    changed = (dark_first != light_first).nonzero()[0].tolist()
+    assert 1 in changed and set(changed) <= {0, 1} and dark_first[1] < 32 < light_first[1]
+    assert scenes_numbers.layout(dict(rgb=ramp * (1, 0, 0)))[0, 0, 10] < 32  # the first red difference across
+    numbers = np.array([40, 30, 36, 33, 31, 35, 37, 30, 31, 27, 34, 33])
+    blurred = np.repeat(np.repeat(scenes_numbers.from_layout(numbers), 4, 0), 4, 1)
+    assert scenes_numbers.layout(dict(rgb=blurred[None])).tolist() == [[numbers.tolist()]]
     text = scenes_numbers.tell('boxes', table[0].tolist())
     assert text == 'shape=sphere left=4 top=16 right=10 bottom=22 shape=cube left=40 top=8 right=42 bottom=60'
     assert scenes_numbers.read('boxes', text).tolist() == table[0, :2].tolist()
@@ -182,7 +192,7 @@ def test_more_modalities(work, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scenes, 'EXTRA', (*scenes.EXTRA, 'counts'))
     monkeypatch.setattr(scenes, 'EXTRA_STEPS', 3)
     monkeypatch.setattr(pictures.train_tokenizer, '__defaults__', (0, 8))
-    out, names = work / 'data/scenes_more', ('edges', 'palette', 'low', 'boxes', 'metadata', 'counts')
+    out, names = work / 'data/scenes_more', ('edges', 'palette', 'low', 'boxes', 'metadata', 'layout', 'counts')
     shutil.copytree(work / 'data/scenes', out)
     tiny = dict(model='fourm', dataset='scenes_more', n_layer_encoder=1, n_layer_decoder=1, n_embd=32, n_head=2, input_slots='64',
                 target_slots='64', batch_size=4, micro_batch_size=4, device='cpu', dtype='float32', compile=False, eval_iters=1)
