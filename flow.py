@@ -40,6 +40,7 @@ class Config:
     n_head: int = 4             # nh, attention heads a block
     n_embd: int = 128           # D, the width
     mlp_width: int = 256        # hidden units of the gated MLP
+    predict: str = 'velocity'   # what the network says: the velocity or, where a patch is too large for its width, the data
     label_drop: float = 0.1     # share of samples whose label is hidden, which guidance needs; 0 is none
     times: str = 'logit_normal'  # how t is drawn: logit_normal (good pictures in few steps) or uniform (good likelihood)
     shift: float = 1.0          # above 1: more of the times, and of the steps, are near the noise; for large pictures
@@ -307,6 +308,7 @@ class Flow(nn.Module):
     def __init__(self, config):
         super().__init__()
         assert config.times in ('uniform', 'logit_normal'), f'times={config.times!r} must be uniform or logit_normal'
+        assert config.predict in ('velocity', 'data'), f'predict={config.predict!r} must be velocity or data'
         assert 0 <= config.label_drop < 1 and 0 <= config.mean < 1, 'label_drop and mean are shares, at least 0 and below 1'
         assert config.shift > 0 and config.transport >= 0, 'shift must be above 0, transport at least 0'
         self.config = config
@@ -332,6 +334,13 @@ class Flow(nn.Module):
             drawn['before'] = torch.where(torch.rand(B, generator=generator) < config.mean, earlier, drawn['time'])
         return drawn
 
+    def velocity(self, z, t, label, before):
+        """The velocity at z (B, ...) and times t (B,): what the network says, or what follows from it, as z = data + t velocity.
+        Data lie near a surface of few dimensions, noise fills all of them: a network that is too narrow to repeat the noise may
+        still be wide enough for the data (2511.13720)."""
+        said = self.net(z, t, label, before)
+        return said if self.config.predict == 'velocity' else (z - said) / t.clamp(min=0.02).view(-1, *[1] * (z.ndim - 1))
+
     def forward(self, batch):
         """The mean squared error of the velocity over all numbers of a sample and over samples; as logs its sum and count, in all
         and by quarters of the time."""
@@ -339,7 +348,7 @@ class Flow(nn.Module):
         z, velocity = path(batch['data'], batch['noise'], t)
         before = batch.get('before', t)
         target = self.mean_velocity(z, velocity, t, label, before) if self.config.mean else velocity
-        error = (self.net(z, t, label, before) - target).square().flatten(1).mean(1)  # (B,)
+        error = (self.velocity(z, t, label, before) - target).square().flatten(1).mean(1)  # (B,)
         # targets of means are as uncertain as the model's own derivative: a large error counts less (2505.13447, eq. 22)
         loss = (error / (error.detach() + 0.01)).mean() if self.config.mean else error.mean()
         plain, quarter = before == t, (4 * t).long().clamp(max=3)
@@ -353,7 +362,7 @@ class Flow(nn.Module):
         """The target of the mean velocity u over before..t (2505.13447, eq. 10): velocity - (t - before) du/dt, du/dt being the
         model's own derivative along the path, in one forward pass; fused attention has no such derivative."""
         def u(z, t):
-            return self.net(z, t, label, before)
+            return self.velocity(z, t, label, before)
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance('force_eager'):
             slope = torch.func.jvp(u, (z, t), (velocity, torch.ones_like(t)))[1]
         return velocity - (t - before).view(-1, *[1] * (z.ndim - 1)) * slope
@@ -365,7 +374,7 @@ class Flow(nn.Module):
             raise ValueError(f'labels {label.min()} to {label.max()}: this model has classes 0 to {none - 1}, {none} is none')
         if guidance != 1 and not (self.config.label_drop and none):
             raise ValueError('guidance needs a model that was trained with labels, and with label_drop above 0')
-        return guided(self.net, label, none, guidance, interval)
+        return guided(self.velocity, label, none, guidance, interval)
 
     @torch.no_grad()
     def generate(self, label, steps=20, method='euler', guidance=1.0, interval=(0.0, 1.0), generator=None):

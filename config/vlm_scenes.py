@@ -4,7 +4,7 @@
 model = 'vlm'
 dataset = 'scenes_qa'
 init_from = 'vlm_scenes_align'
-rates = 'eyes:0'
+rates = 'eyes:0.3'
 batch_size = 16
 micro_batch_size = 16
 max_iters = 1800

@@ -2,8 +2,8 @@
 model = 'vlm'
 dataset = 'scenes_qa'
 init_from = 'vlm_scenes_align'
-rates = 'eyes:0'
+rates = 'eyes:0.3'
 batch_size = 16
 micro_batch_size = 16
-max_iters = 7000
-eval_interval = 3500
+max_iters = 5000
+eval_interval = 2500

@@ -196,6 +196,7 @@ def test_faults_of_generation(changes, arguments, message):
 
 @pytest.mark.parametrize('changes, message', [
     (dict(patch=3), 'image_size=8 must be a multiple of patch=3'), (dict(times='normal'), 'must be uniform or logit_normal'),
+    (dict(predict='noise'), 'must be velocity or data'),
     (dict(mean=1.0), 'below 1'), (dict(shift=0.0), 'shift must be above 0')])
 def test_faults_of_the_config(changes, message):
     with pytest.raises(AssertionError, match=message):
@@ -219,7 +220,7 @@ def test_draw_and_first_loss():
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize('changes', [{}, dict(mean=0.5), dict(image_size=0, channels=2, transport=5, n_embd=32)])
+@pytest.mark.parametrize('changes', [{}, dict(predict='data'), dict(mean=0.5), dict(image_size=0, channels=2, transport=5, n_embd=32)])
 def test_learns_one_sample(changes):
     """Each kind of model comes to draw the one sample that it has seen."""
     torch.manual_seed(0)
@@ -239,6 +240,21 @@ def test_learns_one_sample(changes):
     drawn = model.generate(torch.zeros(4, dtype=torch.long), steps, method, generator=generator)[0][-1]
     truth = image[:, None] / 127.5 - 1 if model.config.image_size else row['point'][:1]
     assert (drawn - truth).abs().mean() < 0.6 * truth.abs().mean()
+
+
+@pytest.mark.parametrize('shape', [dict(channels=3), dict(image_size=0, channels=2)])
+def test_a_network_that_says_the_data(shape):
+    model, generator = flow.Flow(flow.Config(**TINY | shape | dict(predict='data'))), torch.Generator().manual_seed(0)
+    data, noise, label = *torch.randn(2, 5, *model.shape, generator=generator), torch.zeros(5, dtype=torch.long)
+    model.net = torch.nn.Module()
+    model.net.forward = lambda z, t, label, before: data  # it always knows
+    t = torch.tensor([1.0, 0.7, 0.3, 0.05, 0.02])
+    z, velocity = flow.path(data, noise, t)
+    assert torch.allclose(model.velocity(z, t, label, t), velocity, atol=1e-4)
+    assert model(dict(data=data, noise=noise, time=t, label=label))[0] < 1e-8
+    assert model.velocity(z, 0 * t, label, t).isfinite().all()
+    for times in (torch.tensor([1.0, 0.0]), torch.linspace(1, 0, 11)):
+        assert torch.allclose(flow.solve(model.field(label), noise, times)[0][-1], data, atol=1e-5)  # any number of steps
 
 
 def test_mean_velocity_by_differences():
