@@ -5,5 +5,5 @@ model = 'vlm'
 dataset = 'scenes_align'
 batch_size = 16
 micro_batch_size = 16
-max_iters = 900
-eval_interval = 300
+max_iters = 1500
+eval_interval = 500

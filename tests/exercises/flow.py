@@ -63,10 +63,10 @@ def stub(flow, net, **changes):
 
 
 def Flow_forward(flow):
-    """The loss: squared error of the velocity. Put the points on their paths, ask the network there,
-    self.velocity(z, t, label, before), before being t where the batch holds none, and take the mean over a sample's numbers,
-    (B,), then over samples. With config.mean the target is self.mean_velocity(z, velocity, t, label, before), and the
-    loss the mean of error / (error.detach() + 0.01).
+    """The loss: squared error of the velocity. Put the points on their paths, ask for the velocity there,
+    self.velocity(z, t, label, before), before being t where the batch holds none, and take the mean over a sample's
+    numbers, (B,), then over samples. With config.mean the target is self.mean_velocity(z, velocity, t, label, before),
+    and the loss the mean of error / (error.detach() + 0.01).
     Logs, detached: 'loss', the sum and number of the errors where before == t; 't_0_0.25', 't_0.25_0.5', 't_0.5_0.75'
     and 't_0.75_1', the same of those in each quarter of the time; 'tokens', B times the number of a
     picture's patches (of vectors, B), and 1."""
