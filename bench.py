@@ -195,7 +195,7 @@ CONFIGS = {  # what the shipped configs ask of it: kind, batch, queries, keys, h
     'gpt_shakespeare': ('causal', 16, 256, 256, 6, 32), 'gpt_tinystories': ('causal', 16, 256, 256, 4, 64),
     'maskgit_mnist': ('full', 64, 49, 49, 4, 32), 'nano4m reads': ('full', 16, 64, 64, 4, 32),
     'nano4m answers': ('cross', 16, 256, 64, 4, 32), 'nano4m_multiclevr': ('full', 128, 128, 128, 8, 64),
-    'flow_scenes': ('full', 16, 256, 256, 4, 32), 'vlm_scenes': ('causal', 16, 198, 198, 4, 32),
+    'flow_scenes': ('full', 32, 64, 64, 4, 32), 'vlm_scenes': ('causal', 16, 222, 222, 4, 32),
 }
 
 
