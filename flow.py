@@ -15,8 +15,8 @@ into data and noise (B, C, H, W) or (B, d), times (B,), and labels (B,), some of
 
 Papers: flow matching (Lipman et al., 2210.02747), rectified flow (Liu et al., 2209.03003), the DiT (2212.09748), minibatch
 optimal transport (2302.00482), logit-normal times (2403.03206), guidance (2207.12598) within an interval (2404.07724), likelihood
-(FFJORD, 1810.01367), one-step generation (MeanFlow, 2505.13447). What differs: RMSNorm without gains, SwiGLU, rotary positions,
-normalised queries and keys; minibatch transport by exchanges instead of an exact assignment.
+(FFJORD, 1810.01367), one-step generation (MeanFlow, 2505.13447), networks that say the data (JiT, 2511.13720). What differs:
+RMSNorm without gains, SwiGLU, rotary positions, normalised queries and keys; transport by exchanges, not exact assignment.
 """
 import math
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Config:
     n_head: int = 4             # nh, attention heads a block
     n_embd: int = 128           # D, the width
     mlp_width: int = 256        # hidden units of the gated MLP
-    predict: str = 'velocity'   # what the network says: the velocity or, where a patch is too large for its width, the data
+    predict: str = 'velocity'   # what the network says: 'velocity', or 'data', where a patch holds more numbers than the width
     label_drop: float = 0.1     # share of samples whose label is hidden, which guidance needs; 0 is none
     times: str = 'logit_normal'  # how t is drawn: logit_normal (good pictures in few steps) or uniform (good likelihood)
     shift: float = 1.0          # above 1: more of the times, and of the steps, are near the noise; for large pictures
@@ -251,7 +251,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """Velocity of pictures z (B, C, H, W)."""
+    """What is said of pictures z (B, C, H, W), their velocity or the data: shaped like z."""
     def __init__(self, config):
         super().__init__()
         assert config.patch > 0 and config.image_size % config.patch == 0, (
@@ -264,7 +264,7 @@ class DiT(nn.Module):
         self.last_modulation = nn.Linear(D, 2 * D)
         self.head = nn.Linear(D, values)
         # zero: the modulations and the head; so are, in gpt.py, the branches' output matrices, where DiT has its gates at zero
-        # (both together would never move). Each block starts as the identity, the first velocity is 0
+        # (both together would never move). Each block starts as the identity, what is said first is 0
         for layer in (*(block.modulation for block in self.blocks), self.last_modulation, self.head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -284,7 +284,7 @@ class DiT(nn.Module):
 
 
 class VectorNet(nn.Module):
-    """Velocity of vectors z (B, d)."""
+    """The same of vectors z (B, d)."""
     def __init__(self, config):
         super().__init__()
         D = config.n_embd
@@ -337,7 +337,7 @@ class Flow(nn.Module):
     def velocity(self, z, t, label, before):
         """The velocity at z (B, ...) and times t (B,): what the network says, or what follows from it, as z = data + t velocity.
         Data lie near a surface of few dimensions, noise fills all of them: a network that is too narrow to repeat the noise may
-        still be wide enough for the data (2511.13720)."""
+        still be wide enough for the data (2511.13720). At the data themselves, t = 0, no velocity follows: t is 0.02 at least."""
         said = self.net(z, t, label, before)
         return said if self.config.predict == 'velocity' else (z - said) / t.clamp(min=0.02).view(-1, *[1] * (z.ndim - 1))
 

@@ -10,7 +10,6 @@ mlp_width = 320
 batch_size = 32
 micro_batch_size = 32
 max_iters = 4000
-learning_rate = 3e-3
 ema = 0.999
 eval_interval = 2000
 eval_iters = 64

@@ -11,6 +11,7 @@ from config import UserError
 from prepare.image_tokenizers import Config, ImageTokenizer, fit, from_network, reconstruction_loss, to_network
 
 SIDE = 8  # tokens of a picture's side; pixels, in low resolution
+LUMINANCE = np.array((0.299, 0.587, 0.114), np.float32)  # of red, green and blue (ITU-R BT.601)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,8 +48,8 @@ def read_square(path, best):
 # Modalities: pictures (n, H, W, 3) uint8 -> uint8
 
 def grey(rgb):
-    """(n, H, W, 1): luminance, ITU-R BT.601."""
-    return np.round(rgb @ np.array((0.299, 0.587, 0.114), np.float32)).astype(np.uint8)[..., None]
+    """(n, H, W, 1): luminance."""
+    return np.round(rgb @ LUMINANCE).astype(np.uint8)[..., None]
 
 
 def edges(rgb):

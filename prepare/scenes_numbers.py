@@ -14,15 +14,15 @@ from collections import Counter
 import numpy as np
 from PIL import Image, ImageDraw
 
-from prepare.pictures import SIDE, low
+from prepare.pictures import LUMINANCE, SIDE, low
 from prepare.scenes_render import COLORS, SHAPES
 
 BINS = 64  # of a coordinate, whatever the picture's size
-YCBCR = np.array([(0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081)]).T  # from RGB: luminance, two differences
-# The lowest frequencies of a picture: of which of the three, how often down, how often across; a step of the number that tells it
-CHANNEL, DOWN, ACROSS = np.array([(c, *place) for c, many in enumerate((6, 3, 3))
+YCBCR = np.stack((LUMINANCE, ((0, 0, 1) - LUMINANCE) / 1.772, ((1, 0, 0) - LUMINANCE) / 1.402), 1)  # from RGB; each within 256
+LAYOUT = dict(y=6, cb=3, cr=3)  # of each of these so many frequencies, the lowest: which, how often down, how often across
+CHANNEL, DOWN, ACROSS = np.array([(c, *place) for c, many in enumerate(LAYOUT.values())
                                   for place in ((0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2))[:many]]).T
-STEP = np.array([32] + 11 * [8])
+STEP = np.array([32] + 11 * [8])  # of the number that tells it
 WAVES = np.cos(np.pi / SIDE * np.arange(SIDE)[:, None] * (np.arange(SIDE) + 0.5)) * (2 / SIDE) ** 0.5  # (frequency, place)
 WAVES[0] /= 2 ** 0.5  # so that they are orthonormal
 
@@ -69,7 +69,7 @@ def from_layout(numbers):
 NUMBERS = dict(  # what measures it; how many values each column has
     boxes=(boxes, dict(shape=len(SHAPES), left=BINS, top=BINS, right=BINS, bottom=BINS)),
     metadata=(metadata, dict(objects=11, cover=101, depth=201, light=101, elevation=91)),
-    layout=(layout, {f'{part}{i}': 64 for part, many in (('y', 6), ('cb', 3), ('cr', 3)) for i in range(many)}))
+    layout=(layout, {f'{part}{i}': 64 for part, many in LAYOUT.items() for i in range(many)}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

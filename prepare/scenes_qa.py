@@ -225,8 +225,8 @@ FAMILIES = dict(exist=exist, count=count, query=query, compare=compare, number=n
 
 def converse(scene, heard, n_turns, tries=8):
     """n_turns questions about a scene: [(family, question, answer, thought), ...]. heard: how often each answer was given, a
-    Counter a (family, kind), which this goes on with; of several questions the one with the rarest answer is asked, and none whose
-    answer is ahead of its opposite."""
+    Counter a (family, kind), which this goes on with; of several questions the one with the rarest answer is asked, and none
+    whose answer is ahead of its opposite."""
     turns, asked = [], set()
     families = [name for _ in range(1 + n_turns // len(FAMILIES)) for name in scene.random.permutation(list(FAMILIES)).tolist()]
     for family in families * 2:

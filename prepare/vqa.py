@@ -54,8 +54,8 @@ class Template:
         return self.encoding.encode_ordinary(' ' + ' '.join(words)) + [self.end]
 
     def rows(self, turns, length, n_images=1):
-        """Turns [(question, answer[, thought]), ...] -> a list of rows (tokens, counted), both (length,), as many as the conversation needs,
-        each with its pictures in front; a turn that no row can hold is left out."""
+        """Turns [(question, answer[, thought]), ...] -> rows [(tokens, counted), ...], both (length,), as many as are needed, each
+        with its pictures in front; a turn that no row can hold is left out."""
         rows, tokens, counted = [], [], []
         for question, *answer in turns:
             ask, reply = self.ask(question), self.reply(*answer)
@@ -117,7 +117,7 @@ def template(name, folder=None, thinks=False):
     if name == 'smollm2':
         from prepare import smollm2
         encoding = smollm2.encoding()
-        return Template(encoding, encoding.eot_token, encoding.encode_single_token('<filename>'))
+        return Template(encoding, encoding.eot_token, encoding.encode_single_token('<filename>'), thinks)
     encoding = load_words(folder / 'words.json')
     return Template(encoding, encoding.n_vocab - 1, encoding.n_vocab, thinks)
 

@@ -220,7 +220,8 @@ def test_draw_and_first_loss():
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize('changes', [{}, dict(predict='data'), dict(mean=0.5), dict(image_size=0, channels=2, transport=5, n_embd=32)])
+@pytest.mark.parametrize('changes', [{}, dict(predict='data'), dict(mean=0.5),
+                                     dict(image_size=0, channels=2, transport=5, n_embd=32)])
 def test_learns_one_sample(changes):
     """Each kind of model comes to draw the one sample that it has seen."""
     torch.manual_seed(0)
