@@ -54,7 +54,7 @@ class Template:
         return self.encoding.encode_ordinary(' ' + ' '.join(words)) + [self.end]
 
     def rows(self, turns, length, n_images=1):
-        """Turns [(question, answer[, thought]), ...] -> rows [(tokens, counted), ...], both (length,), as many as are needed, each
+        """Turns [(question, answer[, thought]), ...] -> rows [(tokens, counted), ...], both (length,), as many as needed, each
         with its pictures in front; a turn that no row can hold is left out."""
         rows, tokens, counted = [], [], []
         for question, *answer in turns:
