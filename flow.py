@@ -77,9 +77,9 @@ def transport(data, noise, label, rounds, generator):
     sum by it exchange their noise: where (x_i - x_j)(e_i - e_j) < 0. An exact assignment would take longer than a training step.
     """
     order = torch.arange(len(data))
-    for _ in range(rounds):
-        meet = (label + torch.rand(len(data), generator=generator)).argsort()  # neighbours have the same label, but for a few
-        i, j = meet[:len(data) // 2 * 2].view(-1, 2).unbind(1)
+    meetings = (label + torch.rand(rounds, len(data), generator=generator)).argsort()[:, :len(data) // 2 * 2]
+    for meeting in meetings:
+        i, j = meeting.view(-1, 2).unbind(1)  # neighbours, of the same label but for a few
         a, b = order[i], order[j]
         swap = (((data[i] - data[j]) * (noise[a] - noise[b])).sum(1) < 0) & (label[i] == label[j])
         order[i], order[j] = torch.where(swap, b, a), torch.where(swap, a, b)
@@ -209,7 +209,8 @@ def from_pixels(image, generator):
     """Integers 0..255 (B, H, W) or (B, H, W, C) -> (B, C, H, W) in [-1, 1]. A value is spread evenly over its 256th of the range:
     a density of whole numbers would be infinite (uniform dequantisation, 1511.01844)."""
     image = image[..., None] if image.ndim == 3 else image
-    return (image + torch.rand(image.shape, generator=generator)).movedim(-1, 1) / 128 - 1
+    fraction = torch.rand(image.shape, generator=generator)
+    return fraction.add_(image).div_(128).sub_(1).movedim(-1, 1)
 
 
 def to_pixels(x):

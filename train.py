@@ -452,13 +452,20 @@ def read_rates(model, text):
 
 def orthogonal(x, dtype):
     """Matrices x (n, rows, columns) -> about the nearest ones with orthonormal rows or columns (Newton-Schulz, as in Jordan et
-    al., "Muon", 2024): five times, aX + bXX'X + c(XX')^2 X brings all singular values nearer to 1, in the end to 0.7 .. 1.2."""
+    al., "Muon", 2024): five times, aX + bXX'X + c(XX')^2 X brings all singular values nearer to 1, in the end to 0.7 .. 1.2.
+
+    Each time X is multiplied from the left. What it is multiplied by in all, Y, and (YX)(YX)' = Y(XX')Y', are small where X is
+    wide, and can be had without X; but bfloat16 would lose the small singular values on that way.
+    """
     tall = x.size(1) > x.size(2)
     x = (x.mT if tall else x).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    apart = dtype == torch.float32 and x.size(1) < x.size(2)
+    y, gram = (torch.ones_like(x[:, :, 0]).diag_embed(), x @ x.mT) if apart else (x, None)
     for _ in range(5):
-        square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+        square = y @ gram @ y.mT if apart else y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), y, beta=3.4445)
+    x = y @ x if apart else y
     return x.mT if tall else x
 
 
