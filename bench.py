@@ -601,6 +601,8 @@ def bench_configs(jobs, settings, device, limits, tables):
             pool = None if isinstance(error, BrokenProcessPool) else pool
         if settings['save']:
             save(settings['save'], tables)
+    if pool:
+        pool.shutdown()  # left to Python's end, its thread may find its pipe closed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import MLP, Attention, norm, rotary
+from gpt import MLP, Attention, Dropout, norm, rotary
 from maskgit import Block, Head, between, digit_vectors, unmask
 
 
@@ -45,7 +45,7 @@ class Config:
     whole: float = 0.8              # share of samples whose input is one modality as a whole, and a part of a second one
     lead: float = 0.75              # share of those that start from the first modality of the list, if it fits: most tasks do
     empty: float = 0.05             # share of samples without any input
-    dropout: float = 0.0            # on the output of each residual branch
+    dropout: float = 0.0            # of channels of each residual branch
 
 
 class Modality:
@@ -160,7 +160,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.cross = Attention(config.n_embd, config.n_head, cross=True)
         self.mlp = MLP(config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x, turn, context, context_turn):
         x = x + self.dropout(self.cross(norm(x), turn, context, context_turn))

@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import MLP, Attention, norm, rotary, sample_token
+from gpt import MLP, Attention, Dropout, norm, rotary, sample_token
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Config:
     n_layer: int = 4            # number of blocks
     n_head: int = 6             # nh, attention heads a block
     n_embd: int = 192           # D, the width
-    dropout: float = 0.0        # on the output of each residual branch
+    dropout: float = 0.0        # of channels of each residual branch
     label_dropout: float = 0.1  # share of training samples that hide their class; guidance needs some
     law: str = 'uniform'        # of the mask ratio: uniform, cosine or arccos; the last two hide more
     bound: bool = False         # weigh samples so that the loss is a bound on -ln p whatever the law
@@ -172,7 +172,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(config.n_embd, config.n_head)
         self.mlp = MLP(config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x, turn):
         x = x + self.dropout(self.attention(norm(x), turn))

@@ -10,6 +10,6 @@ block_size = 256
 batch_size = 16
 max_iters = 1020
 learning_rate = 6e-3
-dropout = 0.1
+dropout = 0.05
 weight_decay = 0.1
 eval_interval = 340

@@ -9,6 +9,6 @@ block_size = 256
 batch_size = 16
 max_iters = 2300
 learning_rate = 6e-3
-dropout = 0.2
+dropout = 0.1
 weight_decay = 0.1
 eval_interval = 575

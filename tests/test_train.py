@@ -337,6 +337,24 @@ def test_muon_is_torchs(dtype, monkeypatch):
         assert (a - b).norm() < 0.02 * 0.02 * 3 * min(a.shape) ** 0.5  # 2 % of three steps of length sqrt(rank) * 0.02
 
 
+def test_compiled_attention_is_the_chosen_one():
+    """PyTorch's cache of compiled code does not know whether attention was fused: without a tag it would hand out the other's."""
+    def attend(q):
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    def kernels(length):
+        torch._dynamo.reset()
+        train.set_up(torch.device('cpu'), length=length)
+        compiled, q = torch.compile(attend), torch.randn(1, 1, 16, 8, requires_grad=True)
+        compiled(q).sum().backward()  # only what has a backward pass is kept
+        with torch.profiler.profile() as trace:
+            compiled(q)
+        return {event.key for event in trace.key_averages()}
+    names = [any('flash' in key for key in kernels(length)) for length in (0, 2048, 0)]
+    train.set_up(torch.device('cpu'))
+    assert names == [False, True, False]
+
+
 def test_follow():
     """The first steps count for little: after n steps of weights 1, 2, ... the mean is near the last of them."""
     mean, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
