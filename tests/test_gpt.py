@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt import GPT, MLP, Attention, Config, KVCache, accept, cross_entropy, filter_logits, rotary, rotate, sample_token
+from gpt import GPT, MLP, Attention, Config, Dropout, KVCache, accept, cross_entropy, filter_logits, rotary, rotate, sample_token
 
 
 def written_out(layer, x, turn, context=None, context_turn=None, causal=False):
@@ -290,3 +290,13 @@ def test_overfits_one_batch():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.02
+
+
+def test_dropout_is_of_channels():
+    """All places of a sample lose the same ones, other samples other ones, and the mean stays; without training nothing happens."""
+    torch.manual_seed(0)
+    dropout, x = Dropout(0.25), torch.ones(8, 5, 1000)
+    y = dropout(x)
+    assert torch.equal(y, y[:, :1].expand_as(y)) and not torch.equal(y[0], y[1])
+    assert torch.allclose(y[y > 0], torch.tensor(4 / 3)) and (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(dropout.eval()(x), x)
