@@ -146,7 +146,7 @@ class Dropout(nn.Dropout1d):
     """Zeroes some channels of x (B, T, D), the same at all places of a sample (arXiv 1512.05287): one draw for T numbers, which
     on a CPU was a seventh of a training step when each had its own."""
     def forward(self, x):
-        return super().forward(x.mT).mT
+        return super().forward(x.mT).mT  # (B, T, D)
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):

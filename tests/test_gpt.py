@@ -293,7 +293,7 @@ def test_overfits_one_batch():
 
 
 def test_dropout_is_of_channels():
-    """All places of a sample lose the same ones, other samples other ones, and the mean stays; without training nothing happens."""
+    """All places of a sample lose the same ones, other samples other ones, and the mean stays; only training loses any."""
     torch.manual_seed(0)
     dropout, x = Dropout(0.25), torch.ones(8, 5, 1000)
     y = dropout(x)
