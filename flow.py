@@ -73,15 +73,17 @@ def transport(data, noise, label, rounds, generator):
     """Indices (B,) that pair noise (B, d) with data (B, d) of labels (B,): nearly the optimal transport between the two sets
     (2302.00482). The lines of such pairs hardly cross, so that velocities hardly have to be averaged.
 
-    In each round all samples meet in pairs at random, those of a label among themselves, and two whose lines become shorter in
-    sum by it exchange their noise: where (x_i - x_j)(e_i - e_j) < 0. An exact assignment would take longer than a training step.
+    In each round all samples meet in pairs at random, those of a label among themselves, and exchange their noise where the
+    squared lengths of their lines fall in sum by it: where (x_i - x_j)(e_i - e_j) < 0. An exact assignment would take longer
+    than a training step.
     """
     order = torch.arange(len(data))
     meetings = (label + torch.rand(rounds, len(data), generator=generator)).argsort()[:, :len(data) // 2 * 2]
-    for meeting in meetings:
-        i, j = meeting.view(-1, 2).unbind(1)  # neighbours, of the same label but for a few
+    first, second = meetings.view(rounds, -1, 2).unbind(2)  # (rounds, B / 2): neighbours, of the same label but for a few
+    apart = (data[first] - data[second]) * (label[first] == label[second])[..., None]  # 0, no exchange, where labels differ
+    for i, j, x in zip(first, second, apart):
         a, b = order[i], order[j]
-        swap = (((data[i] - data[j]) * (noise[a] - noise[b])).sum(1) < 0) & (label[i] == label[j])
+        swap = (x * (noise[a] - noise[b])).sum(1) < 0
         order[i], order[j] = torch.where(swap, b, a), torch.where(swap, a, b)
     return order
 
@@ -129,7 +131,8 @@ ORDER_5_MINUS_4 = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 
 
 def solve_adaptive(velocity, z, start, end, tolerance=1e-4, limit=1000):
     """Dormand-Prince 5(4) from start to end, each step as long as its error stays below tolerance * (1 + |z|) in the root mean
-    square. Returns the trajectory and the number of evaluations, as `solve`. Raises ValueError at more than `limit` of these."""
+    square over all numbers of the batch. Returns the trajectory and the number of evaluations, as `solve`. Raises ValueError at
+    more than `limit` of these."""
     def mix(weights, slopes):
         return sum(w * slope for w, slope in zip(weights, slopes) if w)
     t, h, slopes, trajectory, evaluations = start, (end - start) / 20, [velocity(z, start)], [z], 1
@@ -158,13 +161,14 @@ def solve_adaptive(velocity, z, start, end, tolerance=1e-4, limit=1000):
 
 def guided(velocity, label, none, scale, interval=(0.0, 1.0)):
     """The velocity function (z, t) -> v for labels (B,), moved away from that without a label (2207.12598), scale 1 being none,
-    at times within the interval (2404.07724: early and late it does harm). velocity: (z, t (B,), label, before (B,)) -> v."""
+    at times within the interval (2404.07724: near the noise it does harm, near the data it is not needed). velocity:
+    (z, t (B,), label, before (B,)) -> v."""
     def field(z, t, before=None):
-        at = [z.new_full((len(label),), time) for time in (t, t if before is None else before)]
+        now, since = (z.new_full((len(label),), time) for time in (t, t if before is None else before))
         if scale == 1 or not interval[0] <= t <= interval[1]:
-            return velocity(z, at[0], label, at[1])
+            return velocity(z, now, label, since)
         labels = torch.cat((label, torch.full_like(label, none)))
-        both = velocity(torch.cat((z, z)), at[0].repeat(2), labels, at[1].repeat(2))
+        both = velocity(torch.cat((z, z)), now.repeat(2), labels, since.repeat(2))
         given, without = both.chunk(2)
         return without + scale * (given - without)
     return field
@@ -193,7 +197,7 @@ def divergence(field, z, t, probes):
 
 def log_likelihood(field, x, probes, tolerance=1e-4, limit=1000):
     """ln p(x) in nats (B,) of x (B, ...), and the number of evaluations: on the way to t = 1, where the density is normal, it
-    falls by the divergence, d ln p / dt = -div v (1810.01367, eq. 3). Raises ValueError as `solve_adaptive`."""
+    falls by the divergence, d ln p / dt = -div v (1806.07366, theorem 1). Raises ValueError as `solve_adaptive`."""
     def augmented(state, t):
         v, change = divergence(field, state[:, :-1].view(x.shape), t, probes)
         return torch.cat((v.flatten(1), change[:, None]), 1)
@@ -386,7 +390,7 @@ class Flow(nn.Module):
         if method not in METHODS or (method == 'jump' and not self.config.mean):
             raise ValueError(f'method={method!r}: choose one of {", ".join(METHODS)}; jump needs a model trained with mean > 0')
         noise = torch.randn(len(label), *self.shape, generator=generator, device=label.device)
-        times = shifted(torch.linspace(1, 0, steps + 1), self.config.shift)
+        times = shifted(torch.linspace(1, 0, steps + 1, dtype=torch.double), self.config.shift)
         return solve(self.field(label, guidance, interval), noise, times, method)
 
     @torch.no_grad()

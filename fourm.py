@@ -124,6 +124,7 @@ def whole_first(count, is_text, K, lead, random):
     second = score.scatter(1, first, -1).argmax(1, keepdim=True)
     room = (K - count.gather(1, first)) * (1.25 * random(B, 1) - 0.25).clamp(min=0)
     limit = count.gather(1, first) + room.ceil().minimum(count.gather(1, second))
+    # e^20, the ratio of the shares, is more than there are tokens
     return torch.zeros(B, n).scatter(1, second, 20).scatter(1, first, 40), limit
 
 
@@ -140,6 +141,7 @@ def draw_masks(present, sections, is_text, K, M, config, generator):
     whole = (kind >= config.empty) & (kind < config.empty + config.whole)
     log_share, limit = whole_first(count, is_text, K, config.lead, random)
     limit = torch.where(whole, limit, torch.where(kind < config.empty, 0, K))
+    limit = limit.minimum(count.sum(1, keepdim=True) - 1)  # one token at least is left to ask for
     ordered = is_text & (random(B, n) < 0.75)  # most texts are read from left to right
     alphas = torch.tensor([float(alpha) for alpha in config.alphas.split(',')])
     alphas = alphas[torch.randint(len(alphas), (2, B), generator=generator)]
@@ -221,7 +223,7 @@ class FourM(nn.Module):
         x, turn = norm(self.embedding(digits).sum(-2) + place), self.turns(index)
         for block in self.encoder:
             x = block(x, turn)
-        return norm(x) + place
+        return norm(x) + place  # as in 4M: the queries look for places too
 
     def decode(self, context, context_index, index):
         """Answers (B, M, D) to queries at places (B, M)."""
@@ -267,7 +269,7 @@ class FourM(nn.Module):
             real = (weight > 0).float()
             logs[f'loss_{m.name}'] = torch.stack(((nll.detach() * real).sum(), real.sum()))
         null = (inputs == self.N).sum()
-        logs['null_share'] = torch.stack((null, null.new_tensor(inputs.numel())))
+        logs['null_share'] = torch.stack((null, null.new_full((), inputs.numel())))
         tokens = inputs.numel() - null + (targets < self.N).sum()
         logs['tokens'] = torch.stack((tokens, torch.ones_like(tokens)))
         return loss, logs
@@ -287,23 +289,22 @@ class FourM(nn.Module):
         """{name: (B, size) ids, -1 where unknown} -> (B, N)."""
         B, device = len(next(iter(given.values()))), self.turn.device
         ids = torch.full((B, self.N), -1, device=device)
-        for m in self.modalities:
-            if m.name in given:
-                ids[:, m.places] = given[m.name].to(device).flatten(1)
+        for name, some in given.items():
+            ids[:, self.modality[name].places] = some.to(device).flatten(1)
         return ids
 
     @torch.no_grad()
     def generate(self, given, targets, steps=8, temperature=1.0, temperature_end=None, top_k=0, top_p=1.0, order='random',
                  schedule='linear', guidance=1.0, guidance_start=None, weights=None, generator=None):
-        """Generates the modalities named in the list `targets`, one after the other, each conditioning the next (4M,
-        section 3.1).
+        """Generates the modalities named in the list `targets`, one after the other, each conditioning the next, as
+        4M chains them.
 
         given: {name: (B, size) ids}; -1 marks what is unknown, so that parts of a target may be given too. Images are filled in
         `steps` steps by chapter 2's `unmask`: order random (ROAR), confidence (MaskGIT), raster or halton; schedule linear,
         cosine or constant. Texts are written from left to right and stop at their end token. The temperature goes from
         `temperature` to temperature_end, guidance from guidance_start to `guidance`; guidance > 1 makes the other modalities
         count for more than they did in training, weights {name: w} does so for single ones: see `draw_tokens`.
-        Returns {name: (B, size) ids}, -1 after the end of a text.
+        Returns {name: (B, size) ids}, -1 after the end of a text. Raises KeyError for a modality that the model has not.
         """
         ids = self.join(given)
         how = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
@@ -329,9 +330,8 @@ class FourM(nn.Module):
         """
         def answers(hidden):
             without = ids.clone()
-            for other in self.modalities:
-                if other.name in hidden:
-                    without[:, other.places] = -1
+            for name in hidden:
+                without[:, self.modality[name].places] = -1
             context, places = self.look(without)
             return self.decode(context, places, index)
         others = [other.name for other in self.modalities if other is not m]
@@ -355,8 +355,8 @@ class FourM(nn.Module):
         for i in range(m.size):
             now = ids[:, m.places.start + i]
             if (todo := ~ended & (now < 0)).any():
-                token = predict(m, index[:, i:i + 1], i / m.size)[0][:, 0]
-                now[todo] = token[todo]
+                token = predict(m, index[:, i:i + 1], i / max(1, m.size - 1))[0][:, 0]
+                now.copy_(torch.where(todo, token, now))
             ended |= now == m.vocabulary - 1
             if ended.all():
                 break
@@ -375,8 +375,8 @@ class FourM(nn.Module):
 
     @torch.no_grad()
     def log_prob(self, answers, name, ids):
-        """ln p (B,) of ids (B, size) of modality `name` after answers (B, size, D) of `ask`: the sum over its tokens. Queries
-        carry no content, so that the answers of one pass score any number of candidates."""
+        """ln p (B,) of ids (B, size) of modality `name` after answers (B, size, D) of `ask`, its tokens taken as
+        independent of each other. Queries carry no content, so that the answers of one pass score any number of candidates."""
         ids = ids.to(answers.device)
         nll = self.heads[name](answers.flatten(0, 1), ids.clamp(min=0).flatten()).view(ids.shape)
         return -(nll * (ids >= 0)).sum(1)

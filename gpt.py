@@ -43,7 +43,6 @@ class Config:
     norm_eps: float = 1e-6       # of RMSNorm
     token_shift: bool = True     # each token also brings a share of its predecessor's embedding
     tied: bool = False           # one matrix is both embedding and head
-    softcap: float = 0.0         # logits are kept within -softcap .. softcap; 0 lets them go where they like
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,7 +68,8 @@ def rotary(coordinates, head_size, theta):
 
 
 def rotate(x, cos, sin):
-    """Turns pair i of each head, (x[i], x[i + hd/2]), by its angle: x (B, nh, T, hd), cos and sin (T or B, 1, T, hd / 2).
+    """Turns pair i of each head, (x[i], x[i + hd/2]), by its angle: x (B, nh, T, hd), cos and sin (T, hd / 2)
+    or, where rows differ, (B, 1, T, hd / 2).
 
     The dot product of a query and a key so turned depends on the difference of their coordinates alone.
     """
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         self.head_size, self.grouped, self.qk_norm = n_embd // n_head, n_kv_head < n_head, qk_norm
         self.sizes = [n_embd, n_kv_head * self.head_size, n_kv_head * self.head_size]  # rows of queries, keys, values
         self.q = nn.Linear(n_embd, n_embd, bias) if cross else None
-        self.qkv = nn.Linear(n_embd, sum(self.sizes[cross:]), bias)  # one matmul; cross: keys and values
+        self.qkv = nn.Linear(n_embd, sum(self.sizes[cross:]), bias)  # one matmul; where cross, a 1, without the queries' rows
         self.out = nn.Linear(n_embd, n_embd, bias)
         nn.init.zeros_(self.out.weight)  # a block starts as the identity
         # keys start equal to queries: a token first looks at what is like it and near it
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         else:
             q, (k, v) = self.q(x), self.qkv(context).chunk(2, dim=-1)
         q, k, v = self.heads(q), self.heads(k), self.heads(v)
-        if self.qk_norm:  # keeps logits small whatever the learning rate (arXiv 2010.04245)
+        if self.qk_norm:  # bounds the logits (arXiv 2010.04245), so that high learning rates do no harm (2309.14322)
             q, k = norm(q), norm(k)
         q = rotate(q, *turn)
         k = rotate(k, *(turn if context is None else context_turn))
@@ -150,8 +150,9 @@ class Dropout(nn.Dropout1d):
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Divides logits (..., V) by the temperature, then hides all but the top_k largest; all but the nucleus, the fewest tokens
-    that hold top_p of the probability (arXiv 1904.09751); and all below min_p of the likeliest one's (2407.01082)."""
+    """Divides logits (..., V) by the temperature, then hides all but the top_k largest and their equals; all but the nucleus, the
+    fewest tokens that hold top_p of the probability (arXiv 1904.09751); and all below min_p of the likeliest one's
+    (2407.01082)."""
     logits = logits.float() / temperature
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
@@ -173,11 +174,15 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
-    """Draws ids (...) from logits (..., V); temperature 0 takes the likeliest."""
+    """Draws ids (...) from logits (..., V); temperature 0 takes the likeliest.
+
+    Each token's clock rings after an exponential time of rate p; that of token i is the first with probability p_i. So does
+    torch.multinomial, the same draws from the same generator, but it also looks at p, for which a GPU has to be waited for.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     p = probabilities(logits, temperature, top_k, top_p, min_p)
-    return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
 
 def accept(p, q, guesses, generator=None):
@@ -217,7 +222,9 @@ class KVCache:
     token's place is the number of real ones before it.
     """
     def __init__(self, length, ragged=False):
-        self.length, self.ragged, self.filled, self.store, self.valid, self.last = length, ragged, 0, {}, None, None
+        self.length, self.ragged = length, ragged
+        self.filled, self.store = 0, {}  # positions in use; of each layer its keys and values (2, B, nkv, length, hd)
+        self.valid = self.last = None  # which of them are real tokens (B, filled); the last embedding (B, 1, D), for token shift
 
     def append(self, layer, k, v):
         """Adds k and v (B, nkv, T, hd) of one layer; returns all of its keys and values so far."""
@@ -230,7 +237,8 @@ class KVCache:
 
     def mask(self, tokens):
         """(causal, mask) for attention from these new tokens (B, T) to themselves and all before; a mask, (B or 1, 1, T, end)
-        with True for what is seen, only where neither causal nor full attention says the same."""
+        with True for what is seen, only where neither causal nor full attention says the same. Where ragged, it also notes which
+        tokens are real."""
         T, start = tokens.size(1), self.filled
         if not self.ragged and (start == 0 or T == 1):
             return start == 0 and T > 1, None
@@ -253,23 +261,18 @@ class KVCache:
         self.valid, self.last = (x if x is None else x.repeat_interleave(n, 0) for x in (self.valid, self.last))
 
 
-def cross_entropy(x, head, targets, softcap=0.0, most=2 ** 24):
+def cross_entropy(x, head, targets, most=2 ** 24):
     """-ln p(target) in nats (R,) of rows x (R, D) with a head (V, D); targets (R,), -1 is none and costs 0.
 
     At most `most` logits exist at a time: where R x V is more, rows are taken in chunks, whose logits are thrown away and
     computed anew in the backward pass. A vocabulary of 64k so needs megabytes where it took gigabytes.
     """
     def nll(x, targets):
-        return F.cross_entropy(cap(F.linear(x, head), softcap), targets, ignore_index=-1, reduction='none')
+        return F.cross_entropy(F.linear(x, head).float(), targets, ignore_index=-1, reduction='none')
     rows = max(1, most // len(head))
     if len(x) <= rows:
         return nll(x, targets)
     return torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in zip(x.split(rows), targets.split(rows))])
-
-
-def cap(logits, softcap):
-    """Logits in float32, where softcap > 0 bent smoothly into -softcap .. softcap (arXiv 2408.00118, section 2)."""
-    return softcap * torch.tanh(logits.float() / softcap) if softcap else logits.float()
 
 
 class GPT(nn.Module):
@@ -319,7 +322,7 @@ class GPT(nn.Module):
         return norm(x, self.config.norm_eps)
 
     def logits(self, x):
-        return cap(self.head(x), self.config.softcap)
+        return self.head(x).float()
 
     @staticmethod
     def draw(batch, generator, shared):
@@ -330,15 +333,15 @@ class GPT(nn.Module):
         """batch['tokens'] (B, T + 1) -> the mean of -ln p(next token) in nats, and its sum and count as a log."""
         tokens = batch['tokens'].long()
         x, targets = self.trunk(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-        total, count = cross_entropy(x, self.head.weight, targets, self.config.softcap).sum(), (targets >= 0).sum()
-        logs = {'loss': torch.stack((total.detach(), count)), 'tokens': torch.stack((count, count / count))}
+        total, count = cross_entropy(x, self.head.weight, targets).sum(), (targets >= 0).sum()
+        logs = {'loss': torch.stack((total.detach(), count)), 'tokens': torch.stack((count, torch.ones_like(count)))}
         return total / count, logs
 
     @torch.no_grad()
     def log_prob(self, tokens):
         """ln p in nats of tokens[:, 1:], each given those before it: (B, T + 1) -> (B,)."""
-        logits = self.logits(self.trunk(tokens[:, :-1]))  # (B, T, V)
-        return -F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], ignore_index=-1, reduction='none').sum(1)
+        nll = cross_entropy(self.trunk(tokens[:, :-1]).flatten(0, 1), self.head.weight, tokens[:, 1:].flatten())
+        return -nll.view(len(tokens), -1).sum(1)
 
     @torch.no_grad()
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None, chunk=1024):

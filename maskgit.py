@@ -101,7 +101,7 @@ def filled_after(total, steps, schedule):
     any are left. cosine fills few first (MaskGIT, section 3.3), linear as evenly as whole numbers allow, constant the same
     number each time for as long as that goes."""
     step = torch.arange(1, steps + 1, device=total.device)
-    if schedule == 'cosine':
+    if schedule == 'cosine':  # less 1e-9, so that a whole number, rounded up, stays what it is
         filled = (total * (1 - torch.cos(math.pi / 2 * step.double() / steps)) - 1e-9).ceil().long()
     else:  # rounded up, in integers
         filled = -(-total * step // steps) if schedule == 'linear' else -(-total // steps) * step
@@ -111,7 +111,7 @@ def filled_after(total, steps, schedule):
 def halton_rank(grid):
     """The rank (N,) of each place of a grid (rows, columns), or (length,) of a text, in the order in which the Halton sequence
     visits them: each far from those just before, so that tokens of one step depend little on each other (2503.17076, 3.2)."""
-    N, number = math.prod(grid), torch.arange(16 * math.prod(grid)) + 1
+    N, number = math.prod(grid), torch.arange(16 * math.prod(grid)) + 1  # so many visit every place
     cell = torch.zeros_like(number)
     for base, size in zip((2, 3), grid):
         point, rest, scale = torch.zeros(len(number), dtype=torch.double), number, 1.0
@@ -148,7 +148,8 @@ def unmask(tokens, predict, grid, steps, order='random', schedule='cosine', choi
                          'nothing to fill: all tokens are given')
     turn = torch.rand(tokens.shape, generator=generator, device=tokens.device) if order == 'random' else (
         halton_rank(grid).to(tokens.device) if order == 'halton' else torch.arange(tokens.size(1), device=tokens.device))
-    for step, filled in enumerate(filled_after(total, steps, schedule).unbind(1)):
+    plan = filled_after(total.cpu(), steps, schedule).to(tokens.device)  # (B, steps); Apple's GPUs have no float64
+    for step, filled in enumerate(plan.unbind(1)):
         progress = step / max(1, steps - 1)
         drawn, log_p = predict(tokens, progress)
         if order == 'confidence':
@@ -183,7 +184,7 @@ class Head(nn.Module):
     """Distribution over token ids, digit by digit: p(id | h) = prod_d p(digit_d | h, digits before d). Most ids are one digit.
 
     An FSQ code (2309.15505) has as many as its quantizer has channels. Each digit drawn is added, as a vector, to what the next
-    one is predicted from, as in NADE (Larochelle & Murray, 2011): exact for any joint distribution's chain rule, and 65,536
+    one is predicted from, as in NADE (Larochelle & Murray, 2011): no digit is taken as independent of the others, and 65,536
     codes need 64 logits.
     """
     def __init__(self, levels, n_embd):
@@ -235,7 +236,8 @@ def digits_of(ids, levels):
 
 
 def digit_vectors(level, D):
-    """First embeddings (level, D) of an FSQ digit: its levels are an order, so that neighbours start alike."""
+    """First embeddings (level, D) of an FSQ digit: its levels are an order, so that neighbours start alike. The random matrix
+    gives each digit directions of its own: the vectors of an id's digits are added up, and have to stay apart."""
     waves = torch.cat(rotary(torch.arange(level)[:, None] * 2 * math.pi / level, D, theta=100), -1)  # (level, D)
     return waves @ torch.randn(D, D) / D ** 0.5
 
@@ -255,6 +257,7 @@ class MaskGIT(nn.Module):
         assert math.prod(self.levels) == config.vocab_size, f'levels={config.levels!r} do not make vocab_size={config.vocab_size}'
         assert config.law in LAWS, f'law={config.law!r} must be one of {", ".join(LAWS)}'
         coordinates = torch.cartesian_prod(*map(torch.arange, self.grid)).view(self.N, -1)  # (N, axes)
+        # theta 100, here and in later chapters, not 10,000: so few places would hardly turn the slower pairs
         self.register_buffer('turn', torch.stack(rotary(coordinates, D // config.n_head, theta=100)), persistent=False)
 
         self.embedding = nn.ModuleList(nn.Embedding(level, D) for level in self.levels)  # of a token: the sum of its digits'

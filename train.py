@@ -2,7 +2,7 @@
 One training loop for all chapters: a laptop's CPU, one GPU, or many under torchrun.
 
     python train.py config/nano4m.py --batch_size=32
-    torchrun --nproc_per_node=4 train.py config/nano4m.py
+    torchrun --nproc_per_node=4 train.py config/nano4m.py --micro_batch_size=4
 
 Settings come from a config file and the command line (config/__init__.py), the data from data/NAME (made on the first run by
 prepare/NAME.py), the model from the chapter that `model` names. The run folder out/CONFIGNAME receives checkpoints, log.jsonl

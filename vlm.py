@@ -62,7 +62,7 @@ class Config(gpt.Config):
 
 def pixel_shuffle(x, pool):
     """Squares of pool x pool patches as one vector each: (B, N, D) -> (B, N / pool^2, pool^2 D). Nothing is lost, and the
-    language model has fewer tokens to read."""
+    language model has fewer tokens to read. (The papers' name; in PyTorch this direction is pixel_unshuffle.)"""
     side = round(x.size(1) ** 0.5)
     x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, D, side, side)
     return F.pixel_unshuffle(x, pool).flatten(2).transpose(1, 2)
@@ -134,7 +134,8 @@ class VLM(nn.Module):
         if 'names' in batch:  # of a picture's tokens: the words that name what is there
             target = F.pad(target, (0, self.config.n_names - 1), value=-1)
             target[tokens[:, :-1] == self.config.image_token] = batch['names'].flatten(0, -2)
-        flat, share = target.flatten(), (target >= 0) / (target >= 0).sum((1, 2), keepdim=True).clamp(min=1) / len(tokens)
+        flat, real = target.flatten(), target >= 0  # (B, T - 1, words of a place)
+        share = real / real.sum((1, 2), keepdim=True).clamp(min=1) / len(tokens)
         chosen = (flat >= 0).nonzero()[:, 0]
         spare = (0, -len(chosen) % 64)
         return dict(image=batch['image'], tokens=tokens, rows=F.pad(chosen // target.size(2), spare),
@@ -156,17 +157,18 @@ class VLM(nn.Module):
         """A drawn batch -> the mean over conversations of the mean over their answers' tokens of -ln p, in nats; and logs."""
         seen = None if self.config.blind else self.look(batch['image'])
         x = self.trunk(batch['tokens'][:, :-1], seen).flatten(0, 1)[batch['rows']]  # (R, D)
-        nll = cross_entropy(x, self.language.head.weight, batch['targets'], self.config.softcap)  # (R,)
+        nll = cross_entropy(x, self.language.head.weight, batch['targets'])  # (R,)
         loss, B, real = (nll * batch['weight']).sum(), len(batch['tokens']), (batch['tokens'] >= 0).sum()
-        return loss, {'loss': torch.stack((B * loss.detach(), loss.new_full((), B))), 'tokens': torch.stack((real, real / real))}
+        logs = {'loss': torch.stack((B * loss.detach(), loss.new_full((), B)))}
+        return loss, logs | {'tokens': torch.stack((real, torch.ones_like(real)))}
 
     # -----------------------------------------------------------------------------------------------------------------
     # Generation
 
     @torch.no_grad()
     def read(self, tokens, images=None, n=1):
-        """Prompts (B, L) with their pictures, -1 in front of shorter ones, into a cache that `stream` goes on from; each row n
-        times, so that n questions can be asked after one look."""
+        """Prompts (B, L), -1 in front of shorter ones, with their pictures (B, m, H, W, C), into a cache that `stream` goes on
+        from; each row n times, so that n questions can be asked after one look."""
         cache = KVCache(self.length, ragged=True)
         if images is not None:
             tokens = tokens.gather(1, make_room(tokens, self.config.image_token, self.P, images.size(1)))
@@ -197,7 +199,8 @@ class VLM(nn.Module):
 
     def generate(self, tokens, cache, max_new_tokens=16, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None):
         """All that `stream` yields: (B, n), n <= max_new_tokens."""
-        return torch.stack(list(self.stream(tokens, cache, max_new_tokens, temperature, top_k, top_p, min_p, end, generator)), 1)
+        new = list(self.stream(tokens, cache, max_new_tokens, temperature, top_k, top_p, min_p, end, generator))
+        return torch.stack(new, 1) if new else tokens[:, :0]
 
 
 Model = VLM

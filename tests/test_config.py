@@ -1,5 +1,6 @@
 """Settings: what is known is applied, what is not is named."""
 import importlib
+import math
 import re
 import shlex
 from pathlib import Path
@@ -105,3 +106,13 @@ def test_the_table_of_chapters_counts_lines_right():
     assert len(rows) == 5
     for name, lines in rows:
         assert len((ROOT / name).read_text().splitlines()) == int(lines), name
+
+
+@pytest.mark.parametrize('command', [command for command in COMMANDS if command.startswith('torchrun')])
+def test_processes_of_the_pages_commands_share_the_batch(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    processes = math.prod(int(n) for n in re.findall(r'--(?:nnodes|nproc_per_node)=(\d+)', command))
+    settings, _ = train.resolve(config.read(words[words.index('train.py') + 1:]))
+    assert settings['batch_size'] % settings['micro_batch_size'] == 0
+    assert settings['batch_size'] // settings['micro_batch_size'] % processes == 0

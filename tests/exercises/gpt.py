@@ -173,10 +173,10 @@ def GPT_trunk(gpt):
 def GPT_forward(gpt):
     """The loss: the mean of -ln p of the next token. Tokens 0 to T - 1 of a row are read, and at each place the token after
     it is the target; -1 is no target. Tokens come as any kind of integers. `cross_entropy` takes rows (R, D), the head's
-    matrix, targets (R,) and config.softcap, and gives -ln p of each, 0 where there is no target.
+    matrix and targets (R,), and gives -ln p of each, 0 where there is no target.
     Returns the sum over all targets by their number, and logs: 'loss', that sum, detached, and number; 'tokens', the
     number and 1."""
-    model = small(gpt, softcap=2.0)
+    model = small(gpt)
     tokens = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, -1, -1]])
     loss, logs = model({'tokens': tokens.to(torch.int16)})
     log_p = model.logits(trunk_by_hand(gpt, model, tokens)).log_softmax(-1)
