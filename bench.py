@@ -137,17 +137,12 @@ def peak_bytes(run, device):
     return most
 
 
-def find_formats(device):
-    """The number formats that this device computes natively."""
-    formats = [torch.float32, train.find_dtype('auto', device)]
-    if formats[1] == torch.float32:
-        print('bfloat16 is not native here: float32 alone is measured')
-    return list(dict.fromkeys(formats))
-
-
 def find_limits(device):
     """What this machine does at most: FLOP/s of matrix products by number format, bytes/s of a copy, read and written."""
-    limits = {dtype: train.matmul_rate(device, dtype) for dtype in find_formats(device)}
+    native = train.find_dtype('auto', device)
+    if native == torch.float32:
+        print('bfloat16 is not native here: float32 alone is measured')
+    limits = {dtype: train.matmul_rate(device, dtype) for dtype in dict.fromkeys((torch.float32, native))}
     x = torch.empty(2 ** 28 if device.type == 'cuda' else 2 ** 25, device=device)  # float32, larger than any cache
     y = x.clone()
     return limits | {'copy': 2 * x.nbytes / min(times_of(lambda: y.copy_(x), device, 5))}
@@ -223,6 +218,7 @@ def causal_blocks(T, device):
 
 @functools.cache
 def compiled_flex():
+    torch._dynamo.config.recompile_limit = 64  # one for each kind of case; beyond it, it would be timed uncompiled
     return torch.compile(flex_attention)
 
 
@@ -281,20 +277,19 @@ def make_core(kind, B, T, S, heads, head_size, device, dtype):
     return passes(lambda: core(x, turn[:, -T:], **options), inputs, dtype), passes(kernel, [q, k, v], dtype)
 
 
-def cost_of_core(core, kind, B, T, S, heads, head_size, dtype):
+def cost_of_core(kind, B, T, S, heads, head_size, dtype):
     """FLOPs of the products, half of attention's where it is causal, and the fewest bytes: each number read or written once."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        core()
     D, rounds = heads * head_size, 1 if kind in ('prefill', 'decode') else 3  # backward is twice forward
-    hidden = rounds * 2 * B * T * S * D if kind in ('causal', 'prefill') else 0
+    projections = 4 * B * (T + (S if kind == 'cross' else T)) * D * D
+    attention = 4 * B * T * S * D // (2 if kind in ('causal', 'prefill') else 1)
     numbers = 2 * B * T * D + 4 * D * D + B * S * D * {'cross': 1, 'decode': 2}.get(kind, 0)
-    return counter.get_total_flops() - hidden, rounds * numbers * dtype.itemsize
+    return rounds * (projections + attention), rounds * numbers * dtype.itemsize
 
 
 def measure_core(name, case, ways, device, dtype, limits, repeats):
     """A row of the table: the core, then what else computes the same."""
     core, kernel = make_core(*case, device, dtype)
-    flops, moved = cost_of_core(core, *case, dtype)
+    flops, moved = cost_of_core(*case, dtype)
     row, expected = {'case': name}, core()
     for way, context in ways.items():
         with context():
@@ -463,7 +458,7 @@ def time_steps(model, job, options, device, dtype, settings):
         with clock('backward', marks, device):
             loss.backward()
         with clock('optimizer', marks, device):
-            nn.utils.clip_grad_norm_(model.parameters(), options['grad_clip'] or math.inf)
+            train.clip(model, options['grad_clip'])
             train.update(optimizers, options, 0)
             if mean:
                 train.follow(mean, model, options['ema'], 0)
@@ -565,12 +560,15 @@ def bench_generation(name, model, settings, device, limits):
 def measure(name, assigned, settings, limits):
     """Both tables of one config."""
     device = train.find_device(settings['device'])
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare:
-        options, model, data = build(assigned, spare, device)
-        train.set_up(device, length=options.get('block_size', 0))
-        steps = bench_steps(name, options, model, data, settings, device, limits)
-    train.set_up(device, training=False)
-    return {'Training steps': steps, 'Generation': bench_generation(name, model, settings, device, limits)}
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare:
+            options, model, data = build(assigned, spare, device)
+            train.set_up(device, length=options.get('block_size', 0))
+            steps = bench_steps(name, options, model, data, settings, device, limits)
+        train.set_up(device, training=False)
+        return {'Training steps': steps, 'Generation': bench_generation(name, model, settings, device, limits)}
+    except RuntimeError as error:  # those of torch.compile cannot be sent to another process
+        raise RuntimeError(f'{type(error).__name__}: {error}') from None
 
 
 def reason(error):
@@ -612,10 +610,6 @@ def report(name, seconds, tokens, against, unit='tokens'):
     print(f'{name:44}{seconds:10.3f} s{tokens / seconds:12,.0f} {unit}/s{against / seconds * tokens:8.2f} x', flush=True)
 
 
-def sizes(settings):
-    return {name: settings[name] for name in ('n_layer', 'n_head', 'n_embd', 'n_kv_head')}
-
-
 @torch.no_grad()
 def uncached(model, tokens, n):
     """Greedy generation that runs the whole context for every token."""
@@ -627,7 +621,8 @@ def uncached(model, tokens, n):
 def compare_generation(settings, device):
     """max_new_tokens in a context of 1,024, as sample.py generates them."""
     train.set_up(device, training=False)
-    model, n = GPT(Config(vocab_size=65, block_size=1024, **sizes(settings))).to(device).eval(), settings['max_new_tokens']
+    own, n = {name: settings[name] for name in ('n_layer', 'n_head', 'n_embd', 'n_kv_head')}, settings['max_new_tokens']
+    model = GPT(Config(vocab_size=65, block_size=1024, **own)).to(device).eval()
     if n > 1023:
         raise UserError(f'max_new_tokens={n}: the context of this benchmark holds 1,024, of which one is the prompt')
     for parameter in model.parameters():  # zero-initialised outputs would make all tokens alike
@@ -728,7 +723,7 @@ def step_of_nano4m(plain, empty, settings, device):
     names, B = ('rgb', 'depth', 'normal'), settings['samples']
     modalities = ' '.join(f'{name}:5*5*5*8*8*8:16x16' for name in names)
     model = fourm.FourM(fourm.Config(modalities, n_layer_encoder=6, n_layer_decoder=6, n_head=8, n_embd=512, empty=0.0,
-                                     input_slots='64', target_slots='64', whole=0.0))
+                                     input_slots='64', target_slots='64', whole=0.0)).to(device)
     ids = {name: torch.randint(64000, (B, 256)) for name in names}
     batch = model.draw(ids, torch.Generator().manual_seed(0), torch.Generator())
     assert (batch['input_index'] < model.N).all() and (batch['target_index'] < model.N).all()  # 64 + 64 real ones
@@ -765,6 +760,7 @@ def compare_padding(settings, device):
 @torch.no_grad()
 def compare_answers(settings, device):
     """The model of config/vlm_scenes.py, 8 questions of 10 tokens about each of 4 pictures, answers of two tokens."""
+    train.set_up(device, training=False)
     model, picture = VLM(VLMConfig(vocab_size=341, image_token=340, block_size=128)).to(device).eval(), 340
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
@@ -814,10 +810,12 @@ def main(*arguments, **overrides):
     settings = config.apply({name: assigned.pop(name) for name in SETTINGS if name in assigned}, SETTINGS)
     if settings['part'] not in ('', *PARTS):
         raise UserError(f'part={settings["part"]!r}: choose one of {", ".join(PARTS)}')
-    if not files:
+    if settings['part'] or not files:
         settings |= config.apply(assigned, SIZES if settings['part'] else {})
     elif not settings['all']:
         resolve(assigned)  # a misspelt setting stops here
+    elif extra := [name for name, (_, where) in assigned.items() if where not in files]:
+        raise UserError(f'{extra[0]}: with --all=True configs are measured as they are; leave it out')
     if settings['all']:
         settings['save'] = settings['save'] or 'out/bench_all'
     device = train.find_device(settings['device'])

@@ -104,17 +104,19 @@ SETTINGS = dict(
     compare='',               # the same of several, 'out/gpt_mnist,out/flow_mnist'; of generators of digits also who is best
 )
 BELONGS = dict(  # settings that mean nothing to the chapters that do not name them
-    gpt='prompt prompts max_new_tokens min_p draft complete',
-    maskgit='steps order schedule guidance guidance_start temperature_end choice_temperature prompt after gap complete shape show '
-            'against',
-    fourm='given target chain hide replace retrieve by text image steps order schedule guidance guidance_start temperature_end',
+    gpt='prompt prompts max_new_tokens temperature top_k top_p min_p draft complete',
+    maskgit='steps order schedule guidance guidance_start temperature temperature_end choice_temperature top_k top_p prompt after '
+            'gap complete shape show against',
+    fourm='given target chain hide replace retrieve by text image steps order schedule guidance guidance_start temperature '
+          'temperature_end top_k top_p',
     flow='steps guidance interval method labels show',
-    vlm='text image chat blind prompts max_new_tokens min_p')
+    vlm='text image chat blind prompts max_new_tokens temperature top_k top_p min_p')
 SHOWS = dict(maskgit=('grid', 'gif', 'swap'), flow=('grid', 'path', 'steps', 'guidance'))
 
 
-def chosen_temperature(settings, default):
-    return default if math.isnan(settings['temperature']) else settings['temperature']
+def chosen(settings, name, default=None):
+    """A setting, or the default where it is nan, left open."""
+    return default if math.isnan(settings[name]) else settings[name]
 
 
 def exact(settings, device):
@@ -125,6 +127,22 @@ def exact(settings, device):
 
 def read_ids(fields, name, split, index):
     return torch.from_numpy(fields.load(split, name)[index].astype(np.int64))
+
+
+def read_lines(path):
+    """The lines of a file of prompts or questions. Raises UserError."""
+    try:
+        lines = Path(path).read_text(encoding='utf-8').splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: not UTF-8 text ({error}); write one prompt a line')
+    if not lines:
+        raise UserError(f'{path}: no prompts; write one a line')
+    return lines
+
+
+def pad_in_front(rows):
+    longest = max(map(len, rows))
+    return torch.tensor([[-1] * (longest - len(row)) + row for row in rows])
 
 
 def grey_out(pictures, tokens, grid):
@@ -140,24 +158,17 @@ def grey_out(pictures, tokens, grid):
 def sampler(model, settings, temperature, end=-1):
     """model.stream's arguments after the tokens and their number."""
     generator = torch.Generator(model.turn.device).manual_seed(settings['seed'])
-    return (chosen_temperature(settings, temperature), settings['top_k'], settings['top_p'], settings['min_p'], end, generator)
+    return (chosen(settings, 'temperature', temperature), settings['top_k'], settings['top_p'], settings['min_p'], end, generator)
 
 
 def read_prompts(model, fields, settings):
     """The prompts as rows of ids (B, T0), shorter ones filled up in front with -1."""
-    texts = [settings['prompt']] * (settings['n'] or 1)
-    if settings['prompts']:
-        try:
-            texts = Path(settings['prompts']).read_text(encoding='utf-8').splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f'{settings["prompts"]}: not UTF-8 text ({error}); write one prompt a line')
-    prompts = [fields.encode(text).tolist() or [fields.start] for text in texts]
-    if not prompts:
-        raise UserError(f'{settings["prompts"]}: no prompts; write one a line')
-    longest = max(map(len, prompts))
-    if longest > model.config.block_size:
-        raise UserError(f'the prompt has {longest} tokens, the context of this model holds {model.config.block_size}: shorten it')
-    return torch.tensor([[-1] * (longest - len(prompt)) + prompt for prompt in prompts])
+    texts = read_lines(settings['prompts']) if settings['prompts'] else [settings['prompt']] * (settings['n'] or 1)
+    tokens = pad_in_front([fields.encode(text).tolist() or [fields.start] for text in texts])
+    if tokens.size(1) > model.config.block_size:
+        raise UserError(f'the prompt has {tokens.size(1)} tokens, the context of this model holds {model.config.block_size}: '
+                        'shorten it')
+    return tokens
 
 
 def read_draft(model, fields, settings):
@@ -211,7 +222,7 @@ def draw_digits(model, fields, settings, path):
     def pictures(tokens):
         return np.repeat(fields.decode(tokens)[..., None], 3, -1)  # (n, 14, 14, 3)
     if settings['complete']:
-        truth = fields.load('val', 'tokens')[:n, 0]
+        truth = fields.load(settings['split'], 'tokens')[:n, 0]
         length = 1 + round(settings['complete'] * 49)
         known = np.where(np.arange(50) < length, 25, 10) * np.ones_like(truth)  # white patches where the picture is given
         columns = {'given': np.where(pictures(known), pictures(truth), 128).astype(np.uint8)}
@@ -269,15 +280,14 @@ def fill(model, settings, tokens, classes=None, history=False):
     device, most = model.turn.device, int((tokens < 0).sum(1).max())
     steps = settings['steps'] or min(16 if len(model.grid) == 2 else -(-most // 2), most)
     guided = model.config.n_classes and model.config.label_dropout
-    temperature, guidance = chosen_temperature(settings, 0.8 if guided else 1.0), settings['guidance'] or (1.5 if guided else 1.0)
-    end, start = (None if math.isnan(settings[name]) else settings[name] for name in ('temperature_end', 'guidance_start'))
     try:
         with exact(settings, device):
             return model.generate(
-                tokens.to(device), None if classes is None else classes.to(device), steps, temperature, end, settings['top_k'],
-                settings['top_p'], settings['order'], settings['schedule'] or 'cosine', guidance, start,
-                settings['choice_temperature'],
-                torch.Generator(device).manual_seed(settings['seed']), history).cpu()
+                tokens.to(device), None if classes is None else classes.to(device), steps,
+                chosen(settings, 'temperature', 0.8 if guided else 1.0), chosen(settings, 'temperature_end'), settings['top_k'],
+                settings['top_p'], settings['order'], settings['schedule'] or 'cosine',
+                settings['guidance'] or (1.5 if guided else 1.0), chosen(settings, 'guidance_start'),
+                settings['choice_temperature'], torch.Generator(device).manual_seed(settings['seed']), history).cpu()
     except ValueError as error:
         raise UserError(str(error))
 
@@ -294,9 +304,9 @@ def pictures_of(model, fields, tokens):
 def held_out(model, fields, settings, n):
     """The first n held-out samples: tokens (n, N) and classes (n,), None where there are none."""
     if model.config.n_classes:
-        tokens = read_ids(fields, 'tokens', settings['split'], np.arange(n))[:, 0]
+        tokens = read_ids(fields, 'tokens', settings['split'], slice(n))[:, 0]
         return tokens[:, 1:], tokens[:, 0]
-    return read_ids(fields, 'rgb', settings['split'], np.arange(n)), None
+    return read_ids(fields, 'rgb', settings['split'], slice(n)), None
 
 
 def hidden_places(grid, share, shape, seed):
@@ -484,10 +494,10 @@ def manner(model, link, known, weighted):
         temperature, guidance = 1.0, 1.0
     elif link['best'] > 1:
         temperature = temperature or 0.7
-    end, start = (None if math.isnan(link[name]) else link[name] for name in ('temperature_end', 'guidance_start'))
-    return dict(steps=link['steps'] or steps, temperature=chosen_temperature(link, temperature), temperature_end=end,
-                top_k=link['top_k'], top_p=link['top_p'], order=link['order'], schedule=link['schedule'] or 'linear',
-                guidance=link['guidance'] or guidance, guidance_start=start)
+    return dict(steps=link['steps'] or steps, temperature=chosen(link, 'temperature', temperature),
+                temperature_end=chosen(link, 'temperature_end'), top_k=link['top_k'], top_p=link['top_p'], order=link['order'],
+                schedule=link['schedule'] or 'linear', guidance=link['guidance'] or guidance,
+                guidance_start=chosen(link, 'guidance_start'))
 
 
 def likeliest(model, known, name, ids, draws):
@@ -518,6 +528,8 @@ def generate(model, fields, given, chain, generator=None):
                 ids = likeliest(model, known, name, ids, draws)
         raw[name] = fields.decode(name, ids)
         if link['mean'] > 1:
+            if not hasattr(fields, 'encode'):
+                raise UserError(f'{name}: this data set has no encoder, which the mean of several draws would need')
             raw[name] = mean_of(name, raw[name].reshape(-1, draws, *raw[name].shape[1:]))
             ids = fields.encode(name, raw[name])  # what the next links of the chain see
         known[name], weights[name] = ids, link['weight']
@@ -608,7 +620,7 @@ def read_given(model, fields, settings, chain, index, generator):
         ids[name] = ids[name].masked_fill(hidden, -1)
     if not ids:  # from nothing: as many as asked for
         name = chain[1][0]['name']
-        ids = {name: torch.full((len(index), fields.load('val', name).shape[1]), -1)}
+        ids = {name: torch.full((len(index), model.modality[name].size), -1)}
     return ids, bool(own)
 
 
@@ -616,8 +628,8 @@ def read_given(model, fields, settings, chain, index, generator):
 # nano4M: pictures
 
 def pictures_of_ids(model, fields, name, ids, filled):
-    """Ids (B, size) of a modality as pictures (H, W, 3), grey where they are unknown; `filled` is what a tokenizer's decoder, which sees
-    neighbours, is shown there."""
+    """Ids (B, size) of a modality as pictures (H, W, 3), grey where they are unknown; `filled` is what a tokenizer's decoder,
+    which sees neighbours, is shown there."""
     m = model.modality[name]
     drawn = [fields.picture(name, raw) for raw in fields.decode(name, ids if m.is_text else torch.where(ids < 0, filled, ids))]
     return drawn if m.is_text else list(grey_out(np.stack(drawn), ids, m.grid))
@@ -634,8 +646,8 @@ def columns_for(model, fields, settings, chain, index):
             columns[f'{name} (truth)'] = [fields.picture(name, one) for one in fields.truth(settings['split'], name, index)]
         if name in names:
             truth = None if own or changed else fields.truth(settings['split'], name, index)
-            columns[f'{name} (given)'] = pictures_of_ids(model, fields, name, ids[name], found[name].clamp(min=0)) if truth is None else [
-                fields.picture(name, one) for one in truth]
+            columns[f'{name} (given)'] = [fields.picture(name, one) for one in truth] if truth is not None else (
+                pictures_of_ids(model, fields, name, ids[name], found[name].clamp(min=0)))
         if name in raw:
             columns[name] = [fields.picture(name, one) for one in raw[name]]
         texts = raw.get(name, fields.decode(name, found[name]))
@@ -767,7 +779,7 @@ def flow_samples(model, labels, settings, size=64):
     return (flow.to_pixels(ends).squeeze(-1) if model.config.image_size else ends).numpy()
 
 
-def in_colour(pictures):
+def in_color(pictures):
     return np.repeat(pictures, 3, -1) if pictures.shape[-1] == 1 else pictures  # (..., H, W, 3)
 
 
@@ -783,14 +795,14 @@ def draw_flow(model, fields, settings, path):
     scale, n = max(1, 56 // size), settings['n'] or (8 if show == 'grid' else 10)
 
     def ends(changes):
-        return in_colour(flow.to_pixels(follow(model, np.resize(chosen, n), settings | changes)[0][-1]).numpy())
+        return in_color(flow.to_pixels(follow(model, np.resize(chosen, n), settings | changes)[0][-1]).numpy())
     if show == 'grid':
-        drawn = in_colour(flow.to_pixels(follow(model, np.repeat(chosen, n), settings)[0][-1]).numpy())
+        drawn = in_color(flow.to_pixels(follow(model, np.repeat(chosen, n), settings)[0][-1]).numpy())
         names = [fields.classes[c] for c in chosen] if classes else [f'drawn {i + 1}' for i in range(len(chosen))]
         columns = dict(zip(names, drawn.reshape(len(chosen), n, *drawn.shape[1:])))
     elif show == 'path':
         trajectory, _ = follow(model, np.resize(chosen, n), settings)
-        frames = in_colour(flow.to_pixels(trajectory).numpy())  # (steps + 1, n, H, W, 3)
+        frames = in_color(flow.to_pixels(trajectory).numpy())  # (steps + 1, n, H, W, 3)
         save_gif([tile(frame, -(-n // 2)) for frame in frames], path.with_suffix('.gif'), scale)
         kept = np.linspace(0, len(frames) - 1, min(11, len(frames))).round().astype(int)
         columns = {f'step {i}': frames[i] for i in kept}
@@ -892,11 +904,6 @@ def score_pictures(model, fields, settings, data):
 # ---------------------------------------------------------------------------------------------------------------------
 # nanoVLM
 
-def pad_in_front(rows):
-    longest = max(map(len, rows))
-    return torch.tensor([[-1] * (longest - len(row)) + row for row in rows])
-
-
 def look(model, fields, images, n=1):
     """Reads pictures (S, m, H, W, C) once, for n questions about each; returns the cache behind which these go."""
     prompt = torch.full(images.shape[:2], fields.template.image)
@@ -910,7 +917,7 @@ def ask(model, fields, cache, questions, settings, first=()):
     if tokens.size(1) >= room:
         raise UserError(f'the question has {tokens.size(1)} tokens, and the context has room for {room}, the answer included: '
                         'shorten it')
-    how = (chosen_temperature(settings, 0.0), settings['top_k'], settings['top_p'], settings['min_p'])
+    how = (chosen(settings, 'temperature', 0.0), settings['top_k'], settings['top_p'], settings['min_p'])
     generator = torch.Generator(device).manual_seed(settings['seed'])
     return model.stream(tokens.to(device), cache, settings['max_new_tokens'], *how, fields.template.end, generator)
 
@@ -960,9 +967,7 @@ def own_questions(model, fields, settings):
     images = in_rows(images, len(images) // m)
     if settings['chat']:
         return chat(model, fields, images[:1], settings)
-    texts = [settings['text']]
-    if settings['prompts']:
-        texts = Path(settings['prompts']).read_text(encoding='utf-8').splitlines()
+    texts = read_lines(settings['prompts']) if settings['prompts'] else [settings['text']]
     for row in answers(model, fields, images, [texts] * len(images), settings):
         print('\n'.join(row))
 
@@ -1106,8 +1111,7 @@ def generators(runs, settings):
         drawn = np.concatenate([BINARY[chapter](model, fields, part, settings | dict(seed=settings['seed'] + i))
                                 for i, part in enumerate(np.array_split(labels, -(-len(labels) // 64)))])
         seconds = (time.perf_counter() - started) / len(labels)
-        found = {key: score['value'] if 'value' in score else score['parts'][..., 0].mean()
-                 for key, score in fields.score(drawn, labels).items()}
+        found = {name: score['value'] for name, score in judged(fields.score(drawn, labels), len(labels)).items()}
         rows.append(f'| {chapter} | {run.parameters / 1e6:.2f} M | {run.checkpoint["seconds"]:.0f} s | {own} | '
                     f'{found["accuracy"]:.1%} | {found["frechet"]:.3f} | {found["precision"]:.3f}, {found["recall"]:.3f} | '
                     f'{seconds * 1000:.0f} ms |')
@@ -1132,7 +1136,7 @@ def read_run(path):
     return page.Run(path.parent, checkpoint, sum(p.numel() for p in model.parameters()), defaults), model
 
 
-def compare(settings):
+def compare(settings, device):
     """A page of the runs named by `compare`; where all are generators of the same digits, these are compared as well."""
     runs = [read_run(Path(name, settings['checkpoint'])) for name in settings['compare'].split(',')]
     checkpoints = [run.checkpoint for run, _ in runs]
@@ -1141,7 +1145,7 @@ def compare(settings):
     more = ''
     if digits and all(chapter_of(model) in BINARY for _, model in runs):
         check_data(folder, read_meta(folder), checkpoints[0])
-        more = generators([(run, model, fields_of(folder, meta)) for run, model in runs], settings)
+        more = generators([(run, model.to(device), fields_of(folder, meta)) for run, model in runs], settings)
     page.write([run for run, _ in runs], Path('out/compare.md'), more)
 
 
@@ -1150,7 +1154,7 @@ def main(*arguments, **overrides):
     device = find_device(settings['device'])
     set_up(device, training=False)
     if settings['compare']:
-        return compare(settings)
+        return compare(settings, device)
     path = find_weights(settings['init_from']) if settings['init_from'] else Path(settings['out_dir'], settings['checkpoint'])
     if settings['report']:
         return page.write([read_run(path)[0]], path.with_name('report.md'))

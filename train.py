@@ -28,7 +28,7 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -151,8 +151,8 @@ def autocast(device, dtype):
 
 
 def synchronize(device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
 
 
 def matmul_rate(device, dtype, seconds=0.5):
@@ -427,10 +427,21 @@ def check_data(folder, meta, checkpoint):
 def load_model(path):
     """The model of a checkpoint (with its mean weights, if it has any), in evaluation mode on the CPU, and the checkpoint."""
     checkpoint = read_checkpoint(path)
-    chapter = importlib.import_module(checkpoint['settings']['model'])
-    model = chapter.Model(chapter.Config(**checkpoint['model_config']))
-    model.load_state_dict(checkpoint.get('ema') or checkpoint['weights'])
+    with same_code(path):
+        chapter = importlib.import_module(checkpoint['settings']['model'])
+        model = chapter.Model(chapter.Config(**checkpoint['model_config']))
+        model.load_state_dict(checkpoint.get('ema') or checkpoint['weights'])
     return model.eval(), checkpoint
+
+
+@contextmanager
+def same_code(path):
+    """Says so where what a checkpoint holds no longer fits the model: you have changed its code since."""
+    try:
+        yield
+    except (ImportError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f'{path} does not fit the code as it is now ({str(error).splitlines()[-1].strip()}): undo the change, or '
+                        'train anew, with another --out_dir= or --init_from=scratch')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -526,7 +537,7 @@ def schedule(step, settings):
 
 def update(optimizers, settings, step, scaler=torch.amp.GradScaler(enabled=False)):
     """One step of all optimizers at this step's learning rates, and clean gradients for the next. In float16 the loss was scaled
-    up so that small gradients do not vanish; where large ones overflowed, the scaler leaves the step out and lowers the scale."""
+    up so that small gradients do not vanish; after many good steps the scaler tries more."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = group.setdefault('initial_lr', group['lr']) * schedule(step, settings)
@@ -605,8 +616,7 @@ def clip(model, most):
 
 def add_logs(total, logs):
     """logs: name -> (sum, count) on the device; adding keeps every mean exact, and needs no wait for the device."""
-    return {name: total[name] + value if name in total else value for name, value in logs.items()} | {
-        name: value for name, value in total.items() if name not in logs}
+    return total | {name: total.get(name, 0) + value for name, value in logs.items()}
 
 
 def means(total):
@@ -733,13 +743,6 @@ def forget(log, step):
         os.truncate(log, sum(map(len, kept)))  # in place: a kill here loses nothing
 
 
-def go_on(checkpoint, optimizers, scaler):
-    """Loads a stopped run's state; its weights are loaded already."""
-    for optimizer, state in zip(optimizers, checkpoint['optimizers']):
-        optimizer.load_state_dict(shares(state, optimizer))
-    scaler.load_state_dict(checkpoint['scaler'])
-
-
 def listen(stack):
     """A list that will hold the number of each signal that asks this process to stop. The run then saves and leaves; a second
     signal ends it at once, unless it comes with the first: torchrun passes on a Ctrl-C that the process has already had."""
@@ -821,13 +824,16 @@ def run(assigned, files, stack):
     sharded = settings['shard'] and world > 1
     for name, each in [('weights', raw_model), ('ema', mean)][:1 + (mean is not raw_model)]:
         if checkpoint:
-            each.load_state_dict(checkpoint[name])
+            with same_code(out_dir):
+                each.load_state_dict(checkpoint[name])
         shard(each, device) if sharded else each.to(device)
     optimizers = make_optimizers(raw_model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = dict(step=0, best=math.inf, seconds=0.0, tokens=0, skipped=0, wandb_id=None)
     if checkpoint:
-        go_on(checkpoint, optimizers, scaler)
+        for optimizer, before in zip(optimizers, checkpoint['optimizers']):
+            optimizer.load_state_dict(shares(before, optimizer))
+        scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())  # empty where the run was not in float16 so far
         state |= {name: checkpoint[name] for name in state}
         del checkpoint  # as large as what it was loaded into
     forget(out_dir / 'log.jsonl', state['step'] or -1)
@@ -894,16 +900,14 @@ def run(assigned, files, stack):
 
         # evaluate, save, draw
         if step == settings['max_iters'] or (step % settings['eval_interval'] == 0 and (step > start or step == 0)):
-            paused = time.perf_counter()
             values = evaluate()
             val_loss = loss_of(values)
-            log({'step': step, 'tokens': int(tokens), 'seconds': round(seconds + paused - since, 2), 'val_loss': val_loss}
+            log({'step': step, 'tokens': int(tokens), 'seconds': round(seconds, 2), 'val_loss': val_loss}
                 | {f'val_{name}': value for name, value in values.items()})
             if is_main():
                 tqdm.write(f'step {step}: val_loss {val_loss:.4f}  '
                            + '  '.join(f'{name} {value:.3f}' for name, value in values.items() if name != 'loss'))
-            improved, best = val_loss < best, min(val_loss, best)
-            seconds += paused - since
+            improved, best = val_loss < best, min(best, val_loss)  # in this order a nan does not stay
             if step:
                 # the last one last: a run killed in between evaluates this step again
                 save(step, *['ckpt_best.pt'] * improved, *[f'ckpt_{step:06d}.pt'] * (settings['keep'] > 0), 'ckpt_last.pt')
@@ -945,7 +949,9 @@ def run(assigned, files, stack):
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = clip(raw_model, settings['grad_clip'])
-        if not math.isfinite(norm):
+        if math.isfinite(norm):
+            update(optimizers, settings, step, scaler)
+        else:
             skipped += 1
             if skipped > settings['skip'] and not scaler.is_enabled() or scaler.get_scale() < 1:  # at 1 nothing overflows
                 save(step, 'ckpt_fault.pt')
@@ -954,21 +960,20 @@ def run(assigned, files, stack):
                 raise UserError(f'step {step}: the gradient is not finite ({norm}). The state before it is in '
                                 f'{out_dir}/ckpt_fault.pt, its samples in log.jsonl; lower the learning rates, or leave such '
                                 'steps out by --skip=10')
-        if math.isfinite(norm) or scaler.is_enabled():
-            update(optimizers, settings, step, scaler)
-        else:
+            scaler.update()  # float16: a lower scale
             raw_model.zero_grad(set_to_none=True)
         if settings['ema']:
             follow(mean, raw_model, settings['ema'], step)
         bar.update()
 
-        # log
-        if (step + 1) % settings['log_interval'] == 0 or step + 1 == settings['max_iters']:
+        # log; before an evaluation too, whose time and step are so kept apart
+        done = step + 1
+        if done == settings['max_iters'] or not done % settings['log_interval'] or not done % settings['eval_interval']:
             now = time.perf_counter()
             values, count = means(total)
             took, tokens = now - since, tokens + count
             seconds += took
-            line = {'step': step + 1, 'tokens': int(tokens), 'seconds': round(seconds, 2), 'train_loss': loss_of(values),
+            line = {'step': done, 'tokens': int(tokens), 'seconds': round(seconds, 2), 'train_loss': loss_of(values),
                     'lr': settings['learning_rate'] * schedule(step, settings), 'grad_norm': norm,
                     'tokens_per_second': round(count / took), 'mfu': round(work / took / limit, 4),
                     'data_wait': round(waited / took, 4)} | ({'skipped': skipped} if skipped else {})

@@ -1,5 +1,5 @@
 """
-CIFAR-10 (Krizhevsky, 2009): 32x32 colour photographs of ten kinds of things, 50,000 to train on, 10,000 for validation.
+CIFAR-10 (Krizhevsky, 2009): 32x32 color photographs of ten kinds of things, 50,000 to train on, 10,000 for validation.
 
     python -m prepare.cifar10
 

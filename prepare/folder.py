@@ -7,8 +7,8 @@ Your own pictures: a folder of them, each with its caption in a text file of the
     rgb       the picture                                  8x8 tokens of 16^4 codes, by a tokenizer trained here
     grey      how light it is                              8x8 tokens of 8^4 codes, the same
     edges     where that changes (Sobel)                   8x8 tokens of 8^4 codes, the same
-    palette   its five colours (median cut), in order      1x5 tokens, each one of 16^3 colours
-    low       the picture in 8x8 pixels                    8x8 tokens, each one of 16^3 colours
+    palette   its five colors (median cut), in order      1x5 tokens, each one of 16^3 colors
+    low       the picture in 8x8 pixels                    8x8 tokens, each one of 16^3 colors
     caption   byte-pair tokens, learned from the captions  up to 64
 
 Of each picture there are a few square views, the first from its middle, the others a little smaller and anywhere, so that few
@@ -30,7 +30,7 @@ from config import UserError
 from prepare.image_tokenizers import ImageTokenizer
 from prepare.meta import save_meta
 from prepare.pictures import (MAKE, SIDE, TOKENIZED, enlarged, entry, from_tokens, pixel_error, read_picture, tokenize,
-                              train_tokenizer)
+                              to_tokens, train_tokenizer)
 from prepare.text_tokenizers import decode_row, encode_rows, load_encoding, save_encoding, train_bpe
 
 SETTINGS = dict(source='', out='data/folder', size=64, views=4, steps=400, vocab_size=1024, caption_tokens=64, seed=0)
@@ -117,6 +117,10 @@ class Fields:
         if name == 'caption':
             return [decode_row(self.encoding, row) for row in ids.tolist()]
         return from_tokens(name, ids, self.tokenizers.get(name))
+
+    def encode(self, name, raw):
+        """Raw pictures -> token ids (n, size)."""
+        return torch.from_numpy(to_tokens(name, raw, self.tokenizers.get(name))).long()
 
     def read_text(self, name, text):
         """A user's text -> token ids (1, size)."""

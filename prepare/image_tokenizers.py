@@ -150,7 +150,7 @@ class ImageTokenizer(nn.Module):
 # Fields: raw arrays as the autoencoder sees them
 
 DEPTH_MEAN, DEPTH_SCALE = 2.1, 0.4  # of the logarithm of depth, so that errors are relative ones
-CLASSES = 25                        # of segmentation: ground, and shape x colour
+CLASSES = 25                        # of segmentation: ground, and shape x color
 SPECS = dict(  # channels, levels, weight of an object's pixel (the ground's is 1), training steps
     rgb=(3, '16*16*16*16', 8, 550),
     depth=(1, '8*8*8*8', 4, 250),

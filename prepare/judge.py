@@ -3,7 +3,7 @@ The judge: a small convolutional classifier, trained on a data set's own picture
 
 No network is downloaded for it. Its distances therefore compare only with others by the same judge, and every score stands beside
 what real pictures reach (ceiling or floor) and what a blind generator reaches (baseline). There is one judge for each
-representation: 28x28 grey levels, the 14x14 binary pictures that are MNIST's tokens, 32x32 in colour.
+representation: 28x28 grey levels, the 14x14 binary pictures that are MNIST's tokens, 32x32 in color.
 """
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ def convolution(inputs, outputs, stride=1):
 
 
 class Judge(nn.Module):
-    """Pictures of `size` (14, 28 or 32) pixels a side, uint8, grey or, twice as wide, in colour -> one of 10 classes."""
+    """Pictures of `size` (14, 28 or 32) pixels a side, uint8, grey or, twice as wide, in color -> one of 10 classes."""
     def __init__(self, size, channels=1):
         super().__init__()
         self.size, self.channels, D = size, channels, 64 if channels == 1 else 128

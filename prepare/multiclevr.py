@@ -260,7 +260,7 @@ class Fields:
             return drawing(name, raw, self.side)
         if self.decoder:
             return self.rebuild(torch.from_numpy(raw).long())
-        mosaic = (digits(raw)[3:].T * 255 // 7).astype(np.uint8).reshape(SIDE, SIDE, 3)  # three channels as colours
+        mosaic = (digits(raw)[3:].T * 255 // 7).astype(np.uint8).reshape(SIDE, SIDE, 3)  # three channels as colors
         return mosaic.repeat(SHOWN // SIDE, 0).repeat(SHOWN // SIDE, 1)
 
     @torch.no_grad()

@@ -92,9 +92,9 @@ def plot(curves, path):
     low, high = scale(min(losses)), scale(max(losses))
     margin, top = 0.05 * (high - low) + 1e-3, 26 + LINE * len(curves)
     pen = Pen(2 * (LEFT + WIDTH + 10), top + HEIGHT + 48)
-    for i, ((name, lines), colour) in enumerate(zip(curves.items(), cycle(COLOURS))):
-        pen.line([(LEFT, 16 + LINE * i), (LEFT + 24, 16 + LINE * i)], colour, 1.4)
-        pen.dot(LEFT + 12, 16 + LINE * i, colour)
+    for i, ((name, lines), color) in enumerate(zip(curves.items(), cycle(COLOURS))):
+        pen.line([(LEFT, 16 + LINE * i), (LEFT + 24, 16 + LINE * i)], color, 1.4)
+        pen.dot(LEFT + 12, 16 + LINE * i, color)
         pen.text(LEFT + 32, 16 + LINE * i, f'{name}: {points(lines, "step", "val_loss")[-1][1]:.4g}', 'lm')
     pen.text(2 * (LEFT + WIDTH) + 10, 16, 'line: training loss, dots: validation loss', 'rm', '#888888')
     for left, axis, title in ((LEFT, 'step', 'steps'), (2 * LEFT + WIDTH + 10, 'seconds', 'seconds of training')):
@@ -119,10 +119,10 @@ def panel(pen, curves, axis, title, x0, y0, scale, low, high):
         pen.text(x, y0 + 8, f'{value:,.6g}', 'mt')
     pen.line([(x0, y0), (x0 + WIDTH, y0)], '#999999', 0.8)
     pen.text(x0 + WIDTH / 2, y0 + 28, title, 'mt')
-    for name, colour in zip(curves, cycle(COLOURS)):
-        pen.line([place(*pair) for pair in pairs[name, 'train']], colour, 1.2)
+    for name, color in zip(curves, cycle(COLOURS)):
+        pen.line([place(*pair) for pair in pairs[name, 'train']], color, 1.2)
         for pair in pairs[name, 'val']:
-            pen.dot(*place(*pair), colour)
+            pen.dot(*place(*pair), color)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

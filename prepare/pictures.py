@@ -62,7 +62,7 @@ def edges(rgb):
 
 
 def palette(rgb, colors=5):
-    """(n, 1, 5, 3): colours of each picture by median cut, the most frequent first; one of few colours repeats them."""
+    """(n, 1, 5, 3): colors of each picture by median cut, the most frequent first; one of few colors repeats them."""
     rows = []
     for picture in rgb:
         image = Image.fromarray(picture).quantize(colors)

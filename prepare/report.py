@@ -18,14 +18,14 @@ class Pen:
         self.paper = Image.new('RGB', (self.S * width, self.S * height), 'white')
         self.draw, self.font = ImageDraw.Draw(self.paper), ImageFont.load_default(12 * self.S)
 
-    def text(self, x, y, words, anchor, colour='#444444'):
-        self.draw.text((self.S * x, self.S * y), words, colour, self.font, anchor)
+    def text(self, x, y, words, anchor, color='#444444'):
+        self.draw.text((self.S * x, self.S * y), words, color, self.font, anchor)
 
-    def line(self, points, colour, thick):
-        self.draw.line([(self.S * x, self.S * y) for x, y in points], colour, round(self.S * thick), joint='curve')
+    def line(self, points, color, thick):
+        self.draw.line([(self.S * x, self.S * y) for x, y in points], color, round(self.S * thick), joint='curve')
 
-    def dot(self, x, y, colour):
-        self.draw.circle((self.S * x, self.S * y), 3.4 * self.S, 'white', colour, round(1.8 * self.S))
+    def dot(self, x, y, color):
+        self.draw.circle((self.S * x, self.S * y), 3.4 * self.S, 'white', color, round(1.8 * self.S))
 
     def save(self, path):
         self.paper.resize((self.paper.width // 2, self.paper.height // 2), Image.LANCZOS).save(path, optimize=True)
@@ -48,7 +48,7 @@ def save_grid(columns, path, scale=2):
 
 def save_gif(frames, path, scale=2, seconds=3.0):
     """Frames (T, H, W) or (T, H, W, 3) uint8 as an animation of about so many seconds, the last one shown longer."""
-    large = [Image.fromarray(frame).convert('RGB').quantize(24, dither=Image.Dither.NONE)  # few colours: noise does not compress
+    large = [Image.fromarray(frame).convert('RGB').quantize(24, dither=Image.Dither.NONE)  # few colors: noise does not compress
              .resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.NEAREST) for frame in np.asarray(frames)]
     each = max(20, int(1000 * seconds / len(large)))  # milliseconds
     large[0].save(path, save_all=True, append_images=large[1:], duration=[each] * (len(large) - 1) + [1500], loop=0)
@@ -79,11 +79,11 @@ def save_curves(curves, path, title):
         y = top + height * (1 - tenth / 10)
         pen.line([(left, y), (left + width, y)], '#e6e6e6', 0.8)
         pen.text(left - 8, y, f'{tenth * 10} %', 'rm')
-    for i, ((name, curve), colour) in enumerate(zip(curves.items(), cycle(COLOURS))):
-        pen.line([place(x, score['value']) for x, score in curve.items()], colour, 2)
+    for i, ((name, curve), color) in enumerate(zip(curves.items(), cycle(COLOURS))):
+        pen.line([place(x, score['value']) for x, score in curve.items()], color, 2)
         for x, score in curve.items():
-            pen.line([place(x, score['low']), place(x, score['high'])], colour, 1)
-        pen.text(left + 110 * i, 38, name, 'lm', colour)
+            pen.line([place(x, score['low']), place(x, score['high'])], color, 1)
+        pen.text(left + 110 * i, 38, name, 'lm', color)
     for x in xs:
         pen.text(place(x, 0)[0], top + height + 8, x, 'mt')
     pen.save(path)

@@ -68,7 +68,9 @@ def train_towers(features, steps=1500, batch_size=512, seed=0):
 # The index
 
 def read_tokens(folder, split, name, n):
-    return torch.from_numpy(np.load(Path(folder, split, f'{name}.npy'), mmap_mode='r')[:n].astype(np.int64))
+    """Token ids (n, size); where samples have several views, of the first."""
+    ids = np.load(Path(folder, split, f'{name}.npy'), mmap_mode='r')[:n].astype(np.int64)
+    return torch.from_numpy(ids[:, 0] if ids.ndim == 3 else ids)
 
 
 def in_parts(function, ids, size=250):

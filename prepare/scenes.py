@@ -8,7 +8,7 @@ The data set `scenes`: CLEVR-like pictures with exact ground truth in six modali
     rgb           the picture                            64x64, 64 tokens
     depth         distance along the optical axis        64x64, 64 tokens
     normal        surface normals in the camera's frame  64x64, 64 tokens
-    segmentation  ground, or shape x colour              64x64, 64 tokens
+    segmentation  ground, or shape x color              64x64, 64 tokens
     scene_desc    "Object 1 - Position: x=20 y=31 Shape: cube Color: blue Material: metal. Object 2 - ..."
     caption       "a large red metal sphere, a small blue rubber cube and a large gray metal cylinder", from left to right
 
@@ -218,7 +218,7 @@ class Fields:
         """The classes of a segmentation that words such as 'red cube', 'cube', 'red' or 'object' mean."""
         asked = {*words.lower().replace('objects', 'object').split()} - {'object'}
         if unknown := asked - {*SHAPES, *COLORS}:
-            raise UserError(f'{words!r}: {unknown.pop()!r} is no colour ({", ".join(COLORS)}), no shape ({", ".join(SHAPES)}) '
+            raise UserError(f'{words!r}: {unknown.pop()!r} is no color ({", ".join(COLORS)}), no shape ({", ".join(SHAPES)}) '
                             'and not "object"')
         kinds = [{shape, color} for shape in SHAPES for color in COLORS]
         return [1 + i for i, kind in enumerate(kinds) if asked <= kind]  # 0 is the ground
@@ -337,7 +337,7 @@ def add_picture(folder, meta, name, seed):
     print(f'{name}: mean error {error:.3g} of 255')
     meta['quality'][name] = dict(error=error)
     _, levels, size = pictures.entry(name).split(':')
-    add(meta, name, levels, size, 4096)  # 8^4 codes, or 16^3 colours
+    add(meta, name, levels, size, 4096)  # 8^4 codes, or 16^3 colors
 
 
 def make_scenes(settings):

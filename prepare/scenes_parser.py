@@ -2,7 +2,7 @@
 Reads the objects back from a picture of a scene: the independent judge of pictures that models of this repository draw.
 
 Objects are points (CenterNet, Zhou et al., 1904.07850): on a grid of cells, four pixels wide, a small Transformer says where an
-object's centre lies, and of which shape, colour, material and size it is there. It is trained on true renders alone, knows
+object's centre lies, and of which shape, color, material and size it is there. It is trained on true renders alone, knows
 nothing of any tokenizer or model, and its accuracy on held-out renders is the ceiling of every score that it gives.
 
     python -m prepare.scenes_parser    (asks the same network, reading rgb tokens instead of pixels, what the tokens still tell)
@@ -129,7 +129,7 @@ def train_parser(folder, parser, field, patches_of, seed=0, steps=500, batch_siz
 
 @torch.no_grad()
 def accuracy(parser, folder, field, patches_of):
-    """Share of the objects of a split whose shape, colour, material and size are read right at their centre."""
+    """Share of the objects of a split whose shape, color, material and size are read right at their centre."""
     rows, objects = (np.load(folder / f'{name}.npy') for name in (field, 'raw_objects'))
     right = []
     for start in range(0, len(rows), 100):
@@ -144,7 +144,7 @@ def accuracy(parser, folder, field, patches_of):
 
 
 def main(*arguments, **overrides):
-    """The gate of a data set: shape, colour, material and size as a probe reads them from rgb tokens, and from the pixels."""
+    """The gate of a data set: shape, color, material and size as a probe reads them from rgb tokens, and from the pixels."""
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     folder = Path(settings['data'])
     tokenizer = ImageTokenizer.load(folder / 'rgb.pt')

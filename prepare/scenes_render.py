@@ -2,7 +2,7 @@
 A ray caster for CLEVR-like scenes (Johnson et al., 1612.06890) with exact ground truth, in numpy.
 
 A scene is 2 to max_objects spheres, cubes and cylinders on a ground plane, seen by a slightly shaken camera under a slightly
-shaken light. One function casts rays at the scene (`trace`), one gives the hit points their colours (`shade`); depth, normals
+shaken light. One function casts rays at the scene (`trace`), one gives the hit points their colors (`shade`); depth, normals
 and instances are read off the rays through the pixels' centres, the picture is the mean of four rays a pixel.
 
 All vectors are stored as three arrays x, y, z, stacked first: (3, ...). World: z up, ground z = 0, unit about one object.
@@ -201,7 +201,7 @@ def trace(scenes, size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Colours
+# Colors
 
 def surface(scenes, rays):
     """Hit points and normals (3, S, P) of traced rays."""
@@ -228,7 +228,7 @@ def in_shadow(scenes, point, normal):
 
 
 def shade(scenes, rays):
-    """Linear colours (3, S, P): Lambert and ambient light for all, Blinn-Phong and a gradient's reflection for metal."""
+    """Linear colors (3, S, P): Lambert and ambient light for all, Blinn-Phong and a gradient's reflection for metal."""
     point, normal = surface(scenes, rays)
     light, view = scenes['light'][:, :, None], rays['direction']
     lit = np.where(in_shadow(scenes, point, normal), 0, np.maximum(dot(normal, light), 0))

@@ -78,8 +78,7 @@ def test_all_ways_agree(kind, monkeypatch):
 def test_cost_of_the_core():
     """FLOPs by hand: four projections, two products; causal needs half of these two, training three times the forward pass."""
     for kind, times in (('prefill', 1), ('causal', 3)):
-        core, _ = bench.make_core(kind, 1, 24, 24, 2, 16, CPU, torch.float32)
-        flops, moved = bench.cost_of_core(core, kind, 1, 24, 24, 2, 16, torch.float32)
+        flops, moved = bench.cost_of_core(kind, 1, 24, 24, 2, 16, torch.float32)
         assert flops == times * (2 * 24 * 4 * 32 * 32 + 2 * 24 * 24 * 32)
         assert moved == times * 4 * (2 * 24 * 32 + 4 * 32 * 32)
 
@@ -193,7 +192,9 @@ def test_no_compiler_leaves_the_eager_rows(here, monkeypatch, capsys):
     (['--part=trainin'], 'choose one of generation, unmasking'), (['config/nope.py'], 'config/nope.py: no such config file'),
     (['--n_embd=64'], "unknown setting 'n_embd'"), (['--part=padding', '--sample=3'], "did you mean 'samples'"),
     (['--backend=cudnn', '--device=cpu'], "backend='cudnn': on cpu there are flash, math"),
-    (['config/gpt_mnist.py', '--n_hed=2'], "did you mean 'n_head'"), (['--dtype'], 'are written --name=value')])
+    (['config/gpt_mnist.py', '--n_hed=2'], "did you mean 'n_head'"),
+    (['config/gpt_mnist.py', '--part=padding'], "config/gpt_mnist.py: unknown setting 'model'"),
+    (['config/gpt_mnist.py', '--all=True', '--n_head=2'], 'n_head: with --all=True configs are measured as they are'), (['--dtype'], 'are written --name=value')])
 def test_faults(arguments, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(bench, 'find_limits', lambda device: LIMITS)

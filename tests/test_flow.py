@@ -431,6 +431,7 @@ def test_scenes(work):
     (['--interval=1'], 'write two times between 0 and 1'), (['--method=rk4'], 'choose one of euler'),
     (['--show=all'], 'show is one of grid'), (['--labels=x'], 'labels'), (['--labels=10'], 'labels'),
     (['--order=raster'], 'order is a setting of'),
+    (['--temperature=0.5'], 'temperature is a setting of gpt, maskgit, fourm, vlm'),
     (['--compare=out/points_not'], 'no such checkpoint')])
 def test_faults(digits, arguments, message):
     with pytest.raises(UserError, match=message) as error:

@@ -124,6 +124,8 @@ def test_a_run(work, capsys):
     sample.main('--out_dir=out/mine', '--n=2', '--given=grey', '--image=mine/more/1.png', '--target=low,palette')
     sample.main('--out_dir=out/mine', '--n=2', '--given=caption', '--text=a picture', '--target=edges')
     assert 'caption: a picture\n' in capsys.readouterr().out
+    sample.main('--out_dir=out/mine', '--n=2', '--chain=rgb>grey:mean2,low:mean2')
+    sample.main('--out_dir=out/mine', '--n=2', '--retrieve=rgb', '--given=caption')
     sample.main('--out_dir=out/mine', '--score=True', '--n_score=2', '--given=rgb', '--target=caption,palette')
     scores = json.loads(Path('out/mine/scores.json').read_text())
     assert scores['rgb>caption/words']['ceiling'] == 1 and scores['rgb>palette/error']['ceiling'] < 16

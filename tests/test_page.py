@@ -84,9 +84,9 @@ def test_runs_side_by_side(runs):
     assert re.search(r'^\| last val_loss_rgb \|  \| \d', found, re.M)
     for name in re.findall(r'!\[.*?\]\((.*?)\)', found):
         assert Path('out', name).is_file()
-    colours = {colour for _, colour in Image.open('out/compare_loss.png').convert('RGB').getcolors(1 << 24)}
-    for colour in page.COLOURS[:2]:
-        assert tuple(int(colour[i:i + 2], 16) for i in (1, 3, 5)) in colours
+    colors = {color for _, color in Image.open('out/compare_loss.png').convert('RGB').getcolors(1 << 24)}
+    for color in page.COLOURS[:2]:
+        assert tuple(int(color[i:i + 2], 16) for i in (1, 3, 5)) in colors
 
 
 @pytest.mark.parametrize('low, high, log', [(1.4, 4.2, True), (0.15, 0.16, True), (1e-5, 30, True), (0, 4500, False),

@@ -356,6 +356,7 @@ def test_masked_texts(text_run, capsys):
     (['--score=True', '--against=broken.json'], "against='broken.json': not a scores.json"),
     (['--chain=rgb>depth'], 'chain is a setting of fourm, this run is of maskgit'),
     (['--choice_temperature=-1'], 'temperatures at least 0'),
+    (['--min_p=0.1'], 'min_p is a setting of gpt, vlm'),
 ])
 def test_faults_of_masks(masked_digits, arguments, message):
     Path('broken.json').write_text('[1]')
@@ -380,7 +381,7 @@ def test_faults_of_masks(masked_digits, arguments, message):
     (['--chain=depth:w2>rgb,sound:w2'], "there is no modality 'sound'"),
     (['--given=rgb', '--hide=depth=1,1,9,9'], 'NAME one of what is given .rgb.'),
     (['--given=rgb', '--hide=rgb=9,1,9,9'], 'a box is x0,y0,x1,y1'),
-    (['--given=rgb', '--hide=rgb=red house'], "'house' is no colour"),
+    (['--given=rgb', '--hide=rgb=red house'], "'house' is no color"),
     (['--given=rgb', '--replace=red=blue'], 'replace needs a text'),
     (['--given=caption', '--replace=red'], 'write OLD=NEW'),
     (['--retrieve=rgb'], 'one modality each'),

@@ -76,7 +76,7 @@ def test_object_scores():
     perfect = score_objects([OBJECTS], [OBJECTS[:3]])
     assert all(value(parts) == 1 for parts in perfect.values())
     wrong = OBJECTS[:3].copy()
-    wrong[1, 1] = 5  # one colour of twelve attributes
+    wrong[1, 1] = 5  # one color of twelve attributes
     scores = {name: value(parts) for name, parts in score_objects([OBJECTS], [wrong]).items()}
     assert scores == dict(attributes=pytest.approx(11 / 12), objects=pytest.approx(2 / 3), scenes=0)
     surplus = {name: value(parts) for name, parts in score_objects([OBJECTS], [np.concatenate((OBJECTS[:3], OBJECTS[:1]))]).items()}

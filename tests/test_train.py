@@ -1,6 +1,7 @@
 """The loop: exact resume, the same step on one and two processes, checkpoints that survive, and faults in one line each."""
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import fourm
 import train
 from config import UserError
 from prepare.meta import save_meta
@@ -491,6 +493,46 @@ def test_float16(here):
     assert losses[-1] < losses[0] and checkpoint['scaler']['scale'] > 1 and checkpoint['dtype'] == 'torch.float16'
 
 
+def test_float16_begins_in_the_middle(here):
+    run('out/a', max_iters=2)
+    run('out/a', max_iters=3, dtype='float16')
+    assert [train.read_checkpoint(Path('out/a/ckpt_last.pt'))[name] for name in ('step', 'dtype')] == [3, 'torch.float16']
+
+
+def test_float16_overflow_of_one_optimizer_stops_both(here, monkeypatch):
+    """The gradient of one of Muon's matrices is infinite: AdamW must not step either, by what clipping makes of its gradients."""
+    build, before = fourm.FourM.__init__, {}
+
+    def faulty(self, config):
+        build(self, config)
+        self.encoder[0].mlp.up.weight.register_hook(lambda gradient: gradient * math.inf)
+        before.update({name: value.clone() for name, value in self.state_dict().items()})
+    monkeypatch.setattr(fourm.FourM, '__init__', faulty)
+    run('out/a', dtype='float16', max_iters=1)
+    checkpoint = train.read_checkpoint(Path('out/a/ckpt_last.pt'))
+    assert all(torch.equal(value, before[name]) for name, value in checkpoint['weights'].items())
+    assert checkpoint['skipped'] == 1 and checkpoint['scaler']['scale'] == 2 ** 15
+
+
+def test_an_evaluation_between_two_lines(here):
+    """A line before it, so that neither counts the other's time or steps."""
+    run('out/a', log_interval=4, eval_interval=3)
+    log = lines('out/a')
+    assert [(line['step'], 'val_loss' in line) for line in log] == [
+        (0, True), (3, False), (3, True), (4, False), (6, False), (6, True)]
+    assert log[2]['tokens'] == log[1]['tokens'] > 0 and log[2]['seconds'] == log[1]['seconds']
+    assert log[3]['tokens'] - log[1]['tokens'] < log[1]['tokens']
+
+
+def test_an_evaluation_that_is_not_a_number(here, monkeypatch):
+    """It is not the best, and a later one may be."""
+    found = iter((4.0, 3.0, math.nan, 2.0))
+    monkeypatch.setattr(train, 'means', lambda total, means=train.means: (
+        dict(loss=next(found)), 1.0) if 'tokens' in total and not torch.is_grad_enabled() else means(total))
+    run('out/a', max_iters=3, eval_interval=1)
+    assert train.read_checkpoint(Path('out/a/ckpt_best.pt'))['step'] == 3
+
+
 def test_a_disk_that_is_nearly_full(here, monkeypatch):
     monkeypatch.setattr(train.shutil, 'disk_usage', lambda path: type('Usage', (), dict(free=1000)))
     with pytest.raises(UserError, match='out/a: less than 0.0 GB free, which its checkpoints may need'):
@@ -561,6 +603,26 @@ def test_damaged_checkpoints(here, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match='ckpt_last.pt: damaged, truncated or not a checkpoint'):
         run('out/a')
+
+
+def test_code_that_has_changed_since(here, monkeypatch):
+    run('out/a', max_iters=2)
+    build = fourm.FourM.__init__
+
+    def grown(self, config):
+        build(self, config)
+        self.more = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(fourm.FourM, '__init__', grown)
+    with pytest.raises(UserError, match='out/a does not fit the code as it is now .Missing key.* "more.weight", "more.bias"'):
+        run('out/a', max_iters=3)
+    with pytest.raises(UserError, match='ckpt_last.pt does not fit the code'):
+        train.load_model(Path('out/a/ckpt_last.pt'))
+    monkeypatch.undo()
+    checkpoint = train.read_checkpoint(Path('out/a/ckpt_last.pt'))
+    checkpoint['model_config']['softness'] = 1
+    torch.save(checkpoint, 'out/a/ckpt_last.pt')
+    with pytest.raises(UserError, match="unexpected keyword argument 'softness'"):
+        train.load_model(Path('out/a/ckpt_last.pt'))
 
 
 def test_checkpoint_of_another_model(here):

@@ -291,6 +291,8 @@ def test_scores(run):
     (['--image=none.png', '--text=Is it?'], 'none.png: no such picture'),
     (['--image=own.png'], 'an empty question'),
     (['--image=own.png', '--text=' + 'x' * 100], 'the question has 102 tokens, and the context has room for 59, the answer'),
+    (['--image=own.png', '--prompts=latin.txt'], 'latin.txt: not UTF-8 text'),
+    (['--image=own.png', '--prompts=empty.txt'], 'empty.txt: no prompts'),
     (['--text=Is it?'], 'questions need --image=FILE'),
     (['--chat=True'], 'questions need --image=FILE'),
     (['--given=rgb'], 'given is a setting of fourm, this run is of vlm'),
@@ -298,6 +300,7 @@ def test_scores(run):
 ])
 def test_faults_of_answering(run, arguments, message):
     Image.new('RGB', (64, 64)).save('own.png')
+    Path('latin.txt').write_bytes(b'caf\xe9'), Path('empty.txt').write_text('')
     with pytest.raises(UserError, match=message) as error:
         sample.main(f'--out_dir={run}', *arguments)
     assert '\n' not in str(error.value)
