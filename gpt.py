@@ -61,9 +61,9 @@ def rotary(coordinates, head_size, theta):
     (..., hd / 2).
     """
     n_axes, pairs = coordinates.size(-1), head_size // 2
-    axis = torch.arange(pairs) % n_axes
-    frequency = theta ** -((torch.arange(pairs) // n_axes) / (pairs / n_axes)) if theta else torch.zeros(pairs)
-    angle = coordinates[..., axis].float() * frequency.to(coordinates.device)  # (..., hd / 2)
+    i = torch.arange(pairs, device=coordinates.device)
+    frequency = theta ** -((i // n_axes) / (pairs / n_axes)) if theta else torch.zeros_like(i)
+    angle = coordinates[..., i % n_axes].float() * frequency  # (..., hd / 2)
     return angle.cos(), angle.sin()
 
 

@@ -1,0 +1,111 @@
+"""
+A device that is not the CPU, for machines that have none: what is on it calls its device 'meta', computes on the CPU, cannot meet
+the CPU's tensors or random generators, and notes each time that the host would have to wait for it.
+
+    with pretend.device() as waits:
+        train.main(..., device='meta')
+
+What no CPU can show: kernels, their speed, number formats, memory.
+"""
+import contextlib
+import traceback
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import sample
+import train
+
+ROOT = str(Path(__file__).parent.parent)
+MIXES = {'_to_copy', 'copy_'}  # operators that lead from one device to another
+WAITS = {'_local_scalar_dense', 'nonzero', 'masked_select', 'equal'}  # their results are on the host, or have sizes that it must know
+
+
+def away(device):
+    return device is not None and torch.device(device).type == 'meta'
+
+
+class Tensor(torch.Tensor):
+    """One that is there; `inner` holds its numbers."""
+    @staticmethod
+    def __new__(cls, inner):
+        new = torch.Tensor._make_wrapper_subclass(cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
+                                                  dtype=inner.dtype, device='meta')
+        new.inner = inner
+        return new
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def numpy(self):
+        raise TypeError('NumPy knows the CPU alone')
+
+    def __format__(self, form):
+        return format(self.item(), form)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return Device.now.__torch_dispatch__(function, types, args, kwargs)
+
+
+class Generator(torch.Generator):
+    """One that is there: known by its seed, since no operator receives the same Python object."""
+    seeds = set()
+
+    def manual_seed(self, seed):
+        self.seeds.add(seed + 2 ** 40)
+        return super().manual_seed(seed + 2 ** 40)
+
+
+class Device(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.waits, Device.now = Counter(), self
+
+    def wait(self, name):
+        """Notes the line of ours that led here."""
+        ours = [frame for frame in traceback.extract_stack() if frame.filename.startswith(ROOT) and 'tests' not in frame.filename]
+        self.waits[f'{Path(ours[-1].filename).name}: {ours[-1].line}' if ours else name] += 1
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function.overloadpacket.__name__, dict(kwargs or {})
+        leaves = tree_leaves((args, kwargs))
+        there = any(isinstance(x, Tensor) for x in leaves)
+        here = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, Tensor) and x.ndim]
+        if there and here and name not in MIXES:
+            raise RuntimeError(f'{name}: tensors of two devices')
+        stays = away(kwargs['device']) if kwargs.get('device') is not None else there  # where the result is
+        for x in leaves:
+            if isinstance(x, Generator.__base__) and (x.initial_seed() in Generator.seeds) != stays:
+                raise RuntimeError(f'{name}: the random generator is on another device')
+        if there and (name in WAITS or not stays):
+            self.wait(name)
+        if stays and 'device' in kwargs:
+            kwargs['device'] = torch.device('cpu')
+        inner_args, inner_kwargs = tree_map(lambda x: x.inner if isinstance(x, Tensor) else x, (args, kwargs))
+        result = function(*inner_args, **inner_kwargs)
+        if name.endswith('_') and not name.startswith('_foreach'):
+            return args[0]
+        return tree_map(lambda x: Tensor(x) if stays and isinstance(x, torch.Tensor) else x, result)
+
+
+@contextlib.contextmanager
+def device():
+    """Gives the counter of waits, {line of code: how often}."""
+    tensor, adamw, generator = torch.tensor, torch.optim.AdamW, torch.Generator
+    patches = {  # what asks for the device outside of operators
+        (torch, 'tensor'): lambda *args, device=None, **kwargs: tensor(*args, **kwargs).to(device or 'cpu'),
+        (torch, 'Generator'): lambda device='cpu': Generator() if away(device) else generator(),
+        (torch.optim, 'AdamW'): lambda *args, fused, **kwargs: adamw(*args, **kwargs),
+        (train, 'autocast'): lambda *_: contextlib.nullcontext(), (sample, 'autocast'): lambda *_: contextlib.nullcontext(),
+        (train, 'synchronize'): lambda device: None,
+        (train, 'whole'): lambda value: tree_map(lambda x: x.inner if isinstance(x, Tensor) else x, value),
+    }
+    with contextlib.ExitStack() as stack:
+        for (module, name), value in patches.items():
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield stack.enter_context(Device()).waits
