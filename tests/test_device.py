@@ -94,7 +94,7 @@ def test_bench(monkeypatch):
     monkeypatch.setattr(bench, 'peak_bytes', lambda run, device: run() and 1)
     limits, small = {torch.float32: 1e11, 'copy': 1e10}, dict(max_new_tokens=4, vocab_size=50, rows=8, samples=1, n_layer=1, n_embd=32)
     with pretend.device():
-        for name in ('generation', 'unmasking', 'cross_entropy', 'answers'):
+        for name in ('generation', 'cross_entropy', 'answers'):
             bench.PARTS[name](bench.SETTINGS | bench.SIZES | small | dict(repeats=1), THERE)
         for kind in ('causal', 'full', 'cross', 'prefill', 'decode'):
             case = kind, 1, 1 if kind == 'decode' else 8, 8, 2, 16
