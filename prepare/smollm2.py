@@ -80,7 +80,8 @@ def encoding(path=None):
 
 
 class Fields:
-    """Text -> ids (T,), a list of ids -> text; `end` is the id after each document, and so the `start` of the next. There is no data folder to read."""
+    """Text -> ids (T,), a list of ids -> text; `end` is the id after each document, and so the `start` of the next. There is
+    no data folder to read."""
     def __init__(self, folder=None):
         self.encoding = encoding()
         self.start = self.end = self.encoding.eot_token
