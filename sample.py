@@ -238,11 +238,15 @@ def draw_digits(model, fields, settings, path):
 
 def draw_gpt(model, fields, settings, path):
     """Pictures at `path`, or texts on the screen; returns these."""
-    if not hasattr(fields, 'classes'):
+    if not hasattr(fields, 'classes') and not hasattr(fields, 'tokenizers'):
         return write_texts(model, fields, settings)
     if settings['prompt'] or settings['prompts'] or settings['draft']:
         raise UserError('prompt, prompts and draft are for models of text, this one is of pictures: leave them out')
-    draw_digits(model, fields, settings, path)
+    if hasattr(fields, 'classes'):
+        return draw_digits(model, fields, settings, path)
+    truth = read_ids(fields, 'rgb', settings['split'], slice(settings['n'] or 6))  # no class to begin with: their first patches
+    tokens = generate_pictures(model, settings, truth[:, :max(1, round(settings['complete'] * truth.size(1)))].numpy())
+    save_grid(dict(truth=list(fields.decode('rgb', truth)), drawn=list(fields.decode('rgb', tokens))), path)
 
 
 def score_gpt(model, fields, settings, data, path):
@@ -263,7 +267,7 @@ def score_gpt(model, fields, settings, data, path):
         tokens = torch.cat([generate_pictures(model, settings | dict(seed=settings['seed'] + i), part[:, None])
                             for i, part in enumerate(np.array_split(labels, -(-len(labels) // 500)))])
         rate = tokens[:, 1:].numel() / (time.perf_counter() - started)
-        scores |= judged(fields.score(fields.decode(tokens), labels), len(labels))
+        scores |= judged(fields.score(fields.decode(tokens), labels))
         scores['generation, tokens/s'] = alone(rate, len(labels))
     save_scores(scores, path)
 
@@ -410,7 +414,7 @@ def score_samples(model, fields, settings, path):
             tokens = torch.cat([fill(model, again | dict(seed=settings['seed'] + i), torch.full((len(part), model.N), -1), part)
                                 for i, part in enumerate(classes.split(64))])
             seconds, pictures = time.perf_counter() - started, fields.decode(tokens)
-            found = judged(fields.score(pictures, classes.numpy()), len(classes))
+            found = judged(fields.score(pictures, classes.numpy()))
             found['seconds/image'] = alone(seconds / len(classes), len(classes))
             scores |= {f'{order}, {steps} steps: {name}': score for name, score in found.items()}
             title = f'{steps}: {found["accuracy"]["value"]:.0%} {found["frechet"]["value"]:.2f}'
@@ -721,6 +725,8 @@ def score_fourm(model, fields, settings, data, path):
     """Every modality from every other, or the chains named: each target's metrics with ceiling and baseline. Prints a table and
     writes scores.json; those of chains go to scores_chains.json beside it."""
     names, split = model.fields, settings['split']
+    if settings['text'] or settings['image']:
+        raise UserError('scores are of held-out scenes, whose truth is known: leave text and image out')
     index, scores, bounds = np.arange(min(settings['n_score'], data.n)), {}, {}
     if settings['chain']:
         cells, path = settings['chain'].split(';'), path.with_stem('scores_chains')
@@ -740,7 +746,7 @@ def score_fourm(model, fields, settings, data, path):
         scores |= {f'parser on true renders/{key}': bootstrap(parts) for key, parts in real.items()}
     if not settings['chain'] and not settings['given'] and {'rgb', 'caption'} <= {*names} and settings['n_score'] >= 100:
         pairs = open_index(model, fields, settings, 'caption', 'rgb')
-        scores |= {key: bootstrap(parts) | dict(baseline=1 / pairs['n']) for key, parts in retrieval.recalls(model, pairs).items()}
+        scores |= judged(retrieval.recalls(model, pairs))
     save_scores(scores, path)
 
 
@@ -894,7 +900,7 @@ def score_pictures(model, fields, settings, data):
         started = time.perf_counter()
         drawn = flow_samples(model, labels, settings | dict(steps=count))
         seconds = (time.perf_counter() - started) / len(labels)
-        for name, score in judged(fields.score(drawn, labels), len(labels)).items():
+        for name, score in judged(fields.score(drawn, labels)).items():
             if name in ('accuracy', 'frechet') or count in (20, settings['steps']):
                 scores[f'{count} steps: {name}'] = score
         scores[f'{count} steps: seconds/image'] = alone(seconds, len(labels))
@@ -936,11 +942,19 @@ def final(reply):
     return reply.rpartition('Answer:')[2].strip()
 
 
+def read_question():
+    """A line from the keyboard; '' where it ends, by Ctrl-D or Ctrl-C."""
+    try:
+        return input('> ').strip()
+    except (EOFError, KeyboardInterrupt):
+        return ''
+
+
 def chat(model, fields, images, settings):
     """Questions from the keyboard, answers word by word; pictures and all turns before stay in the cache."""
     cache, last = look(model, fields, images), []
     print('Ask about the picture; an empty line ends.')
-    for question in iter(lambda: input('> ').strip(), ''):
+    while question := read_question():
         ids = []
         try:
             stream = ask(model, fields, cache, [question], settings, last)
@@ -1111,12 +1125,12 @@ def generators(runs, settings):
         drawn = np.concatenate([BINARY[chapter](model, fields, part, settings | dict(seed=settings['seed'] + i))
                                 for i, part in enumerate(np.array_split(labels, -(-len(labels) // 64)))])
         seconds = (time.perf_counter() - started) / len(labels)
-        found = {name: score['value'] for name, score in judged(fields.score(drawn, labels), len(labels)).items()}
-        rows.append(f'| {chapter} | {run.parameters / 1e6:.2f} M | {run.checkpoint["seconds"]:.0f} s | {own} | '
+        found = {name: score['value'] for name, score in judged(fields.score(drawn, labels)).items()}
+        rows.append(f'| {run.folder.name} | {run.parameters / 1e6:.2f} M | {run.checkpoint["seconds"]:.0f} s | {own} | '
                     f'{found["accuracy"]:.1%} | {found["frechet"]:.3f} | {found["precision"]:.3f}, {found["recall"]:.3f} | '
                     f'{seconds * 1000:.0f} ms |')
         order = np.argsort(labels[:100], kind='stable')
-        columns[chapter] = [np.repeat(tile(drawn[:100][order], 10)[..., None], 3, -1)]
+        columns[run.folder.name] = [np.repeat(tile(drawn[:100][order], 10)[..., None], 3, -1)]
     real = fields.score(fields.real('train', 14)[:len(labels)], fields.load('train', 'label')[:len(labels)])
     order = np.concatenate([np.flatnonzero(fields.load('val', 'label') == c)[:10] for c in range(10)])
     columns['held out'] = [np.repeat(tile(fields.real('val', 14)[order], 10)[..., None], 3, -1)]
@@ -1165,6 +1179,9 @@ def main(*arguments, **overrides):
         check_data(folder, read_meta(folder), checkpoint)
     fields = fields_of(folder, meta)
     check(settings, model)
+    splits = sorted(part.name for part in folder.glob('*/'))
+    if not settings['init_from'] and settings['split'] not in splits:
+        raise UserError(f'split={settings["split"]!r}: {folder} has {", ".join(splits)}')
     if settings['score']:
         data = Data(folder, settings['split'], meta, model.fields, getattr(model.config, 'block_size', 0))
         section(model, SCORE)(model, fields, settings, data, out_dir / 'scores.json')

@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -234,8 +234,10 @@ def make_once(name, path):
     """Runs python -m prepare.NAME where the file that it writes last is missing."""
     if not path.is_file() and os.environ.get('RANK', '0') == '0':
         print(f'{path} is missing: running python -m prepare.{name}', flush=True)
-        if subprocess.run([sys.executable, '-m', f'prepare.{name}']).returncode:
-            raise UserError(f'python -m prepare.{name} failed: see its message above')
+        path.parent.parent.mkdir(exist_ok=True)
+        with FileLock(f'{path.parent}.lock'):  # of two runs that begin at once the second waits for the first one's data
+            if not path.is_file() and subprocess.run([sys.executable, '-m', f'prepare.{name}']).returncode:
+                raise UserError(f'python -m prepare.{name} failed: see its message above')
         if not path.is_file():
             raise UserError(f'python -m prepare.{name} does not make {path}: is {name!r} what you meant?')
     while not path.is_file():
@@ -409,8 +411,10 @@ def check_sums(folder, rank, world):
     if not path.is_file():
         raise UserError(f'{path} is missing: make the data anew, or trust them as they are: cd {folder}; '
                         f'sha256sum */*.npy > {path.name}')
-    for line in path.read_text(errors='replace').splitlines()[rank::world]:
-        digest, _, name = line.partition('  ')
+    sums = {name: digest for digest, _, name in (line.partition('  ') for line in path.read_text(errors='replace').splitlines())}
+    if unlisted := {array.relative_to(folder).as_posix() for array in folder.rglob('*.npy')} - sums.keys():
+        raise UserError(f'{path} does not tell of {min(unlisted)}: delete {folder} to make it anew')
+    for name, digest in list(sums.items())[rank::world]:
         array = folder / name
         with open(array, 'rb') if array.is_file() else nullcontext() as file:
             if not file or hashlib.file_digest(file, 'sha256').hexdigest() != digest:
@@ -493,7 +497,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes = {}
             for p in group['params']:
-                shapes.setdefault(p.shape, []).append(p)
+                if p.grad is not None:  # as in all of torch.optim: what the loss does not reach stays as it is
+                    shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), some in shapes.items():  # matrices of one shape together
                 averages = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in some]
                 gradients = [p.grad for p in some]
@@ -513,7 +518,8 @@ def make_optimizers(model, settings):
     are AdamW's."""
     groups, rates = {}, read_rates(model, settings['rates'])
     for name, parameter in model.named_parameters():
-        rate, hidden = rates[parameter], parameter.ndim == 2 and not any(word in name for word in ('embedding', 'head'))
+        rate = rates[parameter] * parameter.requires_grad
+        hidden = parameter.ndim == 2 and not any(word in name for word in ('embedding', 'head'))
         parameter.requires_grad_(rate > 0)
         if rate:
             groups.setdefault((hidden and settings['muon'], parameter.ndim < 2, rate), []).append(parameter)
@@ -567,13 +573,15 @@ def any_process(value, device):
     return bool(flag)
 
 
-def shard(model, device):
+def shard(model, device, dtype):
     """FSDP2 (arXiv 2304.11277), in place: each process keeps some rows of every parameter. Those of a block, and of what is
     outside of all blocks, are gathered when it begins to compute and dropped again when it has."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = [module for module in model.modules() if is_block(module)]
-    for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # autocast would keep whole matrices meanwhile
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def summed(model, last):
@@ -627,13 +635,13 @@ def means(total):
         dist.all_reduce(sums)
     sums = dict(zip(names, sums.tolist()))
     tokens = sums.pop('tokens')[0]
-    return {name: value / max(count, 1) for name, (value, count) in sums.items()}, tokens
+    return {name: value / count for name, (value, count) in sums.items() if count}, tokens
 
 
 def loss_of(values):
     """A model's loss for comparisons: the plain mean over its logs named loss... (one a modality in nano4M)."""
     losses = [value for name, value in values.items() if name.startswith('loss')]
-    return sum(losses) / len(losses)
+    return sum(losses) / len(losses) if losses else math.nan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -665,9 +673,10 @@ def resolve(assigned, sources={}):
             raise UserError(f'init_from names a run of model={source["settings"]["model"]!r}, not {name!r}')
         own |= {key: value for key, value in source['model_config'].items() if key in own}
     settings = config.apply(assigned, SETTINGS | own)
-    for key in ('max_iters', 'batch_size', 'micro_batch_size', 'eval_interval', 'log_interval'):
-        if settings[key] < 1:
-            raise UserError(f'{key}={settings[key]}: must be at least 1')
+    for key in SETTINGS:
+        least = int(key in ('max_iters', 'batch_size', 'micro_batch_size', 'eval_interval', 'log_interval'))
+        if not isinstance(settings[key], str) and settings[key] < least:
+            raise UserError(f'{key}={settings[key]}: must be at least {least}')
     settings['micro_batch_size'] = min(settings['micro_batch_size'], settings['batch_size'])
     return settings, chapter
 
@@ -717,7 +726,9 @@ def lock(out_dir):
 def find_run(out_dir, settings, stack):
     """The checkpoint of the run in out_dir, which is to go on, or None; process 0 locks the folder until `stack` ends."""
     last = out_dir / 'ckpt_last.pt'
-    if settings['init_from'] == 'scratch' and last.exists() and is_main():
+    again = any(os.environ.get(f'{who}_RESTART_COUNT', '0') != '0' for who in ('TORCHELASTIC', 'SLURM'))
+    scratch = settings['init_from'] == 'scratch' and not again  # what torchrun or SLURM has started again is to go on
+    if scratch and last.exists() and is_main():
         aside = next(path for i in range(1, 10 ** 6) if not (path := Path(f'{out_dir}.{i}')).exists())
         with lock(out_dir):
             out_dir.rename(aside)
@@ -726,7 +737,7 @@ def find_run(out_dir, settings, stack):
         stack.enter_context(lock(out_dir))
     if dist.is_initialized():
         dist.barrier()
-    if settings['init_from'] == 'scratch' or not last.exists():
+    if scratch or not last.exists():
         return None
     checkpoint = read_checkpoint(last)
     before = checkpoint['settings']
@@ -804,7 +815,7 @@ def run(assigned, files, stack):
         meta = checkpoint['meta']
     if settings['checksum']:
         check_sums(folder, rank, world)
-    threads = settings['threads'] or (checkpoint['threads'] if checkpoint else 0)
+    threads = settings['threads'] or (max(1, checkpoint['threads'] // world) if checkpoint else 0)  # as many in all as before
     set_up(device, threads, length=settings.get('block_size', 0))
 
     # data, model, optimizers
@@ -815,18 +826,19 @@ def run(assigned, files, stack):
                         f'processes: choose --micro_batch_size= so that their number is a multiple of {world}')
     torch.manual_seed(settings['seed'])
     raw_model = make_model(chapter, settings, meta, assigned)
-    for part, source in sources.items():
-        load_weights(raw_model, part, source, folder, meta)
+    for part in list(sources):
+        load_weights(raw_model, part, sources.pop(part), folder, meta)  # and forgotten: it may be as large as the model
     block_size = settings.get('block_size', 0)
     train_data, val_data = (Data(folder, split, meta, raw_model.fields, block_size, settings['seed'])
                             for split in ('train', 'val'))
+    ghost = copy.deepcopy(raw_model).to('meta')  # without numbers: to count FLOPs costs neither time nor memory
     mean = copy.deepcopy(raw_model) if settings['ema'] else raw_model  # the model that is evaluated and sampled from
     sharded = settings['shard'] and world > 1
     for name, each in [('weights', raw_model), ('ema', mean)][:1 + (mean is not raw_model)]:
         if checkpoint:
             with same_code(out_dir):
                 each.load_state_dict(checkpoint[name])
-        shard(each, device) if sharded else each.to(device)
+        shard(each, device, dtype) if sharded else each.to(device)
     optimizers = make_optimizers(raw_model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = dict(step=0, best=math.inf, seconds=0.0, tokens=0, skipped=0, wandb_id=None)
@@ -879,14 +891,14 @@ def run(assigned, files, stack):
             settings=settings, model_config=dataclasses.asdict(raw_model.config), meta=meta, step=step, best=best,
             seconds=seconds, tokens=int(tokens), skipped=skipped, weights=raw_model.state_dict(), dtype=str(dtype),
             optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(),
-            threads=torch.get_num_threads(), wandb_id=state['wandb_id'])
+            threads=torch.get_num_threads() * world, wandb_id=state['wandb_id'])
             | (dict(ema=mean.state_dict()) if settings['ema'] else {}))
         for name in names if is_main() else ():
             save_checkpoint(out_dir / name, checkpoint)
         any_process(False, device)  # nobody leaves before it is written: torchrun and srun end all when the first one does
 
     start, best, seconds, tokens, skipped = (state[name] for name in ('step', 'best', 'seconds', 'tokens', 'skipped'))
-    if start >= settings['max_iters']:
+    if start >= settings['max_iters'] or best <= settings['target_loss'] > 0:
         if is_main():
             print(f'{out_dir}: finished at step {start}, best val_loss {best:.4f}; raise max_iters to go on, or '
                   '--init_from=scratch to start anew')
@@ -911,13 +923,14 @@ def run(assigned, files, stack):
             if step:
                 # the last one last: a run killed in between evaluates this step again
                 save(step, *['ckpt_best.pt'] * improved, *[f'ckpt_{step:06d}.pt'] * (settings['keep'] > 0), 'ckpt_last.pt')
-                for old in sorted(out_dir.glob('ckpt_[0-9]*.pt'))[:-settings['keep']]:
+                for old in sorted(out_dir.glob('ckpt_[0-9]*.pt'), key=lambda path: (len(path.name), path))[:-settings['keep']]:
                     old.unlink(missing_ok=True)
                 if settings['pictures'] and is_main():
                     import sample
-                    drawn = load_model(out_dir / 'ckpt_last.pt')[0].to(device)
-                    sample.draw(drawn, folder, meta, out_dir / f'sample_{step:06d}.png')
-            reached = val_loss <= settings['target_loss']
+                    with tqdm.external_write_mode():  # and without a name: a second model is not to stay in memory
+                        sample.draw(load_model(out_dir / 'ckpt_last.pt')[0].to(device), folder, meta,
+                                    out_dir / f'sample_{step:06d}.png')
+            reached = val_loss <= settings['target_loss'] > 0
             if reached and is_main():
                 print(f'val_loss {val_loss:.4f} <= target_loss after {int(tokens):,} tokens, {seconds:.1f} s')
             if step == settings['max_iters'] or reached:
@@ -928,7 +941,7 @@ def run(assigned, files, stack):
         if step > start and step % settings['log_interval'] == 0 and any_process(asked, device):
             save(step, 'ckpt_last.pt')
             if is_main():
-                print(f'stopped by signal after step {step}; the same command goes on from here')
+                tqdm.write(f'stopped by signal after step {step}; the same command goes on from here')
             return {'stopped': asked[0] if asked else signal.SIGTERM}
 
         # one step: the gradient of the mean over all micro-batches of all processes
@@ -938,7 +951,7 @@ def run(assigned, files, stack):
             waited += time.perf_counter() - began
             shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)
             if shapes not in flops:
-                flops[shapes] = count_flops(raw_model, batch)
+                flops[shapes] = count_flops(ghost, to_device(batch, torch.device('meta')))
             work += flops[shapes]
             torch.manual_seed(settings['seed'] + step * n_micro + j)  # dropout
             with summed(model, j == mine[-1]):

@@ -121,6 +121,9 @@ class VLM(nn.Module):
         self.eyes = Eyes(config)
         self.projector = nn.Linear(config.pool ** 2 * config.eyes_embd, config.n_embd)
         self.language = GPT(replace(config, block_size=self.length))
+        if config.blind:  # nothing of these is used, or learned
+            for part in (self.eyes, self.projector):
+                part.requires_grad_(False)
 
     @torch.no_grad()
     def draw(self, batch, generator, shared):

@@ -7,6 +7,7 @@ together with the nearest known one.
 """
 import difflib
 from pathlib import Path
+from types import ModuleType
 
 
 class UserError(Exception):
@@ -21,7 +22,8 @@ def read(arguments, overrides=None):
         if argument.startswith('--'):
             name, equals, value = argument[2:].partition('=')
             if not equals:
-                raise UserError(f'{argument}: settings are written --name=value')
+                raise UserError(f'{argument}: settings are written --name=value; all stand, with remarks, at the top of each '
+                                'script and in the Config of each model')
             assigned[name] = (value, 'command line')
         else:
             assigned |= {name: (value, argument) for name, value in execute(argument).items()}
@@ -37,7 +39,7 @@ def execute(path):
         exec(compile(Path(path).read_text(), path, 'exec'), names)
     except Exception as error:
         raise UserError(f'{path}: {type(error).__name__}: {error}')
-    return {name: value for name, value in names.items() if not name.startswith('_')}
+    return {name: value for name, value in names.items() if not name.startswith('_') and not isinstance(value, ModuleType)}
 
 
 def convert(name, value, where, default):
@@ -63,4 +65,7 @@ def apply(assigned, known):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             raise UserError(f'{where}: unknown setting {name!r}' + (f'; did you mean {near[0]!r}?' if near else ''))
-    return known | {name: convert(name, value, where, known[name]) for name, (value, where) in assigned.items()}
+    settings = known | {name: convert(name, value, where, known[name]) for name, (value, where) in assigned.items()}
+    if settings.get('seed', 0) < 0:  # NumPy's generators take no other
+        raise UserError(f'seed={settings["seed"]}: must be at least 0')
+    return settings

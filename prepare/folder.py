@@ -82,7 +82,7 @@ def read_folder(source, size, views, random):
 def shorten(text, encoding, most):
     """The text without the last words that do not fit into so many tokens, the end token included."""
     while len(encoding.encode_ordinary(text)) >= most:
-        text = text.rpartition(' ')[0]
+        text = text.rpartition(' ')[0] or text[:-1]  # of a script without spaces, the last character
     return text
 
 
@@ -162,6 +162,8 @@ class Fields:
 
 def make(folder, splits, settings):
     """Writes a data folder of pictures with captions, {split: (pictures (n, views, H, H, 3), captions)}, and its meta.json."""
+    if settings['steps'] < 1 or settings['caption_tokens'] < 2:
+        raise UserError('steps must be at least 1, caption_tokens at least 2')
     train, texts = splits['train']
     encoding = train_bpe(texts, settings['vocab_size'])
     texts = {split: [shorten(text, encoding, settings['caption_tokens']) for text in some] for split, (_, some) in splits.items()}
@@ -196,8 +198,8 @@ def main(*arguments, **overrides):
     source, folder, size, views = Path(settings['source']), Path(settings['out']), settings['size'], settings['views']
     if not settings['source'] or not source.is_dir():
         raise UserError(f'--source={settings["source"]}: name a folder with pictures, NAME.jpg, and their captions, NAME.txt')
-    if size < SIDE or size % SIDE or min(views, settings['steps']) < 1 or settings['caption_tokens'] < 2:
-        raise UserError(f'size must be a multiple of {SIDE}, views and steps at least 1, caption_tokens at least 2')
+    if size < SIDE or size % SIDE or views < 1:
+        raise UserError(f'size must be a multiple of {SIDE}, views at least 1')
     if (folder / 'meta.json').is_file():
         raise UserError(f'{folder} exists already: delete it, or choose another --out')
     pictures, captions = read_folder(source, size, views, np.random.default_rng((settings['seed'], 1)))

@@ -245,7 +245,7 @@ def quality(tokenizer, name, folder):
     used = dict(codes_used=ids.unique().numel())
     if name == 'segmentation':
         classes = [(raw == c, rebuilt == c) for c in range(CLASSES)]
-        return dict(miou=float(np.mean([(a & b).sum() / max(1, (a | b).sum()) for a, b in classes]))) | used
+        return dict(miou=float(np.mean([(a & b).sum() / n for a, b in classes if (n := (a | b).sum())]))) | used
     if name == 'rgb':
         error = ((rebuilt.astype(np.float32) - raw) ** 2).mean(-1)
         return {key: float(10 * np.log10(255 ** 2 / error[mask].mean()))

@@ -18,7 +18,7 @@ import torch
 
 import config
 from config import UserError
-from prepare.report import COLOURS, Pen
+from prepare.report import COLORS, Pen
 
 
 @dataclass
@@ -92,7 +92,7 @@ def plot(curves, path):
     low, high = scale(min(losses)), scale(max(losses))
     margin, top = 0.05 * (high - low) + 1e-3, 26 + LINE * len(curves)
     pen = Pen(2 * (LEFT + WIDTH + 10), top + HEIGHT + 48)
-    for i, ((name, lines), color) in enumerate(zip(curves.items(), cycle(COLOURS))):
+    for i, ((name, lines), color) in enumerate(zip(curves.items(), cycle(COLORS))):
         pen.line([(LEFT, 16 + LINE * i), (LEFT + 24, 16 + LINE * i)], color, 1.4)
         pen.dot(LEFT + 12, 16 + LINE * i, color)
         pen.text(LEFT + 32, 16 + LINE * i, f'{name}: {points(lines, "step", "val_loss")[-1][1]:.4g}', 'lm')
@@ -119,7 +119,7 @@ def panel(pen, curves, axis, title, x0, y0, scale, low, high):
         pen.text(x, y0 + 8, f'{value:,.6g}', 'mt')
     pen.line([(x0, y0), (x0 + WIDTH, y0)], '#999999', 0.8)
     pen.text(x0 + WIDTH / 2, y0 + 28, title, 'mt')
-    for name, color in zip(curves, cycle(COLOURS)):
+    for name, color in zip(curves, cycle(COLORS)):
         pen.line([place(*pair) for pair in pairs[name, 'train']], color, 1.2)
         for pair in pairs[name, 'val']:
             pen.dot(*place(*pair), color)

@@ -7,7 +7,7 @@ from itertools import cycle
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-COLOURS = '#2a5caa', '#d1495b', '#2e8b57', '#e08e0b', '#7a4fa3', '#3d9bb3', '#8c5a44', '#666666'
+COLORS = '#2a5caa', '#d1495b', '#2e8b57', '#e08e0b', '#7a4fa3', '#3d9bb3', '#8c5a44', '#666666'
 
 
 class Pen:
@@ -79,7 +79,7 @@ def save_curves(curves, path, title):
         y = top + height * (1 - tenth / 10)
         pen.line([(left, y), (left + width, y)], '#e6e6e6', 0.8)
         pen.text(left - 8, y, f'{tenth * 10} %', 'rm')
-    for i, ((name, curve), color) in enumerate(zip(curves.items(), cycle(COLOURS))):
+    for i, ((name, curve), color) in enumerate(zip(curves.items(), cycle(COLORS))):
         pen.line([place(x, score['value']) for x, score in curve.items()], color, 2)
         for x, score in curve.items():
             pen.line([place(x, score['low']), place(x, score['high'])], color, 1)
@@ -110,14 +110,14 @@ def save_answers(pictures, talks, path, side=160):
 def bootstrap(parts, draws=1000):
     """Value and bootstrap 95 % interval of a metric given as (n, k, 2) numerators and denominators: the mean over k of the ratio
     of sums over the n samples."""
-    n = len(parts)
+    n, random = len(parts), np.random.default_rng(0)
 
-    def value(weight):  # (draws, n)
-        num, den = np.einsum('dn,nkc->cdk', weight, parts)
-        return np.nanmean(np.where(den > 0, num / np.maximum(den, 1e-12), np.nan), -1)
-    resampled = value(np.random.default_rng(0).multinomial(n, np.ones(n) / n, draws).astype(float))
+    def value(weight):  # (n,)
+        num, den = np.einsum('n,nkc->ck', weight, parts)
+        return np.nanmean(np.where(den > 0, num / np.maximum(den, 1e-12), np.nan))
+    resampled = [value(random.multinomial(n, np.ones(n) / n).astype(float)) for _ in range(draws)]
     low, high = np.percentile(resampled, (2.5, 97.5))
-    return dict(value=float(value(np.ones((1, n)))[0]), low=float(low), high=float(high), n=n)
+    return dict(value=float(value(np.ones(n))), low=float(low), high=float(high), n=n)
 
 
 def alone(value, n):
@@ -125,8 +125,9 @@ def alone(value, n):
     return dict(value=value, low=value, high=value, n=n)
 
 
-def judged(found, n):
-    """What a judge says of n pictures, {metric: dict(parts or value, bounds)}, as scores."""
+def judged(found):
+    """What a judge says, {metric: dict(parts or value, bounds)}, as scores."""
+    n = max(len(score.get('parts', ())) for score in found.values())
     return {name: (bootstrap(score['parts']) if 'parts' in score else alone(score['value'], n))
             | {bound: value for bound, value in score.items() if bound not in ('parts', 'value')} for name, score in found.items()}
 

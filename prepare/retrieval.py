@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import config
 from config import UserError
-from prepare.report import bootstrap, table
-from train import find_device, load_model, set_up
+from prepare.report import judged, table
+from train import check_data, find_device, load_model, read_meta, save_checkpoint, set_up
 
 SETTINGS = dict(
     out_dir='out/nano4m', checkpoint='ckpt_last.pt',
@@ -102,7 +102,7 @@ def open_index(model, folder, checkpoint, a, b, split):
     key = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     if not path.is_file():
         print(f'making {path}', flush=True)
-        torch.save(make_index(model, folder, names, split) | dict(checkpoint=key), path)
+        save_checkpoint(path, make_index(model, folder, names, split) | dict(checkpoint=key))
     try:
         index = torch.load(path, weights_only=True)
         if index['checkpoint'] == key:
@@ -150,16 +150,20 @@ def hits(near, same, k):
 
 
 def recalls(model, index):
-    """{'a>b/recall at k of n': (n, 1, 2)} both ways, by both measures; equal tokens of the shorter modality count as the same."""
+    """{'a>b/recall at k of n': dict(parts=(n, 1, 2), baseline=by chance)} both ways, by both measures; equal tokens of the shorter
+    modality count as the same."""
     teller, told = index['names']
     ids, found = index['ids'], {}
     same = (ids[told][:, None] == ids[told][None]).all(-1)
+    wrong, n = (~same).sum(1), index['n']
     pairs = nearness(model, index, teller, ids[teller])  # serves both ways
     for by, near in (('', pairs), (' by embedding', index['vectors'][teller] @ index['vectors'][told].T)):
         for way, rows in ((f'{teller}>{told}', near), (f'{told}>{teller}', near.T)):
             for k in (1, 5, 10):
                 hit = hits(rows, same, k).double()
-                found[f'{way}/recall at {k} of {index["n"]}{by}'] = torch.stack((hit, torch.ones_like(hit)), -1)[:, None].numpy()
+                miss = torch.stack([(wrong - i).clamp(min=0) / (n - i) for i in range(min(k, n))]).prod(0)  # all k wrong
+                found[f'{way}/recall at {k} of {n}{by}'] = dict(
+                    parts=torch.stack((hit, torch.ones_like(hit)), -1)[:, None].numpy(), baseline=1 - miss.mean().item())
     return found
 
 
@@ -172,8 +176,10 @@ def main(*arguments, **overrides):
     names = settings['pair'].split(',')
     if type(model).__name__ != 'FourM' or len({*names} & {*model.fields}) != 2 or len(names) != 2:
         raise UserError(f'pair={settings["pair"]!r}: two modalities of a run of fourm, as in "caption,rgb"')
-    index = open_index(model.to(device), Path('data', checkpoint['settings']['dataset']), path, *names, settings['split'])
-    print(table({name: bootstrap(parts) for name, parts in recalls(model, index).items()}))
+    folder = Path('data', checkpoint['settings']['dataset'])
+    check_data(folder, read_meta(folder), checkpoint)
+    index = open_index(model.to(device), folder, path, *names, settings['split'])
+    print(table(judged(recalls(model, index))))
 
 
 if __name__ == '__main__':

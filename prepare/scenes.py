@@ -124,8 +124,8 @@ def typical(objects):
     """What a predictor that sees nothing says: the most frequent number of objects (n, K, 6), and of each the most frequent
     attributes. Returns rows of integers."""
     count = np.bincount((objects[..., 0] >= 0).sum(1)).argmax()
-    return [[np.bincount(column[column >= 0] if j < 4 else column.clip(0)).argmax() for j, column in enumerate(slot.T)]
-            for slot in objects[:, :count].transpose(1, 0, 2)]
+    slots = objects[:, :count].transpose(1, 0, 2)
+    return [[np.bincount(column.clip(0)).argmax() for column in slot[slot[:, 0] >= 0].T] for slot in slots]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ class Fields:
         """Raw values by a predictor that sees nothing: the training set's mean, majority class or most frequent objects; for rgb, whose
         mean shows no objects to read, the pictures of other scenes."""
         if name == 'rgb':
-            return self.truth(split, name, np.roll(index, 1))
+            return self.truth(split, name, index - 1)
         if name in NUMBERS:
             some = [scenes_numbers.read(name, text) for text in self.truth('train', name, slice(2000))]
             return [scenes_numbers.tell(name, scenes_numbers.middle(some).tolist())] * len(index)
@@ -372,8 +372,10 @@ def main(*arguments, **overrides):
     there = (folder / 'meta.json').is_file()
     if unknown := [name for name in extra if name not in EXTRA]:
         raise UserError(f'extra: there is no modality {unknown[0]!r}; there are {", ".join(EXTRA)}')
-    if not 2 <= settings['max_objects'] <= 10 or size % 8 or size < 32 or min(settings['n_train'], settings['n_val']) < 1:
-        raise UserError('max_objects must be 2..10, size a multiple of 8 from 32, n_train and n_val at least 1')
+    if not 2 <= settings['max_objects'] <= 10 or size % 8 or size < 32:
+        raise UserError('max_objects must be 2..10, size a multiple of 8 from 32')
+    if min(settings['n_train'], settings['n_val']) < 1 or settings['workers'] < 0:
+        raise UserError('n_train and n_val must be at least 1, workers at least 0')
     if there and not extra:
         raise UserError(f'{folder} exists already: delete it, choose another --out, or let --extra= add modalities to it')
     meta = read_meta(folder) if there else make_scenes(settings)

@@ -56,7 +56,7 @@ def main(*arguments, **overrides):
             scene = Scene(objects[i], random, size)
             points = [where(scene) for _ in range(settings['n_where'])]
             turns.append([(QUESTION, describe(objects[i].tolist(), size)), *points])
-        write_rows(out / split, [way.rows(turn, settings['length'])[0] for turn in turns], index.astype(np.int32))
+        write_rows(out / split, [next(iter(way.rows(turn, settings['length'])), None) for turn in turns], index.astype(np.int32))
         np.save(out / split / 'names.npy', names(objects[index], size, way))
         families = [['describe', *['where'] * settings['n_where']]] * len(index)
         write_questions(out / split / 'questions.jsonl', index.tolist(), turns, families)

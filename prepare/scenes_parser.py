@@ -19,6 +19,7 @@ import config
 from config import UserError
 from gpt import norm, rotary
 from prepare.image_tokenizers import Block, Config, ImageTokenizer, fit, ids_to_digits, to_network
+from train import save_checkpoint
 
 SETTINGS = dict(data='data/scenes', steps=2000, seed=0)  # of the probe, see main
 PATCH, CELL = 8, 4                                    # pixels: what the network reads as one vector, where it may see a centre
@@ -65,7 +66,7 @@ class Parser(nn.Module):
         return found
 
     def save(self, path):
-        torch.save(dict(size=self.size, weights=self.state_dict()), path)
+        save_checkpoint(path, dict(size=self.size, weights=self.state_dict()))
 
     @classmethod
     def load(cls, path):

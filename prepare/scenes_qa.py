@@ -264,7 +264,7 @@ def encoding_name(out):
 
 def link(scenes, out):
     """The path of the pictures of one folder as seen from a split of another."""
-    return f'../../{os.path.relpath(scenes, out.parent)}/{{split}}/raw_rgb'
+    return f'../../{os.path.relpath(scenes.resolve(), out.resolve().parent)}/{{split}}/raw_rgb'
 
 
 def load(folder, split, name):
@@ -280,7 +280,7 @@ def write_split(out, way, objects, index, name, random, settings, size):
     heard = {}
     talks = [converse(Scene(objects[i], random, size), heard, settings['n_turns']) for i in tqdm(index, desc=name, unit='scene')]
     if name != 'new_pairs':
-        rows = [way.rows([turn[1:] for turn in talk], settings['length'])[0] for talk in talks]
+        rows = [next(iter(way.rows([turn[1:] for turn in talk], settings['length'])), None) for talk in talks]
         write_rows(out, rows, index.astype(np.int32))
     write_questions(out / f'{name}.jsonl', index.tolist(), [[turn[1:3] for turn in talk] for talk in talks],
                     [[turn[0] for turn in talk] for talk in talks])

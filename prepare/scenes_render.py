@@ -49,7 +49,7 @@ def draw_attributes(n, rng, max_objects):
 def place(attributes, rng):
     """Adds positions, camera and light to n scenes. Also returns which scenes have no two objects that touch."""
     n, K = attributes['shape'].shape
-    shrink = min(1, (6 / K) ** 0.5)  # more objects than 6 have to be smaller
+    shrink = min(1, 5 / K)  # more objects than 5 have to be smaller, or some would fit nowhere
     radius = shrink * RADIUS[attributes['size']]
     half = np.where(attributes['shape'] == 0, 0.85 * radius, radius)
     reach = np.where(attributes['shape'] == 0, 2 ** 0.5 * half, radius)  # a cube's corners stand out
@@ -89,10 +89,9 @@ def choose(scenes, index):
 def sample_scenes(n, rng, max_objects=5, least=20):
     """n scenes in which each object shows at least `least` of 64 x 64 pixels, objects ordered from left to right.
 
-    Rejected scenes get new positions and a new camera but keep their attributes, so that these stay independent; after 2,000
-    attempts, which the default of five objects never needed, they get new ones.
+    Rejected scenes get new positions and a new camera but keep their attributes, so that these stay independent.
     """
-    attributes, scenes, todo, tries = draw_attributes(n, rng, max_objects), None, np.arange(n), 0
+    attributes, scenes, todo = draw_attributes(n, rng, max_objects), None, np.arange(n)
     while len(todo):
         attempt, ok = place({name: v[todo] for name, v in attributes.items()}, rng)
         for start in range(0, len(todo), CHUNK):
@@ -104,10 +103,7 @@ def sample_scenes(n, rng, max_objects=5, least=20):
         for name, v in choose(attempt, ok.nonzero()[0]).items():
             axis = v.ndim - 1 if name in ('eye', 'light', 'axes') else (1 if name == 'center' else 0)
             np.moveaxis(scenes[name], axis, 0)[todo[ok]] = np.moveaxis(v, axis, 0)
-        todo, tries = todo[~ok], tries + 1
-        if tries % 2000 == 0:  # ten large cubes, for example, fit nowhere
-            for name, v in draw_attributes(len(todo), rng, max_objects).items():
-                attributes[name][todo] = v
+        todo = todo[~ok]
     column = np.where(scenes['shape'] < 0, np.inf, project(scenes, scenes['center'], 64)[0][0])
     order = column.argsort(-1)
     return {name: np.take_along_axis(v, order if v.ndim == 2 else order[None], -1) if v.shape[-2:] == order.shape else v

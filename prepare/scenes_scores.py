@@ -31,15 +31,14 @@ def match(agree):
 def score_objects(truths, founds):
     """Attribute accuracy (missing and surplus objects count as wrong), share of objects with all attributes right, share
     of scenes with exactly the right objects. An attribute that a field does not tell (size in scene_desc) is left out."""
-    rows = []
+    rows, known = [], 3 + any((found[:, 3] >= 0).any() for found in founds)
     for truth, found in zip(truths, founds):
         truth, found = truth[truth[:, 0] >= 0, :4], found[:, :4]
-        known = 4 if not len(found) or (found[:, 3] >= 0).any() else 3
         truth, found = truth[:, :known], found[:, :known]
         right = match(((truth[:, None] == found) & (found >= 0)).sum(-1))
         most = max(len(truth), len(found))
         exact = len(truth) == len(found) and (right == known).all()
-        rows.append([[right.sum(), known * most], [(right == known).sum(), most], [exact, 1]])
+        rows.append([[right.sum(), known * most], [(right == known).sum(), most], [exact, most > 0]])
     rows = np.array(rows, float)
     return dict(attributes=rows[:, 0:1], objects=rows[:, 1:2], scenes=rows[:, 2:3])
 

@@ -9,6 +9,7 @@ tinyshakespeare.txt on a machine without internet; its hash is checked either wa
 import sys
 from pathlib import Path
 
+import config
 from config import UserError
 from prepare.download import download
 from prepare.text import Fields, make_encoding, write_split  # Fields: what sample.py looks for here
@@ -18,7 +19,8 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 FOLDER = Path('data/shakespeare')
 
 
-def main():
+def main(*arguments, **overrides):
+    config.apply(config.read(arguments, overrides), {})  # there is nothing to set
     text = download(URL, 'tinyshakespeare.txt', SHA256).read_text()
     meta = dict(prepare='shakespeare', encoding='characters')
     write_split(FOLDER, make_encoding('characters', [text], 0), [text], 0.1, meta)
@@ -26,6 +28,6 @@ def main():
 
 if __name__ == '__main__':
     try:
-        main()
+        main(*sys.argv[1:])
     except (UserError, OSError) as error:
         sys.exit(f'error: {error}')

@@ -124,6 +124,7 @@ class Fields:
     def score(self, points, pairs=20):
         """Wasserstein-2 distances (pairs,) of as many parts of the points (n, 2) from fresh draws. They depend on the size of the
         parts: compare with those of other draws."""
+        pairs = min(pairs, len(points))
         reals = np.array_split(self.fresh(len(points), 1), pairs)
         return np.array([wasserstein(a, b) for a, b in zip(np.array_split(points, pairs), reals)])
 

@@ -111,6 +111,8 @@ def read_split(folder, split, given, task):
 def open_run(settings):
     """The run's model, its data folder, and the modality that is read. Raises UserError."""
     run, task = Path(settings['run']), settings['task']
+    if min(settings[name] for name in ('steps', 'batch_size', 'n_val')) < 1:
+        raise UserError('steps, batch_size and n_val must be at least 1')
     model, checkpoint = load_model(run / 'ckpt_last.pt')
     folder = Path('data', checkpoint['settings']['dataset'])
     if checkpoint['settings']['model'] != 'fourm':
@@ -126,7 +128,7 @@ def open_run(settings):
 def read_counts(settings, least, most):
     """The numbers of labels. Raises UserError."""
     counts = [config.convert('labels', count, 'labels', 0) for count in settings['labels'].replace(',', ' ').split()]
-    if not counts or min(counts) < least or max(counts) > most or settings['steps'] < 1:
+    if not counts or min(counts) < least or max(counts) > most:
         raise UserError(f'labels={settings["labels"]}: numbers from {least} to {most:,}, of the samples to train on')
     return counts
 

@@ -156,11 +156,11 @@ def read_conversations(path):
     """The file's conversations as [(names, turns), ...]. Raises UserError with the place of the first fault."""
     conversations, place = [], path
     try:
-        text = path.read_text(encoding='utf-8')
+        text = path.read_text(encoding='utf-8-sig')
         if path.suffix == '.json':
             entries = [(f'{path}, entry {i}', entry) for i, entry in enumerate(json.loads(text), 1)]
         else:
-            entries = [(f'{path}, line {i}', line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+            entries = [(f'{path}, line {i}', line) for i, line in enumerate(text.split('\n'), 1) if line.strip()]
         for place, entry in entries:
             line = from_llava(entry) if path.suffix == '.json' else json.loads(entry)
             if line:
@@ -176,6 +176,10 @@ def read_conversations(path):
 
 def write_rows(folder, rows, image_index):
     """One split's rows [(tokens, counted)] and the numbers of their pictures (n,) or (n, m)."""
+    if not rows:
+        raise UserError(f'{folder}: no conversations are left to write; take more scenes')
+    if not all(rows):
+        raise UserError(f'{folder}: a conversation without a turn that fits: raise --length, ask at least one question')
     folder.mkdir(parents=True, exist_ok=True)
     tokens, counted = (np.array(part) for part in zip(*rows))
     for name, array in dict(tokens=tokens.astype(np.int32), counted=counted.astype(np.uint8), scene=image_index).items():
@@ -187,13 +191,15 @@ def write_questions(path, images, talks, families=None):
     families = families or [[''] * len(talk) for talk in talks]
     lines = [json.dumps(dict(image=image, turns=talk, families=kinds)) for image, talk, kinds in zip(images, talks, families)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text('\n'.join(lines) + '\n')
+    path.write_text(''.join(f'{line}\n' for line in lines))
 
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     if not settings['input']:
         raise UserError('which conversations? python -m prepare.vqa --input=FILE.jsonl --images=FOLDER')
+    if settings['size'] < 1:
+        raise UserError(f'size={settings["size"]}: must be at least 1')
     path, out, size = Path(settings['input']), Path(settings['out']), settings['size']
     conversations, images, way = read_conversations(path), Path(settings['images'] or path.parent), template('smollm2')
     (out / 'meta.json').unlink(missing_ok=True)
@@ -207,7 +213,8 @@ def main(*arguments, **overrides):
         for i in part:
             names, turns = conversations[i]
             new = way.rows(turns, settings['length'], len(names))
-            rows, index = rows + new, index + [[numbers[name] for name in names]] * len(new)
+            rows += new
+            index += [[numbers[name] for name in names]] * len(new)
         if not rows:
             raise UserError(f'{path}: no turn fits into {settings["length"]} tokens: raise --length')
         write_rows(out / split, rows, np.array(index, np.int32))

@@ -79,7 +79,7 @@ def test_captions_are_shortened_by_words():
     encoding = train_bpe(['the cat sat on the mat. ' * 20], 300)
     short = shorten('the cat sat on the mat', encoding, 4)
     assert 'the cat sat on the mat'.startswith(short + ' ') and len(encoding.encode_ordinary(short)) < 4
-    assert shorten('the', encoding, 4) == 'the' and shorten('x' * 99, encoding, 4) == ''
+    assert shorten('the', encoding, 4) == 'the' and shorten('x' * 99, encoding, 4) == 'xxx'
 
 
 def test_faults_are_named_and_left_out(work, tmp_path, capsys):
@@ -130,4 +130,6 @@ def test_a_run(work, capsys):
     scores = json.loads(Path('out/mine/scores.json').read_text())
     assert scores['rgb>caption/words']['ceiling'] == 1 and scores['rgb>palette/error']['ceiling'] < 16
     train.main(model='gpt', dataset='folder', n_layer=1, n_embd=32, n_head=2, batch_size=4, max_iters=1, device='cpu',
-               dtype='float32', compile=False, pictures=False, out_dir='out/gpt')  # other chapters read tokens, or pixels
+               dtype='float32', compile=False, out_dir='out/gpt')  # other chapters read tokens, or pixels
+    assert Path('out/gpt/sample_000001.png').is_file()
+    sample.main('--out_dir=out/gpt', '--complete=0.5', '--n=2')

@@ -225,4 +225,4 @@ def test_captions_of_another_grammar(tree, tmp_path):
     texts = fields.truth('val', 'caption', np.arange(3))
     assert texts == ['There is nothing here, élan!'] * 3
     assert fields.baseline('caption', 'val', [0]) == [''] and fields.picture('caption', texts[0]).ndim == 3
-    assert fields.score('caption', texts, 'val', np.arange(3))['scenes'].tolist() == [[[1, 1]]] * 3
+    assert fields.score('caption', texts, 'val', np.arange(3))['scenes'].tolist() == [[[1, 0]]] * 3

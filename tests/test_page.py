@@ -85,7 +85,7 @@ def test_runs_side_by_side(runs):
     for name in re.findall(r'!\[.*?\]\((.*?)\)', found):
         assert Path('out', name).is_file()
     colors = {color for _, color in Image.open('out/compare_loss.png').convert('RGB').getcolors(1 << 24)}
-    for color in page.COLOURS[:2]:
+    for color in page.COLORS[:2]:
         assert tuple(int(color[i:i + 2], 16) for i in (1, 3, 5)) in colors
 
 

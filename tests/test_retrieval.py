@@ -1,5 +1,6 @@
 """Retrieval, on a tiny run: against the slow way, and its index."""
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,11 @@ def test_scores_hold_recalls(run, monkeypatch):
     monkeypatch.setattr(sample, 'score_chain', lambda *_: ({}, 0.0))
     sample.main('--out_dir=out/found', '--score=True', '--n_score=100')
     scores = json.loads(Path('out/found/scores.json').read_text())
-    assert scores['caption>rgb/recall at 1 of 32']['baseline'] == 1 / 32
+    ids = np.load('data/scenes/val/caption.npy')
+    same = (ids[:, None] == ids[None]).all(-1).sum(1)  # captions that are equal are as right
+    assert scores['caption>rgb/recall at 1 of 32']['baseline'] == pytest.approx((same / 32).mean())
+    assert scores['caption>rgb/recall at 10 of 32']['baseline'] == pytest.approx(
+        np.mean([1 - math.comb(32 - n, 10) / math.comb(32, 10) for n in same]), rel=1e-4)
 
 
 def test_faults(run):

@@ -387,6 +387,8 @@ def test_faults_of_masks(masked_digits, arguments, message):
     (['--retrieve=rgb'], 'one modality each'),
     (['--retrieve=rgb', '--given=rgb'], 'one modality each'),
     (['--by=luck'], 'by is one of likelihood, embedding'),
+    (['--split=test'], "split='test': data/scenes has train, val"),
+    (['--score=True', '--given=caption', '--text=two red spheres'], 'leave text and image out'),
     (['--text=hello'], 'need --given=NAME'),
     (['--given=caption', '--image=x.png'], '--given=caption needs --text'),
     (['--given=caption', '--text=' + 'x' * 100], 'has 101 tokens with its end token, the modality holds 26'),

@@ -110,6 +110,6 @@ def test_same_seed_same_scenes_on_any_number_of_workers():
 
 
 def test_ten_objects_and_other_sizes():
-    scenes = sample_scenes(6, np.random.default_rng(0), max_objects=10)
+    scenes = sample_scenes(128, np.random.default_rng(0), max_objects=10)  # large ones would fit nowhere, and take for ever
     view = render(choose(scenes, np.arange(2)), size=96)
     assert view['rgb'].shape == (2, 96, 96, 3) and view['depth'].dtype == np.float32

@@ -171,6 +171,9 @@ def test_checksums(tmp_path, monkeypatch):
         damage()
         with pytest.raises(UserError, match='data/gpt/val/tokens.npy is not what data/gpt/SHA256SUMS tells of'):
             train.main(**settings)
+    Path('data/gpt/SHA256SUMS').write_text('')
+    with pytest.raises(UserError, match='SHA256SUMS does not tell of train/tokens.npy'):
+        train.main(**settings)
 
 
 @pytest.mark.parametrize('chapter', faults.CASES)
@@ -239,6 +242,52 @@ def shapes(value):
 def test_target_loss_stops(here, capsys):
     run('out/a', target_loss=100.0)
     assert 'target_loss after 0 tokens' in capsys.readouterr().out
+    run('out/b', max_iters=3)
+    run('out/b', target_loss=100.0)
+    assert 'out/b: finished at step 3' in capsys.readouterr().out
+
+
+def test_what_has_no_targets_has_no_loss():
+    values, tokens = train.means(dict(loss_a=torch.tensor([6.0, 2]), loss_b=torch.zeros(2), tokens=torch.tensor([9.0, 1])))
+    assert values == dict(loss_a=3.0) and tokens == 9 and train.loss_of(values) == 3 and math.isnan(train.loss_of({}))
+
+
+def test_layers_that_the_loss_does_not_reach(here, monkeypatch):
+    build, kept = fourm.FourM.__init__, []
+
+    def grown(self, config):
+        build(self, config)
+        self.more = torch.nn.Linear(4, 4)
+        kept.append(self.more.weight.detach().clone())
+    monkeypatch.setattr(fourm.FourM, '__init__', grown)
+    run('out/a', max_iters=2)
+    run('out/a', max_iters=3)
+    assert torch.equal(weights('out/a')['more.weight'], kept[0])
+
+
+def test_a_blind_model_trains_without_eyes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    faults.make_data('vlm', faults.CASES['vlm'][0])
+    train.main(**(faults.RUN | faults.CASES['vlm'][1] | dict(max_iters=1)), model='vlm', dataset='vlm', out_dir='out/a', blind=True)
+    optimizers = train.read_checkpoint(Path('out/a/ckpt_last.pt'))['optimizers']
+    whole = train.load_model(Path('out/a/ckpt_last.pt'))[0]
+    assert sum(len(group['params']) for one in optimizers for group in one['param_groups']) == len([*whole.language.parameters()])
+
+
+def test_what_was_started_again_goes_on(here, monkeypatch):
+    """A job that began with init_from=scratch does not begin anew when SLURM or torchrun starts it once more."""
+    run('out/a', max_iters=2, init_from='scratch')
+    monkeypatch.setenv('SLURM_RESTART_COUNT', '1')
+    run('out/a', max_iters=3, init_from='scratch')
+    assert [line['step'] for line in lines('out/a') if 'train_loss' in line] == [1, 2, 3] and not Path('out/a.1').exists()
+
+
+def test_the_newest_are_kept(here):
+    Path('out/a').mkdir(parents=True)
+    for step in (999999, 1000000):
+        Path(f'out/a/ckpt_{step}.pt').touch()
+    run('out/a', max_iters=1, keep=2)
+    assert sorted(path.name for path in Path('out/a').glob('ckpt_[0-9]*.pt')) == ['ckpt_1000000.pt', 'ckpt_999999.pt']
 
 
 def test_finished_scratch_and_changed_settings(here, capsys):
@@ -660,6 +709,8 @@ def test_damaged_data(here):
     (dict(n_head=5), 'must be a multiple'),
     (dict(device='gpu'), "device='gpu' does not work here"),
     (dict(dtype='float8'), 'choose auto, float32, bfloat16 or float16'),
+    (dict(grad_clip=-1.0), 'grad_clip=-1.0: must be at least 0'),
+    (dict(seed=-1), 'seed=-1: must be at least 0'),
 ])
 def test_faulty_settings(here, changes, message):
     with pytest.raises(UserError, match=message):
