@@ -92,7 +92,7 @@ class Attention(nn.Module):
         self.head_size, self.grouped, self.qk_norm = n_embd // n_head, n_kv_head < n_head, qk_norm
         self.sizes = [n_embd, n_kv_head * self.head_size, n_kv_head * self.head_size]  # rows of queries, keys, values
         self.q = nn.Linear(n_embd, n_embd, bias) if cross else None
-        self.qkv = nn.Linear(n_embd, sum(self.sizes[cross:]), bias)  # one matmul; where cross, a 1, without the queries' rows
+        self.qkv = nn.Linear(n_embd, sum(self.sizes[cross:]), bias)  # one matmul; cross=True counts as 1: no rows of queries
         self.out = nn.Linear(n_embd, n_embd, bias)
         nn.init.zeros_(self.out.weight)  # a block starts as the identity
         # keys start equal to queries: a token first looks at what is like it and near it
