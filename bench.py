@@ -84,14 +84,19 @@ SIZES = dict(                 # of the comparisons
 # Measuring
 
 def times_of(run, device, least, seconds=0.2):
-    """Times of run(), which has run before: at least so many, and more while `seconds` are not used up."""
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < least or (time.perf_counter() < end and len(times) < 100):
+    """Times of run(), which has run before: at least so many, and more while `seconds` are not used up. Where a GPU takes less than
+    10 ms, of several runs in a row: while it computes one, the host already calls the next."""
+    def once(n):
         train.synchronize(device)
         start = time.perf_counter()
-        run()
+        for _ in range(n):
+            run()
         train.synchronize(device)
-        times.append(time.perf_counter() - start)
+        return (time.perf_counter() - start) / n
+    n = math.ceil(0.01 / once(1)) if device.type == 'cuda' else 1
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < least or (time.perf_counter() < end and len(times) < 100):
+        times.append(once(n))
     return times
 
 
@@ -249,13 +254,14 @@ def passes(forward, inputs, dtype):
             x.grad = None
         if not y.requires_grad:
             return [y]
-        y.backward(torch.ones_like(y))
+        y.backward(y.detach())  # any gradient will do
         return [y, *(x.grad for x in inputs)]
     return run
 
 
 def make_core(kind, B, T, S, heads, head_size, device, dtype):
-    """(the core of gpt.py, the kernel alone) as such functions, in training forward and backward, in generation forward."""
+    """(the core of gpt.py, the kernel alone, its forward pass) as such functions, in training forward and backward, in generation
+    forward."""
     torch.manual_seed(0)
     D, trains = heads * head_size, kind not in ('prefill', 'decode')
     core = Attention(D, heads, cross=kind == 'cross').to(device).requires_grad_(trains)
@@ -274,24 +280,28 @@ def make_core(kind, B, T, S, heads, head_size, device, dtype):
 
     def kernel():
         return F.scaled_dot_product_attention(q, k, v, is_causal=options['causal'], scale=12 / head_size)
-    return passes(lambda: core(x, turn[:, -T:], **options), inputs, dtype), passes(kernel, [q, k, v], dtype)
+    return (passes(lambda: core(x, turn[:, -T:], **options), inputs, dtype), passes(kernel, [q, k, v], dtype),
+            passes(kernel, [x.detach() for x in (q, k, v)], dtype))
 
 
 def cost_of_core(kind, B, T, S, heads, head_size, dtype):
-    """FLOPs of the products, half of attention's where it is causal, and the fewest bytes: each number read or written once."""
+    """FLOPs of the products, half of attention's where it is causal; attention's alone, in the forward pass; and the fewest bytes:
+    each number read or written once."""
     D, rounds = heads * head_size, 1 if kind in ('prefill', 'decode') else 3  # backward is twice forward
     projections = 4 * B * (T + (S if kind == 'cross' else T)) * D * D
     attention = 4 * B * T * S * D // (2 if kind in ('causal', 'prefill') else 1)
     numbers = 2 * B * T * D + 4 * D * D + B * S * D * {'cross': 1, 'decode': 2}.get(kind, 0)
-    return rounds * (projections + attention), rounds * numbers * dtype.itemsize
+    return rounds * (projections + attention), attention, rounds * numbers * dtype.itemsize
 
 
 def measure_core(name, case, ways, device, dtype, limits, repeats):
     """A row of the table: the core, then what else computes the same."""
-    core, kernel = make_core(*case, device, dtype)
-    flops, moved = cost_of_core(*case, dtype)
+    core, kernel, forward = make_core(*case, device, dtype)
+    flops, attention, moved = cost_of_core(*case, dtype)
     row, expected = {'case': name}, core()
     for way, context in ways.items():
+        if way == 'flex' and (case[0] not in ('causal', 'full') or case[2] < 1024):
+            continue  # compiling takes seconds, and it has never been the fastest
         with context():
             try:
                 differ = max(((a - b).norm() / b.norm()).item() for a, b in zip(core(), expected))
@@ -306,6 +316,10 @@ def measure_core(name, case, ways, device, dtype, limits, repeats):
             row |= {'ms': ms, '+-': 1000 * spread(times), 'GFLOP/s': rate / 1e9, 'of limit %': 100 * rate / limits[dtype],
                     'FLOP/byte': flops / moved, 'MiB': most / 2 ** 20}
             row['kernel alone ms'] = 1000 * median_seconds(kernel, device, repeats)
+            row['its forward ms'] = 1000 * median_seconds(forward, device, repeats)
+            rate = attention / limits[dtype] * 1000
+            row['kernel of limit %'] = 100 * rate * (1 if case[0] in ('prefill', 'decode') else 3) / row['kernel alone ms']
+            row['its forward %'] = 100 * rate / row['its forward ms']
         elif way == 'written out':
             row |= {'written out ms': ms, 'times': ms / row['ms'], 'its MiB': most / 2 ** 20}
         else:
@@ -444,27 +458,41 @@ def elapsed(start, end):
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
-def time_steps(model, job, options, device, dtype, settings):
-    """(seconds {part: [one a repeat]}, bytes, tokens, losses) of a step of one micro-batch, by train.py's own functions."""
+def time_steps(model, job, options, device, dtype, settings, graphs=False):
+    """(seconds {part: [one a repeat]}, bytes, tokens, losses) of a step of one micro-batch, by train.py's own functions; with
+    graphs forward and backward are one part, `both`."""
     optimizers, marks, losses = train.make_optimizers(model, options), collections.defaultdict(list), []
     mean = copy.deepcopy(model) if options['ema'] else None
     batches = train.prefetched(train.micro_batch, itertools.repeat(job), device)
 
-    def step():
-        with clock('data', marks, device):
-            batch = train.to_device(next(batches), device)
+    def passes(batch, clock=clock):
         with clock('forward', marks, device), train.autocast(device, dtype):
             loss, logs = model(batch)
         with clock('backward', marks, device):
             loss.backward()
+        return loss.detach(), logs['tokens'][0]
+
+    def finish(nothing):
+        train.advance(optimizers, none=not graphs)
+    if graphs:
+        train.hold_rates(optimizers, device)
+        passes = train.Graphs(functools.partial(passes, clock=lambda *_: nullcontext()))
+        finish = train.Graphs(finish)
+
+    def step():
+        with clock('data', marks, device):
+            batch = train.to_device(next(batches), device)
+        with clock('both', marks, device) if graphs else nullcontext():
+            loss, tokens = passes(batch)
         with clock('optimizer', marks, device):
             train.clip(model, options['grad_clip'])
-            train.update(optimizers, options, 0)
+            train.set_rates(optimizers, options, 0)
+            finish({})
             if mean:
                 train.follow(mean, model, options['ema'], 0)
-        losses.append(loss.detach())
-        return logs['tokens'][0]
-    for _ in range(2):
+        losses.append(loss.clone())
+        return tokens
+    for _ in range(4 if graphs else 2):
         tokens = float(step())
     marks.clear()
     for _ in range(settings['repeats']):
@@ -476,26 +504,28 @@ def time_steps(model, job, options, device, dtype, settings):
     memory = sum(x.nbytes for x in held) + peak_bytes(step, device)
     if settings['trace']:
         write_trace(settings['trace'], step)
-    return seconds, memory, tokens, torch.stack(losses[:2]).tolist()
+    return seconds, memory, tokens, torch.stack(losses[:5]).tolist()
 
 
 def step_row(name, variant, size, options, measured, flops, roof, limit):
     """A row of the table: a step is `scale` of the measured micro-batches and the optimizer."""
     seconds, memory, tokens, _ = measured
-    (dtype, compiled), scale, optimizer = variant, options['batch_size'] / size, statistics.median(seconds['optimizer'])
-    passes = [scale * sum(parts) for parts in zip(*(seconds[part] for part in ('data', 'forward', 'backward')))]
+    (dtype, compiled, graphs), scale = variant, options['batch_size'] / size
+    optimizer = statistics.median(seconds.pop('optimizer'))
+    passes = [scale * sum(parts) for parts in zip(*seconds.values())]
     whole = statistics.median(passes) + optimizer
-    return {'config': name, 'format': str(dtype)[6:], 'compiled': 'yes' if compiled else 'no',
+    return {'config': name, 'format': str(dtype)[6:], 'compiled': 'and a graph' if graphs else 'yes' if compiled else 'no',
             'samples': f'{size} of {options["batch_size"]}', 'ms a step': 1000 * whole, '+-': 1000 * spread(passes),
             'samples/s': options['batch_size'] / whole, 'tokens/s': scale * tokens / whole, 'GFLOP': scale * flops / 1e9,
             'of limit %': 100 * scale * flops / whole / limit, 'of roof %': 100 * scale * roof / whole,
             'of roof % without optimizer': 100 * scale * roof / statistics.median(passes),
-            **{f'{part} %': 100 * scale * statistics.median(seconds[part]) / whole for part in ('data', 'forward', 'backward')},
+            **{f'{part} %': 100 * scale * statistics.median(seconds[part]) / whole if part in seconds else ''
+               for part in ('data', 'forward', 'backward', *['both'] * torch.cuda.is_available())},
             'optimizer %': 100 * optimizer / whole, 'MiB': memory / 2 ** 20}
 
 
 def bench_steps(name, options, model, data, settings, device, limits):
-    """Rows, one for each number format, eager and compiled."""
+    """Rows, one for each number format, eager and compiled, and on a GPU with CUDA graphs."""
     formats, rows, first = [dtype for dtype in limits if dtype != 'copy'], [], None
     one = options | dict(batch_size=1, micro_batch_size=1)
     flops = train.count_flops(model, train.to_device(train.micro_batch(data, model, one, 0, 0), device))
@@ -503,17 +533,20 @@ def bench_steps(name, options, model, data, settings, device, limits):
     job = (data, model, options | dict(micro_batch_size=size), 0, 0)
     flops, products = count_products(model, train.to_device(train.micro_batch(*job), device))
     roofs, start = {dtype: chain_seconds(products, device, dtype) for dtype in formats}, copy.deepcopy(model.state_dict())
-    for compiled in (False, True):
-        if compiled and not (options['compile'] and train.compile_blocks(model, device)):
-            break
-        for dtype in [formats[-compiled]] if settings['all'] else formats:  # in the table of all: the slowest way and the fastest
-            model.load_state_dict(start)
-            torch.manual_seed(0)
-            measured = time_steps(model, job, options, device, dtype, settings)
-            first = first or measured[-1]
-            assert all(abs(a - b) < 0.05 * abs(b) for a, b in zip(measured[-1], first)), f'{name}: {measured[-1]}, not {first}'
-            rows.append(step_row(name, (dtype, compiled), size, options, measured, flops, roofs[dtype], limits[dtype]))
-            show(rows[-1], len(rows) == 1)
+    variants = [(dtype, compiled, False) for compiled in (False, True) for dtype in formats]
+    variants = [variants[0], variants[-1]] if settings['all'] else variants  # in the table of all: the slowest and the fastest
+    variants += [(formats[-1], True, True)] if device.type == 'cuda' else []
+    works = functools.cache(lambda: options['compile'] and train.compile_blocks(model, device))
+    for dtype, compiled, graphs in variants:
+        if compiled and not works():
+            continue
+        model.load_state_dict(start)
+        torch.manual_seed(0)
+        measured = time_steps(model, job, options, device, dtype, settings, graphs)
+        first = first or measured[-1]
+        assert all(abs(a - b) < 0.05 * abs(b) for a, b in zip(measured[-1], first)), f'{name}: {measured[-1]}, not {first}'
+        rows.append(step_row(name, (dtype, compiled, graphs), size, options, measured, flops, roofs[dtype], limits[dtype]))
+        show(rows[-1], len(rows) == 1)
     return rows
 
 
@@ -539,10 +572,18 @@ def generation(model, B):
             return lambda: model.generate(zeros, model.read(zeros + c.image_token, look), 16), B * 16, 'tokens', 17
 
 
+def bytes_of_weights(model):
+    """What each pass has to read: all matrices that are multiplied with, in the number format of generation."""
+    device, tables = next(model.parameters()).device, {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    heads = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    size = 4 if device.type == 'cpu' else train.find_dtype('auto', device).itemsize
+    return size * sum(p.numel() for p in model.parameters() if p not in tables - heads)
+
+
 def bench_generation(name, model, settings, device, limits):
     """Rows: latency and throughput by batch, at the defaults of a chapter's `generate`."""
     rows, model = [], model.eval()
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = bytes_of_weights(model)
     with sample.exact(dict(dtype='auto'), device), torch.compiler.set_stance('force_eager'):
         for B in (1, 8, 32):
             run, n, what, rounds = generation(model, B)
@@ -622,7 +663,8 @@ def compare_generation(settings, device):
     """max_new_tokens in a context of 1,024, as sample.py generates them."""
     train.set_up(device, training=False)
     own, n = {name: settings[name] for name in ('n_layer', 'n_head', 'n_embd', 'n_kv_head')}, settings['max_new_tokens']
-    model = GPT(Config(vocab_size=65, block_size=1024, **own)).to(device).eval()
+    with device:  # billions of weights would take minutes on their way there
+        model = GPT(Config(vocab_size=65, block_size=1024, **own)).eval()
     if n > 1023:
         raise UserError(f'max_new_tokens={n}: the context of this benchmark holds 1,024, of which one is the prompt')
     for parameter in model.parameters():  # zero-initialised outputs would make all tokens alike
@@ -639,6 +681,7 @@ def compare_generation(settings, device):
         for batch in (1, 8, 32):
             took = median_seconds(lambda: model.generate(start.repeat(batch, 1), n, temperature=0), device, 1)
             report(f'generation, batch {batch}, KV cache', took, batch * n, seconds / n)
+            print(f'    weights are read at {n * bytes_of_weights(model) / took / settings["copy"]:.1%} of the rate of a copy')
 
 
 def compare_unmasking(settings, device):
@@ -824,7 +867,7 @@ def main(*arguments, **overrides):
     tables = {'Machine': [machine_row(device, limits)]}
     show(tables['Machine'][0], True)
     if settings['part']:
-        PARTS[settings['part']](settings, device)
+        PARTS[settings['part']](settings | dict(copy=limits['copy']), device)
     elif not files:
         tables['Attention core'] = bench_core(settings, device, limits)
     if settings['save']:

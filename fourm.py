@@ -249,7 +249,7 @@ class FourM(nn.Module):
         count = asked.sum(-1)  # (modalities, B)
         weight = 1 / (count * (count > 0).sum(0) * len(ids))  # mean over tokens, then modalities, then samples
         flat = ids.gather(1, targets).flatten()
-        step = max(1, flat.numel() // 32)
+        step = max(1, flat.numel() // 16)
         for m, mask, w in zip(self.modalities, asked, weight):
             rows = mask.flatten().nonzero()[:, 0]
             spare = (-len(rows) % step) if len(rows) else step
@@ -264,7 +264,7 @@ class FourM(nn.Module):
         loss, logs = 0, {}
         for m in self.modalities:
             rows, ids, weight = (batch[f'{part}_{m.name}'] for part in ('rows', 'ids', 'weight'))
-            nll = self.heads[m.name](h[rows], ids)  # (R,)
+            nll = self.heads[m.name](h.index_select(0, rows), ids)  # (R,)
             loss = loss + (nll * weight).sum()
             real = (weight > 0).float()
             logs[f'loss_{m.name}'] = torch.stack(((nll.detach() * real).sum(), real.sum()))

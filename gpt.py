@@ -138,8 +138,8 @@ class MLP(nn.Module):
         if self.kind == 'swiglu':
             gate, x = self.up(x).chunk(2, dim=-1)
             return self.down(F.silu(gate) * x)
-        x = self.up(x)
-        return self.down(F.relu(x).square() if self.kind == 'relu2' else F.gelu(x, approximate='tanh'))
+        x = F.relu(self.up(x)) if self.kind == 'relu2' else F.gelu(self.up(x), approximate='tanh')
+        return self.down(x * x if self.kind == 'relu2' else x)  # not square(): autocast would compute that in float32
 
 
 class Dropout(nn.Dropout1d):
@@ -224,13 +224,13 @@ class KVCache:
     def __init__(self, length, ragged=False):
         self.length, self.ragged = length, ragged
         self.filled, self.store = 0, {}  # positions in use; of each layer its keys and values (2, B, nkv, length, hd)
-        self.valid = self.last = None  # which of them are real tokens (B, filled); the last embedding (B, 1, D), for token shift
+        self.valid = self.last = None  # which of them are real tokens (B, length); the last embedding (B, 1, D), for token shift
 
     def append(self, layer, k, v):
         """Adds k and v (B, nkv, T, hd) of one layer; returns all of its keys and values so far."""
         if layer not in self.store:
             B, n, _, hd = k.shape
-            self.store[layer] = k.new_empty(2, B, n, self.length, hd)
+            self.store[layer] = k.new_zeros(2, B, n, self.length, hd)
         store, end = self.store[layer], self.filled + k.size(2)
         store[0, :, :, self.filled:end], store[1, :, :, self.filled:end] = k, v
         return store[:, :, :, :end]  # keys (B, nkv, end, hd) and values
@@ -245,14 +245,16 @@ class KVCache:
         place = torch.arange(start + T, device=tokens.device)
         seen = place <= place[start:, None]  # (T, end)
         if self.ragged:
-            self.valid = tokens >= 0 if start == 0 else torch.cat((self.valid, tokens >= 0), 1)  # (B, end)
-            seen = seen & self.valid[:, None] | (place == place[start:, None])  # each sees itself: no row without a key
+            self.valid = tokens.new_zeros(len(tokens), self.length).bool() if start == 0 else self.valid
+            self.valid[:, start:start + T] = tokens >= 0
+            # each sees itself: no row without a key
+            seen = seen & self.valid[:, None, :start + T] | (place == place[start:, None])
         return False, seen.view(-1, 1, T, start + T)
 
     def places(self, T):
         """Of the T newest tokens, once `mask` has seen them: a slice, or (B, T)."""
         if self.ragged:
-            return (self.valid.cumsum(1)[:, -T:] - 1).clamp(min=0)
+            return (self.valid[:, :self.filled + T].cumsum(1)[:, -T:] - 1).clamp(min=0)
         return slice(self.filled, self.filled + T)
 
     def repeat(self, n):
@@ -261,18 +263,96 @@ class KVCache:
         self.valid, self.last = (x if x is None else x.repeat_interleave(n, 0) for x in (self.valid, self.last))
 
 
-def cross_entropy(x, head, targets, most=2 ** 24):
+def record(run, pool=None):
+    """Does run() and notes its kernels as a CUDA graph: (what it returns this time, replay, what replay() changes that into). To call
+    hundreds of kernels one by one takes a GPU's host many times as long as they take; a replay is one call, on the same
+    memory. Graphs that never run at once may share a pool."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # where what is only done the first time does no harm
+        now = run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool, capture_error_mode='thread_local'):  # other threads may go on meanwhile
+        later = run()  # nothing is computed
+    return now, graph.replay, later
+
+
+class Recorded(KVCache):
+    """trunk(tokens, cache=cache), on a GPU for one token more a row as a CUDA graph. Such a token's place is a number on the GPU,
+    `at`; it looks at `reach` places, and a mask hides those to come. All calls have to be within one autocast, whose copies of
+    the weights are read; what is returned, (B, 1, D), stands until the next call."""
+    def __init__(self, trunk, cache):
+        self.__dict__ = cache.__dict__  # one state, used in two ways
+        self.trunk, self.at, self.reach = trunk, None, 0
+
+    def append(self, layer, k, v):
+        if self.at is None:
+            return super().append(layer, k, v)
+        self.store[layer].index_copy_(3, self.at, torch.stack((k, v)))
+        return self.store[layer][:, :, :, :self.reach]
+
+    def mask(self, tokens):
+        if self.at is None:
+            return super().mask(tokens)
+        seen = torch.arange(self.reach, device=tokens.device) <= self.at  # (reach,)
+        if self.ragged:
+            self.valid.index_copy_(1, self.at, tokens >= 0)
+            seen = seen & self.valid[:, :self.reach]  # (B, reach)
+        kind = next(iter(self.store.values())).dtype  # numbers to add to the logits, which each layer would make of booleans
+        return False, torch.zeros_like(seen, dtype=kind).masked_fill(~seen, -torch.inf).view(-1, 1, 1, self.reach)
+
+    def places(self, T):
+        if self.at is None:
+            return super().places(T)
+        return self.valid.sum(1, keepdim=True) - 1 if self.ragged else self.at
+
+    def record(self, tokens):
+        self.reach, self.at = min(self.length, max(256, 2 * self.filled)), tokens.new_full((1,), self.filled)
+        self.tokens, last = tokens.clone(), None if self.last is None else self.last.clone()
+
+        def run():
+            self.last = last  # of the token before
+            x = self.trunk(self.tokens, cache=self)
+            self.filled -= 1  # counted below
+            if last is not None:
+                last.copy_(self.last)
+            return x
+        now, self.replay, self.x = record(run)
+        self.last = last
+        return now
+
+    def __call__(self, tokens):
+        if not tokens.is_cuda or tokens.size(1) > 1 or not self.filled:
+            return self.trunk(tokens, cache=self)
+        if self.filled >= self.reach:
+            x = self.record(tokens)
+        else:
+            self.tokens.copy_(tokens)
+            self.at.fill_(self.filled)
+            self.replay()
+            x = self.x
+        self.filled += 1
+        return x
+
+
+def nll(x, head, targets):
+    return F.cross_entropy(F.linear(x, head).float(), targets, ignore_index=-1, reduction='none')
+
+
+def cross_entropy(x, head, targets, most=0):
     """-ln p(target) in nats (R,) of rows x (R, D) with a head (V, D); targets (R,), -1 is none and costs 0.
 
     At most `most` logits exist at a time: where R x V is more, rows are taken in chunks, whose logits are thrown away and
-    computed anew in the backward pass. A vocabulary of 64k so needs megabytes where it took gigabytes.
+    computed anew in the backward pass. A vocabulary of 64k so needs megabytes where it took gigabytes. 0 is 2^24, or what
+    fills a quarter of a GPU's memory: there each chunk takes the time to call its kernels.
     """
-    def nll(x, targets):
-        return F.cross_entropy(F.linear(x, head).float(), targets, ignore_index=-1, reduction='none')
+    most = most or (torch.cuda.get_device_properties(x.device).total_memory // 64 if x.is_cuda else 2 ** 24)
     rows = max(1, most // len(head))
     if len(x) <= rows:
-        return nll(x, targets)
-    return torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in zip(x.split(rows), targets.split(rows))])
+        return nll(x, head, targets)
+    return torch.cat([checkpoint(nll, part, head, some, use_reentrant=False)
+                      for part, some in zip(x.split(rows), targets.split(rows))])
 
 
 class GPT(nn.Module):
@@ -353,13 +433,13 @@ class GPT(nn.Module):
         """
         T, ended = self.config.block_size, tokens.new_zeros(len(tokens), dtype=torch.bool)
         fresh = tokens if tokens.size(1) <= T else tokens[:, -(T // 2):]  # what the model has yet to read
-        cache = KVCache(T, bool((fresh < 0).any()))
+        read = Recorded(self.trunk, KVCache(T, bool((fresh < 0).any())))
         for _ in range(max_new_tokens):
-            if cache.filled + fresh.size(1) > T:
+            if read.filled + fresh.size(1) > T:
                 fresh = tokens[:, -(T // 2):]
-                cache = KVCache(T, bool((fresh < 0).any()))
+                read = Recorded(self.trunk, KVCache(T, bool((fresh < 0).any())))
             for part in fresh.split(chunk, dim=1):
-                x = self.trunk(part, cache)
+                x = read(part)
             drawn = sample_token(self.logits(x[:, -1]), temperature, top_k, top_p, min_p, generator)  # (B,)
             drawn = drawn.masked_fill(ended, -1)
             yield drawn

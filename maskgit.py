@@ -200,7 +200,10 @@ class Head(nn.Module):
 
     def tell(self, h, d, digit):
         """Lets the digits after number d know its value; the last one needs not be told."""
-        return h + self.embedding[d](digit) if d < len(self.embedding) else h
+        if d == len(self.embedding):
+            return h
+        # a product, as the gradient of a look-up in so small a table takes a GPU longer
+        return h + F.one_hot(digit, self.levels[d]).type_as(h) @ self.embedding[d].weight
 
     def forward(self, h, ids):
         """-ln p(ids | h) in nats: h (R, D) and ids (R,) -> (R,)."""
@@ -306,7 +309,7 @@ class MaskGIT(nn.Module):
         tokens, classes = batch['tokens'], batch.get('classes')
         if self.config.n_classes and self.training:  # as dropout
             classes = classes.masked_fill(batch['drop'], self.config.n_classes)
-        h = self.trunk(tokens, classes).flatten(0, 1)[batch['rows']]  # (R, D)
+        h = self.trunk(tokens, classes).flatten(0, 1).index_select(0, batch['rows'])  # (R, D)
         nll, B = self.head(h, batch['ids']), batch['rows'].new_full((), len(tokens))  # filled on the device: no wait for it
         loss, bound = (nll * batch['weight']).sum(), (nll.detach() * batch['bound_weight']).sum()
         count = (tokens >= 0).sum() + len(nll)

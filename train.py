@@ -26,7 +26,9 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
@@ -46,6 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import config
+import gpt
 from config import UserError
 
 SETTINGS = dict(
@@ -86,6 +89,8 @@ SETTINGS = dict(
     device='auto',            # cuda, mps or cpu
     dtype='auto',             # bfloat16 where the hardware computes it natively, otherwise float32; float16 for GPUs without it
     compile=True,             # torch.compile
+    graphs=False,             # on a single GPU: small models several times as fast, as CUDA graphs; what `forward` does must then
+                              # follow from its batch and from torch's random numbers alone
     shard=False,              # for models that do not fit: of weights, gradients and moments each process keeps only its share
     checksum=False,           # read all data once before the first step and compare them with what prepare/ made
     threads=0,                # of a CPU run; 0 is PyTorch's choice, one for each core that this process may use
@@ -187,8 +192,9 @@ def is_block(module):
 
 
 def compile_blocks(model, device):
-    """torch.compile for every Transformer block of a model, in place. All blocks of a kind share one compiled function, so that
-    this takes seconds where compiling a whole model took minutes. Returns whether a compiler works; if not, a line says so."""
+    """torch.compile for every Transformer block of a model, in place, and on a GPU for the cross-entropy, whose logits are then
+    read once in 16 bits where they were written and read in 32. All blocks of a kind share one compiled function, so that this
+    takes seconds where compiling a whole model took minutes. Returns whether a compiler works; if not, a line says so."""
     try:
         torch.compile(lambda x: (x @ x).relu())(torch.ones(2, 2, device=device))
     except Exception as error:
@@ -198,6 +204,8 @@ def compile_blocks(model, device):
     for module in model.modules():
         if is_block(module):
             module.compile(dynamic=True)
+    if device.type == 'cuda':
+        gpt.nll = torch.compile(gpt.nll, dynamic=True)
     return True
 
 
@@ -304,11 +312,13 @@ class Data:
 
     def order(self, epoch):
         """The epoch's permutation of sample ids, the shift of a stream's windows, and the view of each sample."""
-        if epoch not in self.orders:
+        order = self.orders.get(epoch)
+        if not order:
             random = np.random.default_rng((self.seed, epoch))
-            self.orders = {epoch: (random.permutation(self.n), int(random.integers(max(1, self.block_size))),
-                                   random.integers(max(self.meta.get('views', {'': 1}).values()), size=self.n))}
-        return self.orders[epoch]
+            order = (random.permutation(self.n), int(random.integers(max(1, self.block_size))),
+                     random.integers(max(self.meta.get('views', {'': 1}).values()), size=self.n))
+            self.orders = {epoch: order}  # the last one alone, at once: several threads take batches
+        return order
 
     def ids(self, start, count):
         """[epoch, ids] of samples start .. start + count - 1 of the endless run over all epochs; a batch may straddle two."""
@@ -343,11 +353,13 @@ def evaluation_batch(data, model, settings, j):
     return model.draw(batch, generator(3, j), shared=generator(4, j))
 
 
+def pinned(batch, device):
+    """In memory that a GPU reads by itself, while it works on the step before; what is there already stays what it is."""
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if device.type == 'cuda' else batch
+
+
 def to_device(batch, device):
-    """Copies that the GPU makes while it works on the step before."""
-    if device.type == 'cuda':
-        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=device.type == 'cuda') for name, tensor in pinned(batch, device).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -507,9 +519,10 @@ class Muon(torch.optim.Optimizer):
                 if sharded := isinstance(ahead, DTensor):  # from some rows of all matrices to all rows of some matrices
                     ahead = ahead.redistribute(placements=[Shard(0)])
                 steps = orthogonal(ahead, find_dtype('auto', ahead.device)).to(ahead.dtype)
+                steps = steps.mul_(group['lr'] * max(1, rows / columns) ** 0.5)
                 steps = (steps.redistribute(placements=[Shard(1)]) if sharded else steps).unbind()
                 torch._foreach_mul_(some, 1 - group['lr'] * group['weight_decay'])
-                torch._foreach_add_(some, steps, alpha=-group['lr'] * max(1, rows / columns) ** 0.5)
+                torch._foreach_sub_(some, steps)
 
 
 def make_optimizers(model, settings):
@@ -541,15 +554,33 @@ def schedule(step, settings):
     return min(1, (step + 1) / max(1, settings['warmup_iters']), settings['min_lr'] + (1 - settings['min_lr']) * left)
 
 
-def update(optimizers, settings, step, scaler=torch.amp.GradScaler(enabled=False)):
-    """One step of all optimizers at this step's learning rates, and clean gradients for the next. In float16 the loss was scaled
+def hold_rates(optimizers, device=None):
+    """Learning rates as numbers on the device, where a CUDA graph finds them, or as Python's."""
+    warnings.filterwarnings('ignore', 'This instance was constructed with capturable=True')  # the first steps are not recorded
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        group['initial_lr'] = group.get('initial_lr', float(group['lr']))
+        group['lr'] = torch.tensor(group['initial_lr'], device=device) if device else group['initial_lr']
+        group['capturable'] = bool(device)  # AdamW's name for that
+
+
+def set_rates(optimizers, settings, step):
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        rate = group.setdefault('initial_lr', group['lr']) * schedule(step, settings)
+        group['lr'] = group['lr'].fill_(rate) if isinstance(group['lr'], torch.Tensor) else rate
+
+
+def advance(optimizers, scaler=torch.amp.GradScaler(enabled=False), none=True):
+    """One step of all optimizers, and clean gradients for the next: none, or zeros in the same place. In float16 the loss was scaled
     up so that small gradients do not vanish; after many good steps the scaler tries more."""
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group['lr'] = group.setdefault('initial_lr', group['lr']) * schedule(step, settings)
         scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=none)
     scaler.update()
+
+
+def update(optimizers, settings, step):
+    set_rates(optimizers, settings, step)
+    advance(optimizers)
 
 
 def follow(mean, model, decay, step):
@@ -648,7 +679,7 @@ def loss_of(values):
 # The run
 
 FREE = {'init_from', 'out_dir', 'max_iters', 'micro_batch_size', 'eval_interval', 'eval_iters', 'log_interval', 'target_loss',
-        'keep', 'skip', 'pictures', 'wandb_log', 'device', 'dtype', 'compile', 'threads', 'shard', 'checksum'}  # may change
+        'keep', 'skip', 'pictures', 'wandb_log', 'device', 'dtype', 'compile', 'graphs', 'threads', 'shard', 'checksum'}  # may change
 
 
 def read_sources(init_from):
@@ -770,19 +801,49 @@ def listen(stack):
     return asked
 
 
-def prefetched(make, jobs, device):
-    """make(*job) for each job in turn; where the caller works on a GPU, a thread makes the next one meanwhile."""
+class Graphs:
+    """run(batch) on a GPU as CUDA graphs (gpt.record): one for each set of shapes that has come up twice already, as long as there
+    are fewer than `most`. What it changes, gradients or weights, has to stay where it is."""
+    def __init__(self, run, most=64):
+        self.run, self.most, self.seen, self.graphs = run, most, Counter(), {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, batch):
+        shapes = tuple(tensor.shape for tensor in batch.values())
+        if shapes in self.graphs:
+            own, replay, result = self.graphs[shapes]
+            for mine, tensor in zip(own, batch.values()):
+                mine.copy_(tensor)
+            replay()
+            return result
+        self.seen[shapes] += 1
+        if self.seen[shapes] < 3 or len(self.graphs) >= self.most:
+            return self.run(batch)
+        torch.cuda.empty_cache()  # a graph has its own memory
+        own = {name: tensor.clone() for name, tensor in batch.items()}
+        try:
+            now, replay, result = gpt.record(lambda: self.run(own), self.pool)
+        except RuntimeError as error:  # what failed while it was noted cannot be done again: the GPU's state is not sure any more
+            raise UserError(f'graphs=True: no CUDA graph of this step ({str(error).splitlines()[0]}): most likely something in it '
+                            'waits for the GPU, or its memory is full; leave --graphs out')
+        self.graphs[shapes] = list(own.values()), replay, result
+        return now
+
+
+def prefetched(make, jobs, device, threads=4):
+    """make(*job), a batch, for each job in turn; where the caller works on a GPU, threads make the next ones meanwhile."""
     if device.type == 'cpu':  # there a second thread's worker threads would only get in the way of the first one's
         yield from (make(*job) for job in jobs)
         return
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
+
+    gpu = (torch.cuda.set_device, (device,)) if device.type == 'cuda' else (None, ())  # a thread begins with the first one
+    with ThreadPoolExecutor(threads, 'batches', *gpu) as pool:
+        waiting = deque()
         for job in jobs:
-            ready, waiting = waiting, pool.submit(make, *job)
-            if ready:
-                yield ready.result()
-        if waiting:
-            yield waiting.result()
+            waiting.append(pool.submit(lambda job: pinned(make(*job), device), job))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
 
 def main(*arguments, **overrides):
@@ -848,10 +909,24 @@ def run(assigned, files, stack):
         scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())  # empty where the run was not in float16 so far
         state |= {name: checkpoint[name] for name in state}
         del checkpoint  # as large as what it was loaded into
+    graphs = settings['graphs'] and device.type == 'cuda' and world == 1
+    hold_rates(optimizers, device if graphs else None)
     forget(out_dir / 'log.jsonl', state['step'] or -1)
     if settings['compile']:
         compile_blocks(raw_model, device)
     model = DistributedDataParallel(raw_model) if world > 1 and not sharded else raw_model
+
+    def passes(batch):
+        """Adds to the gradients what a micro-batch gives; its logs."""
+        with autocast(device, dtype):
+            loss, logs = model(batch)
+        scaler.scale(loss * world / n_micro).backward()
+        return logs
+
+    def finish(nothing):
+        advance(optimizers, scaler, none=not graphs)
+    if graphs:
+        passes, finish = Graphs(passes), finish if scaler.is_enabled() else Graphs(finish)  # the scaler waits for the GPU
     limit, flops = matmul_rate(device, dtype) if is_main() else 1, {}
     if is_main():
         count = sum(p.numel() for p in raw_model.parameters())
@@ -955,15 +1030,13 @@ def run(assigned, files, stack):
             work += flops[shapes]
             torch.manual_seed(settings['seed'] + step * n_micro + j)  # dropout
             with summed(model, j == mine[-1]):
-                with autocast(device, dtype):
-                    loss, logs = model(batch)
-                scaler.scale(loss * world / n_micro).backward()
-            total = add_logs(total, logs)
+                total = add_logs(total, passes(batch))
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = clip(raw_model, settings['grad_clip'])
         if math.isfinite(norm):
-            update(optimizers, settings, step, scaler)
+            set_rates(optimizers, settings, step)
+            finish({})
         else:
             skipped += 1
             if skipped > settings['skip'] and not scaler.is_enabled() or scaler.get_scale() < 1:  # at 1 nothing overflows
@@ -974,7 +1047,7 @@ def run(assigned, files, stack):
                                 f'{out_dir}/ckpt_fault.pt, its samples in log.jsonl; lower the learning rates, or leave such '
                                 'steps out by --skip=10')
             scaler.update()  # float16: a lower scale
-            raw_model.zero_grad(set_to_none=True)
+            raw_model.zero_grad(set_to_none=not graphs)
         if settings['ema']:
             follow(mean, raw_model, settings['ema'], step)
         bar.update()
@@ -987,7 +1060,8 @@ def run(assigned, files, stack):
             took, tokens = now - since, tokens + count
             seconds += took
             line = {'step': done, 'tokens': int(tokens), 'seconds': round(seconds, 2), 'train_loss': loss_of(values),
-                    'lr': settings['learning_rate'] * schedule(step, settings), 'grad_norm': norm,
+                    'lr': settings['learning_rate'] * schedule(step, settings),
+                    'grad_norm': norm if math.isfinite(norm) else str(norm),
                     'tokens_per_second': round(count / took), 'mfu': round(work / took / limit, 4),
                     'data_wait': round(waited / took, 4)} | ({'skipped': skipped} if skipped else {})
             log(line | {name: value for name, value in values.items() if name != 'loss'})

@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import gpt
-from gpt import GPT, Block, KVCache, cross_entropy, norm, rotary, sample_token
+from gpt import GPT, Block, KVCache, Recorded, cross_entropy, norm, rotary, sample_token
 
 
 @dataclass
@@ -153,13 +153,15 @@ class VLM(nn.Module):
         """Tokens (B, T), and where they hold pictures what was seen in these (B, m P, D) -> (B, T, D), what the head reads."""
         x = self.language.embedding(tokens.clamp(min=0))
         if seen is not None:
-            x = x.masked_scatter((tokens == self.config.image_token)[..., None], seen.type_as(x))
+            image = tokens == self.config.image_token
+            number = (image.flatten().cumsum(0) - 1).clamp(min=0)  # of all that was seen; masked_scatter would wait for the GPU
+            x = torch.where(image[..., None], seen.flatten(0, 1).index_select(0, number).view_as(x), x)
         return self.language.trunk(tokens, cache, x)
 
     def forward(self, batch):
         """A drawn batch -> the mean over conversations of the mean over their answers' tokens of -ln p, in nats; and logs."""
         seen = None if self.config.blind else self.look(batch['image'])
-        x = self.trunk(batch['tokens'][:, :-1], seen).flatten(0, 1)[batch['rows']]  # (R, D)
+        x = self.trunk(batch['tokens'][:, :-1], seen).flatten(0, 1).index_select(0, batch['rows'])  # (R, D)
         nll = cross_entropy(x, self.language.head.weight, batch['targets'])  # (R,)
         loss, B, real = (nll * batch['weight']).sum(), len(batch['tokens']), (batch['tokens'] >= 0).sum()
         logs = {'loss': torch.stack((B * loss.detach(), loss.new_full((), B)))}
@@ -185,11 +187,11 @@ class VLM(nn.Module):
         """Goes on with tokens (B, T0), -1 in front of shorter ones, behind what the cache holds; yields the next token of each
         row, (B,), up to max_new_tokens times and while there is room in the context. A row that has drawn the token `end` gets -1
         from then on; when all have, it stops. The last token drawn is not in the cache yet: a next turn begins with it."""
-        ended = tokens.new_zeros(len(tokens), dtype=torch.bool)
+        read, ended = Recorded(self.trunk, cache), tokens.new_zeros(len(tokens), dtype=torch.bool)
         for _ in range(max_new_tokens):
             if cache.filled + tokens.size(1) > self.length:
                 return
-            x = self.trunk(tokens, cache=cache)
+            x = read(tokens)
             logits = self.language.logits(x[:, -1])
             logits[:, self.config.image_token] = -torch.inf  # a picture cannot be said
             drawn = sample_token(logits, temperature, top_k, top_p, min_p, generator)  # (B,)

@@ -63,13 +63,13 @@ CASES = {'causal': (2, 24, 24), 'full': (2, 24, 24), 'cross': (2, 24, 10), 'pref
 def test_all_ways_agree(kind, monkeypatch):
     """Output and gradients; a way that computes something else is found out."""
     case = kind, *CASES[kind], 2, 16
-    core, kernel = bench.make_core(*case, CPU, torch.float32)
+    core, kernel, forward = bench.make_core(*case, CPU, torch.float32)
     B, T, S = CASES[kind]
-    assert core()[0].shape == (B, T, 32) and kernel()[0].shape == (B, 2, T, 16)
+    assert core()[0].shape == (B, T, 32) and kernel()[0].shape == forward()[0].shape == (B, 2, T, 16) and len(forward()) == 1
     assert len(core()) == {'prefill': 1, 'decode': 1, 'cross': 6}.get(kind, 4)  # gradients of x, matrices and context
     row = bench.measure_core(kind, case, bench.find_ways('flash,math', CPU), CPU, torch.float32, LIMITS, 2)
-    assert list(row) == ['case', 'ms', '+-', 'GFLOP/s', 'of limit %', 'FLOP/byte', 'MiB', 'kernel alone ms', 'written out ms',
-                         'times', 'its MiB', 'flash ms', 'math ms']
+    assert list(row) == ['case', 'ms', '+-', 'GFLOP/s', 'of limit %', 'FLOP/byte', 'MiB', 'kernel alone ms',
+                         'its forward ms', 'kernel of limit %', 'its forward %', 'written out ms', 'times', 'its MiB', 'flash ms', 'math ms']
     monkeypatch.setattr(bench, 'softmax_attention', lambda q, k, v, *_, **__: q + 2 * v.mean(2, keepdim=True))
     with pytest.raises(AssertionError, match='written out differs'):
         bench.measure_core(kind, case, bench.find_ways('flash,math', CPU), CPU, torch.float32, LIMITS, 2)
@@ -78,15 +78,16 @@ def test_all_ways_agree(kind, monkeypatch):
 def test_cost_of_the_core():
     """FLOPs by hand: four projections, two products; causal needs half of these two, training three times the forward pass."""
     for kind, times in (('prefill', 1), ('causal', 3)):
-        flops, moved = bench.cost_of_core(kind, 1, 24, 24, 2, 16, torch.float32)
+        flops, attention, moved = bench.cost_of_core(kind, 1, 24, 24, 2, 16, torch.float32)
         assert flops == times * (2 * 24 * 4 * 32 * 32 + 2 * 24 * 24 * 32)
+        assert attention == 2 * 24 * 24 * 32
         assert moved == times * 4 * (2 * 24 * 32 + 4 * 32 * 32)
 
 
 def test_memory_of_the_core():
     """Fused it grows with the length, written out with its square."""
     def most(way, T):
-        core, _ = bench.make_core('full', 1, T, T, 2, 16, CPU, torch.float32)
+        core, *_ = bench.make_core('full', 1, T, T, 2, 16, CPU, torch.float32)
         with bench.find_ways('flash', CPU)[way]():
             core()
             return bench.peak_bytes(core, CPU)

@@ -92,7 +92,7 @@ def test_generation():
 def test_bench(monkeypatch):
     """The core, and the comparisons that are small enough."""
     monkeypatch.setattr(bench, 'peak_bytes', lambda run, device: run() and 1)
-    limits, small = {torch.float32: 1e11, 'copy': 1e10}, dict(max_new_tokens=4, vocab_size=50, rows=8, samples=1, n_layer=1, n_embd=32)
+    limits, small = {torch.float32: 1e11, 'copy': 1e10}, dict(max_new_tokens=4, copy=1e10, vocab_size=50, rows=8, samples=1, n_layer=1, n_embd=32)
     with pretend.device():
         for name in ('generation', 'cross_entropy', 'answers'):
             bench.PARTS[name](bench.SETTINGS | bench.SIZES | small | dict(repeats=1), THERE)

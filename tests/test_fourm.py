@@ -132,7 +132,7 @@ def test_drawn_rows_answer_their_modality():
         assert ((places >= m.places.start) & (places < m.places.stop)).all()
         assert torch.equal(drawn[f'ids_{m.name}'][real], ids[rows[real] // 6, places])
         total += weight.sum().item()
-        assert len(rows) % (16 * 6 // 32) == 0
+        assert len(rows) % (16 * 6 // 16) == 0
     assert total == pytest.approx(1, abs=1e-5)  # a mean over samples
 
 

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 # exercise, what stands in its body, what a mistake puts there, words of the reason
 MUTANTS = dict(
     gpt=[
-        ('MLP.forward', 'F.relu(x).square()', 'F.relu(x)', 'relu2'),
+        ('MLP.forward', 'x * x if', 'x if', 'relu2'),
         ('MLP.forward', "approximate='tanh'", "approximate='none'", 'gelu_tanh'),
         ('MLP.forward', 'gate, x =', 'x, gate =', 'swiglu'),
         ('rotate', 'a * cos - b * sin, a * sin + b * cos', 'a * sin - b * cos, a * cos + b * sin', '90 degrees'),
@@ -166,9 +166,9 @@ MUTANTS = dict(
         ('make_room', '!= n_images', '> n_images', 'ValueError'),
         ('VLM.trunk', 'self.language.trunk(tokens, cache, x)', 'self.language.trunk(tokens, cache)', 'seen'),
         ('VLM.trunk', 'self.language.trunk(tokens, cache, x)', 'self.language.trunk(tokens, None, x)', 'cache'),
-        ('VLM.trunk', '(tokens == self.config.image_token)', '(torch.arange(tokens.size(1)) < seen.size(1)).expand(tokens.shape)',
+        ('VLM.trunk', 'tokens == self.config.image_token', '(torch.arange(tokens.size(1)) < seen.size(1)).expand(tokens.shape)',
          'behind two words'),
-        ('VLM.trunk', 'x.masked_scatter(', 'x + torch.zeros_like(x).masked_scatter(', 'picture'),
+        ('VLM.trunk', '.view_as(x), x)', '.view_as(x) + x, x)', 'picture'),
         ('VLM.draw', 'torch.where(counted > 0, tokens, -1)', 'tokens', 'rows'),
         ('VLM.draw', 'tokens, -1)[:, 1:, None]', 'tokens, -1)[:, :-1, None]', 'rows'),
         ('VLM.draw', 'real.sum((1, 2), keepdim=True).clamp(min=1) / len(tokens)', 'real.sum()', 'weight'),
@@ -180,8 +180,8 @@ MUTANTS = dict(
         ('VLM.read', 'self.trunk(tokens, seen, cache)', 'self.trunk(tokens, None, cache)', 'after reading'),
         ('VLM.read', 'ragged=True', 'ragged=False', 'after reading'),
         ('VLM.read', ' or self.config.blind', '', 'blind'),
-        ('VLM.stream', 'x = self.trunk(tokens, cache=cache)', 'x = self.trunk(tokens)', 'should come'),
-        ('VLM.stream', 'x = self.trunk(', 'cache.filled = 0; x = self.trunk(', 'should come'),
+        ('VLM.stream', 'x = read(tokens)', 'x = self.trunk(tokens)', 'should come'),
+        ('VLM.stream', 'x = read(tokens)', 'cache.filled = 0; x = read(tokens)', 'should come'),
         ('VLM.stream', 'tokens = drawn[:, None]', 'tokens = torch.cat((tokens, drawn[:, None]), 1)', 'should come'),
         ('VLM.stream', 'logits[:, self.config.image_token] = -torch.inf', 'pass', 'picture'),
         ('VLM.stream', 'drawn = drawn.masked_fill(ended, -1)', 'pass', 'end='),

@@ -134,13 +134,13 @@ def test_as_in_a_notebook(tmp_path, monkeypatch, capsys):
     assert 'train: 100%' in capsys.readouterr().err
     with pytest.raises(UserError, match='n_embd=16, not 32'):
         train.main(**settings | dict(n_embd=32))
-    update = train.update
-    monkeypatch.setattr(train, 'update', lambda *arguments: signal.raise_signal(signal.SIGINT) or update(*arguments))
+    set_rates = train.set_rates
+    monkeypatch.setattr(train, 'set_rates', lambda *arguments: signal.raise_signal(signal.SIGINT) or set_rates(*arguments))
     assert train.main(**settings | dict(max_iters=9)) == {'stopped': signal.SIGINT}
-    monkeypatch.setattr(train, 'update', lambda *arguments: 1 / 0)
+    monkeypatch.setattr(train, 'set_rates', lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(**settings | dict(max_iters=9))
-    monkeypatch.setattr(train, 'update', update)
+    monkeypatch.setattr(train, 'set_rates', set_rates)
     assert train.main(**settings | dict(max_iters=9))['loss'] > 0 and lines('out/a')[-1]['step'] == 9
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 

@@ -202,7 +202,7 @@ def FourM_draw(fourm):
     3. For each modality NAME: rows_NAME, where its targets are among the B * M of the batch, from first to last;
        ids_NAME, what is right there; weight_NAME, such that the sum of all weight * loss is the mean over a sample's
        targets of one modality, then over the modalities that the sample has targets in, then over samples. Each list is
-       filled up with zeros to a multiple of max(1, B * M // 32), at least once that, so that shapes are few."""
+       filled up with zeros to a multiple of max(1, B * M // 16), at least once that, so that shapes are few."""
     model, batch, names = small(fourm, empty=0.2), fake_batch(16), ('rgb', 'depth', 'caption')
     everything = torch.cat([batch[name].flatten(1) for name in names], 1)
     drawn = model.draw({name: ids.clone() for name, ids in batch.items()}, generator(1), generator(2))
@@ -217,7 +217,7 @@ def FourM_draw(fourm):
         for place, token in zip(inputs[row].tolist(), drawn['input_ids'][row].tolist()):
             expected = int(everything[row, place]) if place < 15 else 0
             assert token == expected, f'input_ids: {token} at place {place}, should be {expected}'
-    step, counts = 16 * 6 // 32, [[int(((row >= s.start) & (row < s.stop)).sum()) for s in model.sections] for row in targets]
+    step, counts = 16 * 6 // 16, [[int(((row >= s.start) & (row < s.stop)).sum()) for s in model.sections] for row in targets]
     for i, (name, section) in enumerate(zip(names, model.sections)):
         rows, ids, weight = (drawn[f'{part}_{name}'] for part in ('rows', 'ids', 'weight'))
         expected = [j for j, place in enumerate(targets.flatten().tolist()) if section.start <= place < section.stop]
