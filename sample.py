@@ -97,7 +97,7 @@ SETTINGS = dict(
     labels='',                # flow: classes to draw, '3,5'; '' is all
     method='',                # flow: euler, midpoint, heun, or jump, where the model knows mean velocities; '' is jump or euler
     interval='0,1',           # flow: the times between which guidance acts
-    score=False,              # compute and save the scores, of all pairs or those that given and target name
+    score=False,              # compute the scores, of all pairs or those that given and target name, and add them to scores.json
     n_score=1000,             # held-out scenes, or generated digits, to score
     against='',               # MaskGIT: scores.json of a GPT on the same data, whose exact values then stand as floor
     report=False,             # one page of the run: loss curves, what it took, scores, newest samples, the command
@@ -723,7 +723,7 @@ def bounds_of(fields, name, split, index):
 
 def score_fourm(model, fields, settings, data, path):
     """Every modality from every other, or the chains named: each target's metrics with ceiling and baseline. Prints a table and
-    writes scores.json; those of chains go to scores_chains.json beside it."""
+    fills scores.json; those of chains go to scores_chains.json beside it."""
     names, split = model.fields, settings['split']
     if settings['text'] or settings['image']:
         raise UserError('scores are of held-out scenes, whose truth is known: leave text and image out')

@@ -1,11 +1,14 @@
 """
 What sample.py leaves behind: grids of pictures and GIFs, and tables of scores with bootstrap intervals.
 """
+import contextlib
 import json
 from itertools import cycle
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from config import UserError
 
 COLORS = '#2a5caa', '#d1495b', '#2e8b57', '#e08e0b', '#7a4fa3', '#3d9bb3', '#8c5a44', '#666666'
 
@@ -142,7 +145,25 @@ def table(scores):
     return '\n'.join(lines)
 
 
+def read_scores(path):
+    """scores.json, {} where there is none. Raises UserError."""
+    try:
+        scores = json.loads(path.read_text()) if path.is_file() else {}
+        assert all(isinstance(score[key], (int, float)) for score in scores.values() for key in ('value', 'low', 'high'))
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(f'{path}: not a file of scores ({type(error).__name__}); make it anew with --score=True')
+    return scores
+
+
 def save_scores(scores, path):
-    """scores.json, and the table on the screen."""
-    path.write_text(json.dumps(scores, indent=1))
-    print(f'{table(scores)}\nwrote {path}')
+    """Adds the scores to those in scores.json, and shows them as a table. What is older than the run's checkpoint was of other
+    weights, and goes."""
+    kept, weights = {}, max((file.stat().st_mtime_ns for file in path.parent.glob('ckpt_*.pt')), default=0)
+    if path.is_file() and path.stat().st_mtime_ns > weights:
+        with contextlib.suppress(UserError):  # damaged
+            kept = read_scores(path)
+    new = path.with_suffix('.tmp')
+    new.write_text(json.dumps(kept | scores, indent=1))
+    new.replace(path)  # at once: what was there is never lost
+    others = len(kept.keys() - scores.keys())
+    print(f'{table(scores)}\nwrote {path}' + f' (others that stay there: {others})' * (others > 0))

@@ -1,5 +1,6 @@
 """The sampler's commands, on a tiny run."""
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -154,12 +155,29 @@ def test_scores(out_dir, capsys):
     assert 'rgb>depth/absrel_objects' in capsys.readouterr().out
     sample.main(f'--out_dir={out_dir}', '--score=True', '--n_score=4', '--given=depth,rgb', '--target=normal')
     pairs = Path(out_dir, 'scores.json').read_text()
-    assert {name.split('/')[0] for name in json.loads(pairs) if '>' in name} == {'depth>normal', 'rgb>normal'}
+    again = {name: score['n'] for name, score in json.loads(pairs).items() if '>' in name}
+    assert {name.split('/')[0] for name, n in again.items() if n == 4} == {'depth>normal', 'rgb>normal'}
+    assert len({name.split('/')[0] for name, n in again.items() if n == 6}) == 28  # the others stay
     sample.main(f'--out_dir={out_dir}', '--score=True', '--n_score=4', '--chain=caption>segmentation,rgb:g3;caption>rgb:g3')
     chains = json.loads(Path(out_dir, 'scores_chains.json').read_text())
     assert {'caption>segmentation,rgb:g3/segmentation/miou_objects', 'caption>segmentation,rgb:g3/rgb/attributes',
             'caption>rgb:g3/attributes', 'caption>rgb:g3/ms a scene'} <= chains.keys()
     assert Path(out_dir, 'scores.json').read_text() == pairs
+
+
+def test_scores_are_added_to_those_of_the_same_weights(tmp_path, capsys):
+    path, one = tmp_path / 'scores.json', report.alone(1.0, 5)
+    report.save_scores(dict(a=one, b=one), path)
+    report.save_scores(dict(b=report.alone(2.0, 5)), path)
+    assert {name: score['value'] for name, score in json.loads(path.read_text()).items()} == dict(a=1, b=2)
+    assert capsys.readouterr().out.endswith('scores.json (others that stay there: 1)\n')
+    (tmp_path / 'ckpt_last.pt').touch()
+    os.utime(path, ns=(0, 0))
+    report.save_scores(dict(c=one), path)
+    assert list(json.loads(path.read_text())) == ['c']
+    path.write_text('{"a": 1}')  # damaged
+    report.save_scores(dict(c=one), path)
+    assert list(json.loads(path.read_text())) == ['c'] and not list(tmp_path.glob('*.tmp'))
 
 
 def test_bootstrap():
