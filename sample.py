@@ -33,7 +33,6 @@ import importlib
 import json
 import math
 import re
-import sys
 import time
 from collections import Counter
 from functools import partial
@@ -1190,7 +1189,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

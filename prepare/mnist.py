@@ -13,7 +13,6 @@ judges (prepare/judge.py), one for each kind of picture. The files (LeCun et al.
 import gzip
 import json
 import math
-import sys
 import zlib
 from pathlib import Path
 
@@ -215,7 +214,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)
