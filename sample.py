@@ -29,6 +29,7 @@ behind a name. Pictures are written as PNG into the run's folder, scores as scor
 
 There is one section a chapter, with its draw_CHAPTER and score_CHAPTER; each can be read alone, and the last section calls them.
 """
+import difflib
 import importlib
 import json
 import math
@@ -58,7 +59,7 @@ SETTINGS = dict(
     checkpoint='ckpt_last.pt',  # or ckpt_best.pt
     seed=0,
     device='auto', dtype='auto',
-    n=0,                      # texts, or rows of a picture; 0 chooses: 1 text, 6 scenes, 10 digits a class
+    n=0,                      # texts (of each prompt), or rows of a picture; 0 chooses: 1 text, 6 scenes, 10 digits a class
     split='val',              # held-out scenes
     # what to generate from what (nano4M)
     given='',                 # modalities given, e.g. rgb or caption,depth
@@ -162,8 +163,8 @@ def sampler(model, settings, temperature, end=-1):
 
 def read_prompts(model, fields, settings):
     """The prompts as rows of ids (B, T0), shorter ones filled up in front with -1."""
-    texts = read_lines(settings['prompts']) if settings['prompts'] else [settings['prompt']] * (settings['n'] or 1)
-    tokens = pad_in_front([fields.encode(text).tolist() or [fields.start] for text in texts])
+    texts = read_lines(settings['prompts']) if settings['prompts'] else [settings['prompt']]
+    tokens = pad_in_front([fields.encode(text).tolist() or [fields.start] for text in texts for _ in range(settings['n'] or 1)])
     if tokens.size(1) > model.config.block_size:
         raise UserError(f'the prompt has {tokens.size(1)} tokens, the context of this model holds {model.config.block_size}: '
                         'shorten it')
@@ -328,24 +329,25 @@ def draw_pictures(model, fields, settings, path):
     n, empty = settings['n'] or 10, torch.full((1, model.N), -1)
     classes = torch.arange(model.config.n_classes).repeat_interleave(n) if model.config.n_classes else None
     scale = max(1, 60 // pictures_of(model, fields, empty).shape[1])
-    if settings['show'] == 'gif':
-        states = fill(model, settings, empty.repeat(n * (model.config.n_classes or n), 1), classes, history=True)
-        frames = [tile(pictures_of(model, fields, tokens), n) for tokens in states]  # a row a class
-        return save_gif(frames, path.with_suffix('.gif'), scale)
     if not settings['complete'] and settings['show'] == 'grid':
         drawn = pictures_of(model, fields, fill(model, settings, empty.repeat(n * (model.config.n_classes or 6), 1), classes))
         names = fields.classes if model.config.n_classes else [f'drawn {i + 1}' for i in range(6)]
         return save_grid(dict(zip(names, drawn.reshape(-1, n, *drawn.shape[1:]))), path, scale)
-    truth, classes = held_out(model, fields, settings, n)
+    truth, labels = held_out(model, fields, settings, n)
     given = truth.masked_fill(hidden_places(model.grid, settings['complete'] or 0.3, settings['shape'], settings['seed']), -1)
     columns = dict(truth=truth, given=given)
+    if settings['show'] == 'gif':
+        start = (given, labels) if settings['complete'] else (empty.repeat(n * (model.config.n_classes or n), 1), classes)
+        states = fill(model, settings, *start, history=True)
+        frames = [tile(pictures_of(model, fields, tokens), n) for tokens in states]  # a row a class; or of held-out pictures
+        return save_gif(frames, path.with_suffix('.gif'), scale)
     if settings['show'] == 'swap':
-        if classes is None:
+        if labels is None:
             raise UserError('show=swap needs a model of classes: choose grid or gif')
-        columns |= {name: fill(model, settings, given, classes * 0 + i) for i, name in enumerate(fields.classes)}
+        columns |= {name: fill(model, settings, given, labels * 0 + i) for i, name in enumerate(fields.classes)}
     else:
         seeds = {f'drawn {i}': settings['seed'] + i for i in (1, 2, 3)}
-        columns |= {name: fill(model, settings | dict(seed=seed), given, classes) for name, seed in seeds.items()}
+        columns |= {name: fill(model, settings | dict(seed=seed), given, labels) for name, seed in seeds.items()}
     save_grid({title: pictures_of(model, fields, tokens) for title, tokens in columns.items()}, path, scale)
 
 
@@ -565,13 +567,17 @@ def read_own(model, fields, settings, names):
     return own
 
 
-def replace_words(fields, settings, name, ids):
-    """Texts, ids (B, size), in which a word is replaced by another, as in replace='red=blue'."""
+def replace_words(fields, settings, ids):
+    """Texts, {name: (B, size)}, in which a word is replaced by another, as in replace='red=blue'."""
     old, _, new = settings['replace'].partition('=')
     if not old or not new:
         raise UserError(f'replace={settings["replace"]!r}: write OLD=NEW, as in "red=blue"')
-    texts = [re.sub(rf'\b{re.escape(old)}\b', new, text) for text in fields.decode(name, ids)]
-    return torch.cat([fields.read_text(name, text) for text in texts])
+    word, texts = re.compile(rf'\b{re.escape(old)}\b'), {name: fields.decode(name, rows) for name, rows in ids.items()}
+    known = texts if settings['text'] else {name: fields.truth(settings['split'], name, slice(None)) for name in texts}
+    if not any(word.search(text) for some in known.values() for text in some):
+        raise UserError(f'replace={settings["replace"]!r}: {old!r} is no word of {", ".join(texts)}; one such text is '
+                        f'{next(iter(texts.values()))[0]!r}')
+    return {name: torch.cat([fields.read_text(name, word.sub(new, text)) for text in some]) for name, some in texts.items()}
 
 
 def hidden_part(model, fields, settings, ids, generator):
@@ -584,9 +590,14 @@ def hidden_part(model, fields, settings, ids, generator):
                         'x0,y0,x1,y1, "outside" and a box, objects such as "red cube"; of a text words, or how many are kept')
     m = model.modality[name]
     if m.is_text:
+        if what.isdecimal():
+            return name, torch.arange(m.size).expand_as(ids[name]) >= int(what)
         words = [word.strip() for word in fields.decode(name, torch.arange(m.vocabulary)[:, None])]
-        found = torch.tensor([word in what.split(',') for word in words])[ids[name].clamp(min=0)] & (ids[name] >= 0)
-        return name, torch.arange(m.size).expand_as(ids[name]) >= int(what) if what.isdecimal() else found
+        hidden = [word.strip() for word in what.split(',')]
+        if unknown := [word for word in hidden if word not in words]:
+            near = difflib.get_close_matches(unknown[0], filter(None, words), 3, 0)
+            raise UserError(f'hide={settings["hide"]!r}: {unknown[0]!r} is no token of {name}; the nearest are {", ".join(near)}')
+        return name, torch.tensor([word in hidden for word in words])[ids[name].clamp(min=0)] & (ids[name] >= 0)
     B, (height, width) = len(ids[name]), fields.picture(name, fields.decode(name, ids[name][:1])[0]).shape[:2]
     if box := re.fullmatch(r'(outside )?(\d+),(\d+),(\d+),(\d+)', what):
         x0, y0, x1, y1 = map(int, box.groups()[1:])
@@ -614,10 +625,10 @@ def read_given(model, fields, settings, chain, index, generator):
     ids = {name: row.repeat(len(index), 1) for name, row in own.items()} or {
         name: read_ids(fields, name, settings['split'], index) for name in names}
     if settings['replace']:
-        texts = [m.name for m in model.modalities if m.is_text and m.name in ids]
+        texts = {m.name: ids[m.name] for m in model.modalities if m.is_text and m.name in ids}
         if not texts:
             raise UserError('replace needs a text among what is given')
-        ids |= {name: replace_words(fields, settings, name, ids[name]) for name in texts}
+        ids |= replace_words(fields, settings, texts)
     if settings['hide']:
         name, hidden = hidden_part(model, fields, settings, ids, generator)
         ids[name] = ids[name].masked_fill(hidden, -1)
@@ -766,8 +777,8 @@ def follow(model, labels, settings):
     steps = settings['steps'] or (1 if method == 'jump' else 10 if method in ('midpoint', 'heun') else 20)
     try:
         interval = tuple(map(float, settings['interval'].split(',')))
-        if len(interval) != 2:
-            raise ValueError(f'interval={settings["interval"]!r}: write two times between 0 and 1, as in 0.1,0.8')
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            raise ValueError(f'interval={settings["interval"]!r}: write two times between 0 and 1, the lower first, as in 0.1,0.8')
         with exact(settings, device):
             trajectory, evaluations = model.generate(
                 torch.as_tensor(labels, device=device), steps, method, guidance, interval,
@@ -974,6 +985,8 @@ def in_rows(images, n):
 
 def own_questions(model, fields, settings):
     """Answers to the user's questions about the user's pictures; each question is asked about each picture."""
+    if settings['n']:
+        raise UserError('n is the number of held-out pictures, and these are yours: leave it out')
     images, m = np.stack([fields.read_image(file) for file in settings['image'].split(',')]), model.config.n_images
     if len(images) % m:
         raise UserError(f'{len(images)} pictures, and this model reads {m} at a time')

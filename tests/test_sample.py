@@ -214,6 +214,9 @@ def test_texts(text_run, capsys):
     for prompt, together in (('The', first), ('The cat sat on the', second)):
         sample.main(f'--out_dir={text_run}', f'--prompt={prompt}', '--max_new_tokens=5', '--temperature=0')
         assert capsys.readouterr().out.strip() == together.strip()
+    sample.main(f'--out_dir={text_run}', '--prompts=prompts.txt', '--max_new_tokens=5', '--n=2')
+    texts = capsys.readouterr().out.split('\n-----\n')
+    assert [text.startswith('The cat sat on the') for text in texts] == [False, False, True, True]
 
 
 def test_a_draft_changes_nothing_but_the_speed(text_run, capsys):
@@ -319,6 +322,13 @@ def test_masked_digits(masked_digits, capsys):
     sample.main(f'--out_dir={masked_digits}', '--n=2', '--steps=4', '--show=gif', '--order=confidence')
     gif, = Path(masked_digits).glob('*.gif')
     assert Image.open(gif).n_frames == 5
+    gif.unlink()
+    sample.main(f'--out_dir={masked_digits}', '--n=2', '--steps=2', '--show=gif', '--complete=0.5')
+    gif, = Path(masked_digits).glob('*.gif')
+    frames = Image.open(gif)
+    assert frames.size == (29 * 4, 14 * 4)  # two held-out pictures
+    first, last = (np.asarray([frames.seek(i), frames.convert('L')][1])[:24, :56] for i in (0, 2))
+    assert (abs(first - 128.0) > 20).all() and (abs(last - first.astype(float)) < 20).all()  # the upper half, as it was given
     assert 'wrote' in capsys.readouterr().out
 
 
@@ -402,6 +412,9 @@ def test_faults_of_masks(masked_digits, arguments, message):
     (['--given=rgb', '--hide=rgb=red house'], "'house' is no color"),
     (['--given=rgb', '--replace=red=blue'], 'replace needs a text'),
     (['--given=caption', '--replace=red'], 'write OLD=NEW'),
+    (['--given=rgb,caption', '--target=depth', '--replace=redd=blue'], "'redd' is no word of caption; one such text is 'a "),
+    (['--given=caption', '--text=a red cube', '--replace=green=blue', '--target=depth'], "'green' is no word of caption"),
+    (['--given=caption', '--hide=caption=large,rubbber'], "'rubbber' is no token of caption; the nearest are rubber"),
     (['--retrieve=rgb'], 'one modality each'),
     (['--retrieve=rgb', '--given=rgb'], 'one modality each'),
     (['--by=luck'], 'by is one of likelihood, embedding'),

@@ -293,6 +293,7 @@ def test_scores(run):
     (['--image=own.png', '--text=' + 'x' * 100], 'the question has 102 tokens, and the context has room for 59, the answer'),
     (['--image=own.png', '--prompts=latin.txt'], 'latin.txt: not UTF-8 text'),
     (['--image=own.png', '--prompts=empty.txt'], 'empty.txt: no prompts'),
+    (['--image=own.png', '--text=Is it?', '--n=2'], 'n is the number of held-out pictures'),
     (['--text=Is it?'], 'questions need --image=FILE'),
     (['--chat=True'], 'questions need --image=FILE'),
     (['--given=rgb'], 'given is a setting of fourm, this run is of vlm'),
