@@ -30,7 +30,7 @@ behind a name. Pictures are written as PNG into the run's folder, scores as scor
 There is one section a chapter, with its draw_CHAPTER and score_CHAPTER; each can be read alone, and the last section calls them.
 """
 import difflib
-import importlib
+import importlib.util
 import json
 import math
 import re
@@ -114,6 +114,16 @@ BELONGS = dict(  # settings that mean nothing to the chapters that do not name t
 SHOWS = dict(maskgit=('grid', 'gif', 'swap'), flow=('grid', 'path', 'steps', 'guidance'))
 
 
+def open_run(path):
+    """The model of a checkpoint, and the checkpoint. Raises UserError, where there is none with the names of some that are."""
+    if not path.is_file():
+        there = {str(file) for file in (*Path('out').glob('*/ckpt_*.pt'), *path.parent.glob('ckpt_*.pt'))}
+        near = ', '.join(difflib.get_close_matches(str(path), there, 5, 0))
+        raise UserError(f'{path}: no such checkpoint; ' + (f'the nearest are {near}' if near else
+                        'train first, and start this in the folder of the repository, whose out/ holds the runs'))
+    return load_model(path)
+
+
 def chosen(settings, name, default=None):
     """A setting, or the default where it is nan, left open."""
     return default if math.isnan(settings[name]) else settings[name]
@@ -173,7 +183,7 @@ def read_prompts(model, fields, settings):
 
 def read_draft(model, fields, settings):
     """The small GPT of another run, whose tokens have to mean the same."""
-    draft, checkpoint = load_model(find_weights(settings['draft']))
+    draft, checkpoint = open_run(find_weights(settings['draft']))
     if chapter_of(draft) != 'gpt' or draft.config.block_size < model.config.block_size:
         raise UserError(f'draft={settings["draft"]!r}: must be a GPT with a context of at least {model.config.block_size} tokens')
     theirs = fields_of(Path('data', checkpoint['settings']['dataset']), checkpoint['meta'])
@@ -1038,10 +1048,19 @@ def majority(fields):
     return {family: counter.most_common(1)[0][0] for family, counter in heard.items()}
 
 
+def read_blind(model, fields, settings):
+    """The model of another run, of the same data, that never looks."""
+    other, checkpoint = open_run(Path(settings['blind'], settings['checkpoint']))
+    if chapter_of(other) != 'vlm' or not other.config.blind or checkpoint['meta']['encoding'] != fields.meta['encoding']:
+        raise UserError(f'blind={settings["blind"]!r}: must be a run of vlm with --blind=True on the same data')
+    return other.to(model.language.turn.device)
+
+
 def score_vlm(model, fields, settings, data, path):
     """Share of answers that are right to the letter, each question asked by itself, by family; beside it the family's most
     frequent answer, what the model says to another picture, and what a model says that was trained without pictures."""
     settings = settings | dict(max_new_tokens=min(settings['max_new_tokens'], 32))
+    other = read_blind(model, fields, settings) if settings['blind'] else None
     (found, rate), usual = right_answers(model, fields, settings), majority(fields)
     lines = fields.questions(settings['split'])[:settings['n_score']]
     guesses = [(family or 'all', truth == usual[family or 'all'])
@@ -1049,8 +1068,7 @@ def score_vlm(model, fields, settings, data, path):
     blind = {family: float(np.mean([hit for name, hit in guesses if family in (name, 'all')])) for family in found}
     scores = {family: bootstrap(parts) | dict(baseline=blind[family]) for family, parts in sorted(found.items())}
     more = {'another picture': right_answers(model, fields, settings, shift=1)[0]}
-    if settings['blind']:
-        other = load_model(Path(settings['blind'], settings['checkpoint']))[0].to(model.language.turn.device)
+    if other:
         more['no picture'] = right_answers(other, fields, settings)[0]
     if Path(fields.folder, settings['split'], 'new_pairs.jsonl').is_file():
         more['new pairs'] = right_answers(model, fields, settings, 'new_pairs')[0]
@@ -1073,7 +1091,10 @@ def chapter_of(model):
 
 def fields_of(folder, meta):
     """The data set's own decoder and judge, from the prepare module that made it."""
-    return importlib.import_module(f'prepare.{meta["prepare"]}').Fields(folder)
+    module = f'prepare.{meta["prepare"]}'
+    if not importlib.util.find_spec(module):
+        raise UserError(f'{folder} was made by {module.replace(".", "/")}.py, which is no longer there: restore it')
+    return importlib.import_module(module).Fields(folder)
 
 
 def section(model, functions):
@@ -1157,7 +1178,7 @@ def generators(runs, settings):
 
 def read_run(path):
     """What a page tells of the run with this checkpoint; and its model."""
-    model, checkpoint = load_model(path)
+    model, checkpoint = open_run(path)
     defaults = resolve(dict(model=(chapter_of(model), '')))[0] | dict(model=resolve({})[0]['model'])
     return page.Run(path.parent, checkpoint, sum(p.numel() for p in model.parameters()), defaults), model
 
@@ -1184,7 +1205,7 @@ def main(*arguments, **overrides):
     path = find_weights(settings['init_from']) if settings['init_from'] else Path(settings['out_dir'], settings['checkpoint'])
     if settings['report']:
         return page.write([read_run(path)[0]], path.with_name('report.md'))
-    model, checkpoint = load_model(path)
+    model, checkpoint = open_run(path)
     model.to(device)
     folder, meta, out_dir = Path('data', checkpoint['settings']['dataset']), checkpoint['meta'], path.parent
     if not settings['init_from']:

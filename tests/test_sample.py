@@ -392,6 +392,14 @@ def test_faults_of_masks(masked_digits, arguments, message):
         sample.main(f'--out_dir={masked_digits}', *arguments)
 
 
+def test_nothing_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='no such checkpoint; train first, and start this in the folder of the repository'):
+        sample.main()
+    with pytest.raises(UserError, match='data/mine was made by prepare/gone.py, which is no longer there: restore it'):
+        sample.fields_of(Path('data/mine'), dict(prepare='gone'))
+
+
 @pytest.mark.parametrize('arguments, message', [
     (['--given=sound'], "there is no modality 'sound'; this model has rgb, depth"),
     (['--chain=rgb>rgb'], "'rgb' stands twice"),
@@ -428,7 +436,8 @@ def test_faults_of_masks(masked_digits, arguments, message):
     (['--n=-1'], 'n and steps must be at least 0'),
     (['--temperature=-1'], 'temperatures at least 0'),
     (['--temperature=1e-44'], 'or at least 1e-6'),
-    (['--checkpoint=ckpt_none.pt'], 'no such checkpoint'),
+    (['--checkpoint=ckpt_none.pt'], 'no such checkpoint; the nearest are out/sampled/ckpt_'),
+    (['--out_dir=out/sampeld'], 'out/sampeld/ckpt_last.pt: no such checkpoint; the nearest are out/sampled/ckpt_last.pt'),
     (['--stepss=3'], "did you mean 'steps'"),
 ])
 def test_faults(out_dir, arguments, message):

@@ -206,6 +206,8 @@ def run(here):
     train.main(**TINY, model='vlm', dataset='scenes_qa', out_dir='out/qa', init_from='align', rates='eyes:0 projector:0.5')
     train.main(**TINY, model='vlm', dataset='scenes_qa', out_dir='out/blind', blind=True, pictures=False,
                rates='eyes:0 projector:0')
+    train.main(model='gpt', dataset='scenes_qa', out_dir='out/words', pictures=False, n_layer=1, n_head=2, n_embd=24,
+               batch_size=4, max_iters=1, compile=False, device='cpu', threads=1)
     return 'out/qa'
 
 
@@ -225,8 +227,6 @@ def test_two_stages(run):
 
 def test_parts_from_other_runs(run):
     sizes = {name: value for name, value in TINY.items() if name not in ('n_layer', 'n_head', 'n_embd', 'eyes_layer')}
-    train.main(model='gpt', dataset='scenes_qa', out_dir='out/words', pictures=False, n_layer=1, n_head=2, n_embd=24,
-               batch_size=4, max_iters=1, compile=False, device='cpu', threads=1)
     train.main(**sizes, model='vlm', dataset='scenes_qa', out_dir='out/parts', pictures=False, rates='eyes:0 language:0',
                init_from='eyes:align,language:words')
     parts, align, words = weights('out/parts'), weights('out/align'), weights('out/words')
@@ -297,7 +297,9 @@ def test_scores(run):
     (['--text=Is it?'], 'questions need --image=FILE'),
     (['--chat=True'], 'questions need --image=FILE'),
     (['--given=rgb'], 'given is a setting of fourm, this run is of vlm'),
-    (['--score=True', '--blind=out/nothing'], 'no such checkpoint'),
+    (['--score=True', '--blind=out/nothing'], 'no such checkpoint; the nearest are out/'),
+    (['--score=True', '--blind=out/words'], 'must be a run of vlm with --blind=True on the same data'),
+    (['--score=True', '--blind=out/qa'], 'must be a run of vlm with --blind=True on the same data'),
 ])
 def test_faults_of_answering(run, arguments, message):
     Image.new('RGB', (64, 64)).save('own.png')
