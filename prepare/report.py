@@ -3,6 +3,7 @@ What sample.py leaves behind: grids of pictures and GIFs, and tables of scores w
 """
 import contextlib
 import json
+import textwrap
 from itertools import cycle
 
 import numpy as np
@@ -94,18 +95,20 @@ def save_curves(curves, path, title):
 
 def save_answers(pictures, talks, path, side=160):
     """Pictures (n, H, W, 3) uint8 with what was asked about them, talks [[(question, answer, truth), ...], ...]: right answers
-    green, wrong ones red with the truth behind."""
-    width, line = 620, 26
-    high = max(side, line * max(map(len, talks)) + 4)
-    canvas = Image.new('RGB', (width, len(talks) * (high + 8)), 'white')
+    green, wrong ones red with the truth behind. Long ones take several lines."""
+    width, line, columns = 620, 13, []
+    for talk in talks:
+        said = [(text, x, color) for question, answer, truth in talk for text, x, color in (
+            (question, 8, 'black'), (answer, 20, 'green') if answer == truth else (f'{answer} (right: {truth})', 20, 'red'))]
+        columns.append([(part, x, color) for text, x, color in said for part in textwrap.wrap(text, 72)])
+    high = [max(side, line * len(column) + 4) + 8 for column in columns]
+    canvas = Image.new('RGB', (width, sum(high)), 'white')
     draw = ImageDraw.Draw(canvas)
-    for i, (picture, talk) in enumerate(zip(pictures, talks)):
-        y = i * (high + 8)
+    for i, (picture, column) in enumerate(zip(pictures, columns)):
+        y = sum(high[:i])
         canvas.paste(Image.fromarray(picture).resize((side, side), Image.NEAREST), (0, y))
-        for j, (question, answer, truth) in enumerate(talk):
-            draw.text((side + 8, y + j * line), question, fill='black')
-            mark = (answer, 'green') if answer == truth else (f'{answer} (right: {truth})', 'red')
-            draw.text((side + 20, y + j * line + 12), mark[0], fill=mark[1])
+        for j, (text, x, color) in enumerate(column):
+            draw.text((side + x, y + j * line), text, fill=color)
     canvas.save(path, optimize=True)
     print(f'wrote {path}')
 

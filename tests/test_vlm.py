@@ -13,7 +13,7 @@ import sample
 import train
 import vlm
 from config import UserError
-from prepare import scenes, scenes_align, scenes_qa
+from prepare import report, scenes, scenes_align, scenes_qa
 from prepare.scenes_render import make
 from tests.conftest import ROOT
 
@@ -275,6 +275,14 @@ def test_chat(run, capsys, monkeypatch):
     monkeypatch.setattr('builtins.input', lambda _: next(said))
     sample.main(f'--out_dir={run}', '--image=grey.png', '--chat=True', '--max_new_tokens=3')
     assert capsys.readouterr().out.count('\n') == 10
+
+
+def test_long_answers_stay_in_the_picture(tmp_path):
+    talks = [[('What is there?', 'a large red metal sphere, ' * 40, 'nothing')] * 2, [('Is there a cube?', 'yes', 'yes')]]
+    report.save_answers(np.zeros((2, 64, 64, 3), np.uint8), talks, tmp_path / 'long.png')
+    picture = np.asarray(Image.open(tmp_path / 'long.png'))
+    inked = (picture[:, 160:] < 255).any((1, 2))
+    assert (picture[:, -20:] == 255).all() and 30 * 13 < inked[:-168].nonzero()[0].max() < len(inked) - 168  # 15 lines each
 
 
 def test_scores(run):
