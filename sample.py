@@ -788,7 +788,7 @@ def follow(model, labels, settings):
     try:
         interval = tuple(map(float, settings['interval'].split(',')))
         if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-            raise ValueError(f'interval={settings["interval"]!r}: write two times between 0 and 1, the lower first, as in 0.1,0.8')
+            raise ValueError(f'interval={settings["interval"]!r}: write two times from 0 to 1, the lower first, as in 0.1,0.8')
         with exact(settings, device):
             trajectory, evaluations = model.generate(
                 torch.as_tensor(labels, device=device), steps, method, guidance, interval,

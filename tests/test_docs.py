@@ -213,7 +213,8 @@ def test_a_folder_has_one_run(monkeypatch):
             assigned = {name: value for name, (value, _) in config.read(arguments).items()}
             model, dataset = (assigned.get(name, train.SETTINGS[name]) for name in ('model', 'dataset'))
             file = next((word for word in arguments if word.endswith('.py')), model)
-            assert runs.setdefault(assigned.get('out_dir', f'out/{Path(file).stem}'), (model, dataset)) == (model, dataset), arguments
+            folder, run = assigned.get('out_dir', f'out/{Path(file).stem}'), (model, dataset)
+            assert runs.setdefault(folder, run) == run, arguments
     assert len(runs) > 20
 
 
