@@ -29,11 +29,11 @@ behind a name. Pictures are written as PNG into the run's folder, scores as scor
 
 There is one section a chapter, with its draw_CHAPTER and score_CHAPTER; each can be read alone, and the last section calls them.
 """
-import importlib
+import difflib
+import importlib.util
 import json
 import math
 import re
-import sys
 import time
 from collections import Counter
 from functools import partial
@@ -59,7 +59,7 @@ SETTINGS = dict(
     checkpoint='ckpt_last.pt',  # or ckpt_best.pt
     seed=0,
     device='auto', dtype='auto',
-    n=0,                      # texts, or rows of a picture; 0 chooses: 1 text, 6 scenes, 10 digits a class
+    n=0,                      # texts (of each prompt), or rows of a picture; 0 chooses: 1 text, 6 scenes, 10 digits a class
     split='val',              # held-out scenes
     # what to generate from what (nano4M)
     given='',                 # modalities given, e.g. rgb or caption,depth
@@ -97,7 +97,7 @@ SETTINGS = dict(
     labels='',                # flow: classes to draw, '3,5'; '' is all
     method='',                # flow: euler, midpoint, heun, or jump, where the model knows mean velocities; '' is jump or euler
     interval='0,1',           # flow: the times between which guidance acts
-    score=False,              # compute and save the scores, of all pairs or those that given and target name
+    score=False,              # compute the scores, of all pairs or those that given and target name, and add them to scores.json
     n_score=1000,             # held-out scenes, or generated digits, to score
     against='',               # MaskGIT: scores.json of a GPT on the same data, whose exact values then stand as floor
     report=False,             # one page of the run: loss curves, what it took, scores, newest samples, the command
@@ -112,6 +112,16 @@ BELONGS = dict(  # settings that mean nothing to the chapters that do not name t
     flow='steps guidance interval method labels show',
     vlm='text image chat blind prompts max_new_tokens temperature top_k top_p min_p')
 SHOWS = dict(maskgit=('grid', 'gif', 'swap'), flow=('grid', 'path', 'steps', 'guidance'))
+
+
+def open_run(path):
+    """The model of a checkpoint, and the checkpoint. Raises UserError, where there is none with the names of some that are."""
+    if not path.is_file():
+        there = {str(file) for file in (*Path('out').glob('*/ckpt_*.pt'), *path.parent.glob('ckpt_*.pt'))}
+        near = ', '.join(difflib.get_close_matches(str(path), there, 5, 0))
+        raise UserError(f'{path}: no such checkpoint; ' + (f'the nearest are {near}' if near else
+                        'train first, and start this in the folder of the repository, whose out/ holds the runs'))
+    return load_model(path)
 
 
 def chosen(settings, name, default=None):
@@ -163,8 +173,8 @@ def sampler(model, settings, temperature, end=-1):
 
 def read_prompts(model, fields, settings):
     """The prompts as rows of ids (B, T0), shorter ones filled up in front with -1."""
-    texts = read_lines(settings['prompts']) if settings['prompts'] else [settings['prompt']] * (settings['n'] or 1)
-    tokens = pad_in_front([fields.encode(text).tolist() or [fields.start] for text in texts])
+    texts = read_lines(settings['prompts']) if settings['prompts'] else [settings['prompt']]
+    tokens = pad_in_front([fields.encode(text).tolist() or [fields.start] for text in texts for _ in range(settings['n'] or 1)])
     if tokens.size(1) > model.config.block_size:
         raise UserError(f'the prompt has {tokens.size(1)} tokens, the context of this model holds {model.config.block_size}: '
                         'shorten it')
@@ -173,7 +183,7 @@ def read_prompts(model, fields, settings):
 
 def read_draft(model, fields, settings):
     """The small GPT of another run, whose tokens have to mean the same."""
-    draft, checkpoint = load_model(find_weights(settings['draft']))
+    draft, checkpoint = open_run(find_weights(settings['draft']))
     if chapter_of(draft) != 'gpt' or draft.config.block_size < model.config.block_size:
         raise UserError(f'draft={settings["draft"]!r}: must be a GPT with a context of at least {model.config.block_size} tokens')
     theirs = fields_of(Path('data', checkpoint['settings']['dataset']), checkpoint['meta'])
@@ -329,24 +339,25 @@ def draw_pictures(model, fields, settings, path):
     n, empty = settings['n'] or 10, torch.full((1, model.N), -1)
     classes = torch.arange(model.config.n_classes).repeat_interleave(n) if model.config.n_classes else None
     scale = max(1, 60 // pictures_of(model, fields, empty).shape[1])
-    if settings['show'] == 'gif':
-        states = fill(model, settings, empty.repeat(n * (model.config.n_classes or n), 1), classes, history=True)
-        frames = [tile(pictures_of(model, fields, tokens), n) for tokens in states]  # a row a class
-        return save_gif(frames, path.with_suffix('.gif'), scale)
     if not settings['complete'] and settings['show'] == 'grid':
         drawn = pictures_of(model, fields, fill(model, settings, empty.repeat(n * (model.config.n_classes or 6), 1), classes))
         names = fields.classes if model.config.n_classes else [f'drawn {i + 1}' for i in range(6)]
         return save_grid(dict(zip(names, drawn.reshape(-1, n, *drawn.shape[1:]))), path, scale)
-    truth, classes = held_out(model, fields, settings, n)
+    truth, labels = held_out(model, fields, settings, n)
     given = truth.masked_fill(hidden_places(model.grid, settings['complete'] or 0.3, settings['shape'], settings['seed']), -1)
     columns = dict(truth=truth, given=given)
+    if settings['show'] == 'gif':
+        start = (given, labels) if settings['complete'] else (empty.repeat(n * (model.config.n_classes or n), 1), classes)
+        states = fill(model, settings, *start, history=True)
+        frames = [tile(pictures_of(model, fields, tokens), n) for tokens in states]  # a row a class; or of held-out pictures
+        return save_gif(frames, path.with_suffix('.gif'), scale)
     if settings['show'] == 'swap':
-        if classes is None:
+        if labels is None:
             raise UserError('show=swap needs a model of classes: choose grid or gif')
-        columns |= {name: fill(model, settings, given, classes * 0 + i) for i, name in enumerate(fields.classes)}
+        columns |= {name: fill(model, settings, given, labels * 0 + i) for i, name in enumerate(fields.classes)}
     else:
         seeds = {f'drawn {i}': settings['seed'] + i for i in (1, 2, 3)}
-        columns |= {name: fill(model, settings | dict(seed=seed), given, classes) for name, seed in seeds.items()}
+        columns |= {name: fill(model, settings | dict(seed=seed), given, labels) for name, seed in seeds.items()}
     save_grid({title: pictures_of(model, fields, tokens) for title, tokens in columns.items()}, path, scale)
 
 
@@ -566,13 +577,17 @@ def read_own(model, fields, settings, names):
     return own
 
 
-def replace_words(fields, settings, name, ids):
-    """Texts, ids (B, size), in which a word is replaced by another, as in replace='red=blue'."""
+def replace_words(fields, settings, ids):
+    """Texts, {name: (B, size)}, in which a word is replaced by another, as in replace='red=blue'."""
     old, _, new = settings['replace'].partition('=')
     if not old or not new:
         raise UserError(f'replace={settings["replace"]!r}: write OLD=NEW, as in "red=blue"')
-    texts = [re.sub(rf'\b{re.escape(old)}\b', new, text) for text in fields.decode(name, ids)]
-    return torch.cat([fields.read_text(name, text) for text in texts])
+    word, texts = re.compile(rf'\b{re.escape(old)}\b'), {name: fields.decode(name, rows) for name, rows in ids.items()}
+    known = texts if settings['text'] else {name: fields.truth(settings['split'], name, slice(None)) for name in texts}
+    if not any(word.search(text) for some in known.values() for text in some):
+        raise UserError(f'replace={settings["replace"]!r}: {old!r} is no word of {", ".join(texts)}; one such text is '
+                        f'{next(iter(texts.values()))[0]!r}')
+    return {name: torch.cat([fields.read_text(name, word.sub(new, text)) for text in some]) for name, some in texts.items()}
 
 
 def hidden_part(model, fields, settings, ids, generator):
@@ -585,9 +600,14 @@ def hidden_part(model, fields, settings, ids, generator):
                         'x0,y0,x1,y1, "outside" and a box, objects such as "red cube"; of a text words, or how many are kept')
     m = model.modality[name]
     if m.is_text:
+        if what.isdecimal():
+            return name, torch.arange(m.size).expand_as(ids[name]) >= int(what)
         words = [word.strip() for word in fields.decode(name, torch.arange(m.vocabulary)[:, None])]
-        found = torch.tensor([word in what.split(',') for word in words])[ids[name].clamp(min=0)] & (ids[name] >= 0)
-        return name, torch.arange(m.size).expand_as(ids[name]) >= int(what) if what.isdecimal() else found
+        hidden = [word.strip() for word in what.split(',')]
+        if unknown := [word for word in hidden if word not in words]:
+            near = difflib.get_close_matches(unknown[0], filter(None, words), 3, 0)
+            raise UserError(f'hide={settings["hide"]!r}: {unknown[0]!r} is no token of {name}; the nearest are {", ".join(near)}')
+        return name, torch.tensor([word in hidden for word in words])[ids[name].clamp(min=0)] & (ids[name] >= 0)
     B, (height, width) = len(ids[name]), fields.picture(name, fields.decode(name, ids[name][:1])[0]).shape[:2]
     if box := re.fullmatch(r'(outside )?(\d+),(\d+),(\d+),(\d+)', what):
         x0, y0, x1, y1 = map(int, box.groups()[1:])
@@ -615,10 +635,10 @@ def read_given(model, fields, settings, chain, index, generator):
     ids = {name: row.repeat(len(index), 1) for name, row in own.items()} or {
         name: read_ids(fields, name, settings['split'], index) for name in names}
     if settings['replace']:
-        texts = [m.name for m in model.modalities if m.is_text and m.name in ids]
+        texts = {m.name: ids[m.name] for m in model.modalities if m.is_text and m.name in ids}
         if not texts:
             raise UserError('replace needs a text among what is given')
-        ids |= {name: replace_words(fields, settings, name, ids[name]) for name in texts}
+        ids |= replace_words(fields, settings, texts)
     if settings['hide']:
         name, hidden = hidden_part(model, fields, settings, ids, generator)
         ids[name] = ids[name].masked_fill(hidden, -1)
@@ -723,7 +743,7 @@ def bounds_of(fields, name, split, index):
 
 def score_fourm(model, fields, settings, data, path):
     """Every modality from every other, or the chains named: each target's metrics with ceiling and baseline. Prints a table and
-    writes scores.json; those of chains go to scores_chains.json beside it."""
+    fills scores.json; those of chains go to scores_chains.json beside it."""
     names, split = model.fields, settings['split']
     if settings['text'] or settings['image']:
         raise UserError('scores are of held-out scenes, whose truth is known: leave text and image out')
@@ -767,8 +787,8 @@ def follow(model, labels, settings):
     steps = settings['steps'] or (1 if method == 'jump' else 10 if method in ('midpoint', 'heun') else 20)
     try:
         interval = tuple(map(float, settings['interval'].split(',')))
-        if len(interval) != 2:
-            raise ValueError(f'interval={settings["interval"]!r}: write two times between 0 and 1, as in 0.1,0.8')
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            raise ValueError(f'interval={settings["interval"]!r}: write two times from 0 to 1, the lower first, as in 0.1,0.8')
         with exact(settings, device):
             trajectory, evaluations = model.generate(
                 torch.as_tensor(labels, device=device), steps, method, guidance, interval,
@@ -975,6 +995,8 @@ def in_rows(images, n):
 
 def own_questions(model, fields, settings):
     """Answers to the user's questions about the user's pictures; each question is asked about each picture."""
+    if settings['n']:
+        raise UserError('n is the number of held-out pictures, and these are yours: leave it out')
     images, m = np.stack([fields.read_image(file) for file in settings['image'].split(',')]), model.config.n_images
     if len(images) % m:
         raise UserError(f'{len(images)} pictures, and this model reads {m} at a time')
@@ -1026,10 +1048,19 @@ def majority(fields):
     return {family: counter.most_common(1)[0][0] for family, counter in heard.items()}
 
 
+def read_blind(model, fields, settings):
+    """The model of another run, of the same data, that never looks."""
+    other, checkpoint = open_run(Path(settings['blind'], settings['checkpoint']))
+    if chapter_of(other) != 'vlm' or not other.config.blind or checkpoint['meta']['encoding'] != fields.meta['encoding']:
+        raise UserError(f'blind={settings["blind"]!r}: must be a run of vlm with --blind=True on the same data')
+    return other.to(model.language.turn.device)
+
+
 def score_vlm(model, fields, settings, data, path):
     """Share of answers that are right to the letter, each question asked by itself, by family; beside it the family's most
     frequent answer, what the model says to another picture, and what a model says that was trained without pictures."""
     settings = settings | dict(max_new_tokens=min(settings['max_new_tokens'], 32))
+    other = read_blind(model, fields, settings) if settings['blind'] else None
     (found, rate), usual = right_answers(model, fields, settings), majority(fields)
     lines = fields.questions(settings['split'])[:settings['n_score']]
     guesses = [(family or 'all', truth == usual[family or 'all'])
@@ -1037,8 +1068,7 @@ def score_vlm(model, fields, settings, data, path):
     blind = {family: float(np.mean([hit for name, hit in guesses if family in (name, 'all')])) for family in found}
     scores = {family: bootstrap(parts) | dict(baseline=blind[family]) for family, parts in sorted(found.items())}
     more = {'another picture': right_answers(model, fields, settings, shift=1)[0]}
-    if settings['blind']:
-        other = load_model(Path(settings['blind'], settings['checkpoint']))[0].to(model.language.turn.device)
+    if other:
         more['no picture'] = right_answers(other, fields, settings)[0]
     if Path(fields.folder, settings['split'], 'new_pairs.jsonl').is_file():
         more['new pairs'] = right_answers(model, fields, settings, 'new_pairs')[0]
@@ -1061,7 +1091,10 @@ def chapter_of(model):
 
 def fields_of(folder, meta):
     """The data set's own decoder and judge, from the prepare module that made it."""
-    return importlib.import_module(f'prepare.{meta["prepare"]}').Fields(folder)
+    module = f'prepare.{meta["prepare"]}'
+    if not importlib.util.find_spec(module):
+        raise UserError(f'{folder} was made by {module.replace(".", "/")}.py, which is no longer there: restore it')
+    return importlib.import_module(module).Fields(folder)
 
 
 def section(model, functions):
@@ -1145,7 +1178,7 @@ def generators(runs, settings):
 
 def read_run(path):
     """What a page tells of the run with this checkpoint; and its model."""
-    model, checkpoint = load_model(path)
+    model, checkpoint = open_run(path)
     defaults = resolve(dict(model=(chapter_of(model), '')))[0] | dict(model=resolve({})[0]['model'])
     return page.Run(path.parent, checkpoint, sum(p.numel() for p in model.parameters()), defaults), model
 
@@ -1172,7 +1205,7 @@ def main(*arguments, **overrides):
     path = find_weights(settings['init_from']) if settings['init_from'] else Path(settings['out_dir'], settings['checkpoint'])
     if settings['report']:
         return page.write([read_run(path)[0]], path.with_name('report.md'))
-    model, checkpoint = load_model(path)
+    model, checkpoint = open_run(path)
     model.to(device)
     folder, meta, out_dir = Path('data', checkpoint['settings']['dataset']), checkpoint['meta'], path.parent
     if not settings['init_from']:
@@ -1190,7 +1223,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

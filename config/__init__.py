@@ -6,19 +6,20 @@ A file is executed, so `max_iters = 20 * 1000` works and a remark is a remark. A
 together with the nearest known one.
 """
 import difflib
+import sys
 from pathlib import Path
 from types import ModuleType
 
 
 class UserError(Exception):
     """A fault that the user can mend: one line that says what is wrong, where, and what to do. Programs print the line and
-    leave with exit code 1; in a notebook it is raised like any other error."""
+    leave with exit code 1 (`run`); in a notebook it is raised like any other error."""
 
 
 def read(arguments, overrides=None):
     """['config/x.py', '--name=value', ...] and {name: value} -> {name: (value, where it was set)}; the last one wins."""
     assigned = {}
-    for argument in arguments:
+    for argument in map(str, arguments):
         if argument.startswith('--'):
             name, equals, value = argument[2:].partition('=')
             if not equals:
@@ -47,8 +48,8 @@ def convert(name, value, where, default):
     kind = type(default)
     try:
         if kind is str:
-            if isinstance(value, str):
-                return value
+            if isinstance(value, (str, Path)):
+                return str(value)
         elif kind is bool:
             if str(value) in ('True', 'False'):
                 return str(value) == 'True'
@@ -69,3 +70,14 @@ def apply(assigned, known):
     if settings.get('seed', 0) < 0:  # NumPy's generators take no other
         raise UserError(f'seed={settings["seed"]}: must be at least 0')
     return settings
+
+
+def run(main, stopped='stopped', **overrides):
+    """A program, from the shell: a fault that the user can mend ends it with one line and exit code 1, Ctrl-C with 130."""
+    try:
+        main(*sys.argv[1:], **overrides)
+    except (UserError, OSError) as error:
+        sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        print(f'\n{stopped}', file=sys.stderr)
+        sys.exit(130)

@@ -8,7 +8,6 @@ Nothing is unpickled, and no path is trusted: the known names are read from the 
 image.npy holds (n, views, 32, 32, 3): two for training, the picture and its mirror image, one for validation; label.npy (n,). The
 archive is downloaded once into the cache folder. prepare/cifar10_modalities.py makes six modalities of the same photographs.
 """
-import sys
 import tarfile
 from pathlib import Path
 
@@ -105,7 +104,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

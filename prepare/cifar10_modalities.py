@@ -5,7 +5,6 @@ prepare/folder.py as for your own pictures. Tokens are of 4x4 pixels; the mirror
     python -m prepare.cifar10_modalities    (train.py runs it by itself when data/cifar10_modalities is missing)
     python train.py config/nano4m_cifar10.py
 """
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

@@ -3,13 +3,8 @@ FashionMNIST (Xiao et al., 1708.07747): ten kinds of clothes, made like MNIST's 
 
     python -m prepare.fashion_mnist [--subset=t10k]
 """
-import sys
-
-from config import UserError
+import config
 from prepare import mnist
 
 if __name__ == '__main__':
-    try:
-        mnist.main(*sys.argv[1:], fashion=True)
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(mnist.main, fashion=True)

@@ -15,7 +15,6 @@ Of each picture there are a few square views, the first from its middle, the oth
 pictures last longer. All modalities are functions of pictures (n, H, W, 3) alone: another data set's script can use them too.
 What cannot be read is named and left out. All passes through memory: for some ten thousand pictures, not for millions.
 """
-import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -210,7 +209,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

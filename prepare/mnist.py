@@ -13,21 +13,18 @@ judges (prepare/judge.py), one for each kind of picture. The files (LeCun et al.
 import gzip
 import json
 import math
-import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import config
 from config import UserError
 from prepare import judge
 from prepare.download import download
 from prepare.meta import save_meta
-from prepare.pictures import read_square
 
 SETTINGS = dict(subset='', fashion=False, views=8, seed=0, out='')  # out: '' is data/mnist or data/fashion_mnist
 MNIST = 'https://ossci-datasets.s3.amazonaws.com/mnist/'
@@ -135,7 +132,7 @@ def view_tokens(images, labels, views, random):
 # The folder as sample.py sees it
 
 class Fields:
-    """Decodes, encodes and scores the tokens of a data folder. Pictures are (n, H, H) uint8: H = 14 binary, H = 28 grey."""
+    """Decodes and scores the tokens of a data folder. Pictures are (n, H, H) uint8: H = 14 binary, H = 28 grey."""
     def __init__(self, folder):
         self.folder = Path(folder)
         self.classes = json.loads((self.folder / 'meta.json').read_text())['classes']  # ten names
@@ -155,15 +152,6 @@ class Fields:
     def binary(images):
         """Grey pictures (n, 28, 28) reduced to what the tokens keep: (n, 14, 14)."""
         return binary(images)
-
-    def encode(self, images, labels):
-        """Pictures (n, 14, 14) and labels (n,) -> tokens (n, 50) int64 tensor."""
-        return torch.from_numpy(to_tokens(images, labels)).long()
-
-    def read_image(self, path):
-        """A user's square picture file -> a binary picture (14, 14); one with a bright upper edge, ink on paper, is inverted."""
-        pixels = np.asarray(read_square(path, 28).convert('L').convert('F').resize((14, 14), Image.BOX))
-        return np.where((255 - pixels if pixels[0].mean() > 127.5 else pixels) > 127.5, 255, 0).astype(np.uint8)
 
     def real(self, split, size, view=0):
         """The pictures (n, size, size) of a split."""
@@ -215,7 +203,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

@@ -20,10 +20,8 @@ is an assumption. Were it wrong, no code would be lost or confused with another;
 import functools
 import io
 import json
-import multiprocessing
 import os
 import shutil
-import sys
 from array import array
 from contextlib import nullcontext
 from itertools import chain
@@ -38,6 +36,7 @@ import config
 from config import UserError
 from prepare.meta import save_meta
 from prepare.scenes import caption, drawing, parse_text, scene_desc, typical, words
+from prepare.scenes_render import open_pool
 from prepare.scenes_scores import score_objects
 from prepare.text_tokenizers import decode_row, encode_rows, frequent_words, load_words, save_words
 
@@ -312,7 +311,7 @@ def main(*arguments, **overrides):
         splits = [split for split in ('train', 'val', 'test') if split != 'test' or Path(source, split).is_dir()]
         stems = {split: find_stems(source, split) for split in splits}
         workers = settings['workers'] or torch.get_num_threads()
-        with multiprocessing.get_context('spawn').Pool(workers) if workers > 1 else nullcontext() as pool:
+        with open_pool(workers) if workers > 1 else nullcontext() as pool:
             for split in splits:
                 pack(source, folder, split, stems[split], pool)
         sizes = encode_texts(folder, splits)
@@ -328,9 +327,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
-    except KeyboardInterrupt:
-        sys.exit('stopped; the same command goes on from here')
+    config.run(main, stopped='stopped; the same command goes on from here')

@@ -18,7 +18,7 @@ import torch
 
 import config
 from config import UserError
-from prepare.report import COLORS, Pen
+from prepare.report import COLORS, Pen, read_scores
 
 
 @dataclass
@@ -47,16 +47,6 @@ def read_log(path):
     if not points(lines, 'step', 'val_loss'):
         raise UserError(f'{path}: tells of no evaluation yet; let the run come to one')
     return lines
-
-
-def read_scores(path):
-    """scores.json, {} where there is none. Raises UserError."""
-    try:
-        scores = json.loads(path.read_text()) if path.is_file() else {}
-        assert all(isinstance(score[key], (int, float)) for score in scores.values() for key in ('value', 'low', 'high'))
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f'{path}: not a file of scores ({type(error).__name__}); make it anew with --score=True')
-    return scores
 
 
 def points(lines, x, y):

@@ -1,11 +1,15 @@
 """
 What sample.py leaves behind: grids of pictures and GIFs, and tables of scores with bootstrap intervals.
 """
+import contextlib
 import json
+import textwrap
 from itertools import cycle
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from config import UserError
 
 COLORS = '#2a5caa', '#d1495b', '#2e8b57', '#e08e0b', '#7a4fa3', '#3d9bb3', '#8c5a44', '#666666'
 
@@ -91,18 +95,20 @@ def save_curves(curves, path, title):
 
 def save_answers(pictures, talks, path, side=160):
     """Pictures (n, H, W, 3) uint8 with what was asked about them, talks [[(question, answer, truth), ...], ...]: right answers
-    green, wrong ones red with the truth behind."""
-    width, line = 620, 26
-    high = max(side, line * max(map(len, talks)) + 4)
-    canvas = Image.new('RGB', (width, len(talks) * (high + 8)), 'white')
+    green, wrong ones red with the truth behind. Long ones take several lines."""
+    width, line, columns = 620, 13, []
+    for talk in talks:
+        said = [(text, x, color) for question, answer, truth in talk for text, x, color in (
+            (question, 8, 'black'), (answer, 20, 'green') if answer == truth else (f'{answer} (right: {truth})', 20, 'red'))]
+        columns.append([(part, x, color) for text, x, color in said for part in textwrap.wrap(text, 72)])
+    high = [max(side, line * len(column) + 4) + 8 for column in columns]
+    canvas = Image.new('RGB', (width, sum(high)), 'white')
     draw = ImageDraw.Draw(canvas)
-    for i, (picture, talk) in enumerate(zip(pictures, talks)):
-        y = i * (high + 8)
+    for i, (picture, column) in enumerate(zip(pictures, columns)):
+        y = sum(high[:i])
         canvas.paste(Image.fromarray(picture).resize((side, side), Image.NEAREST), (0, y))
-        for j, (question, answer, truth) in enumerate(talk):
-            draw.text((side + 8, y + j * line), question, fill='black')
-            mark = (answer, 'green') if answer == truth else (f'{answer} (right: {truth})', 'red')
-            draw.text((side + 20, y + j * line + 12), mark[0], fill=mark[1])
+        for j, (text, x, color) in enumerate(column):
+            draw.text((side + x, y + j * line), text, fill=color)
     canvas.save(path, optimize=True)
     print(f'wrote {path}')
 
@@ -142,7 +148,25 @@ def table(scores):
     return '\n'.join(lines)
 
 
+def read_scores(path):
+    """scores.json, {} where there is none. Raises UserError."""
+    try:
+        scores = json.loads(path.read_text()) if path.is_file() else {}
+        assert all(isinstance(score[key], (int, float)) for score in scores.values() for key in ('value', 'low', 'high'))
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(f'{path}: not a file of scores ({type(error).__name__}); make it anew with --score=True')
+    return scores
+
+
 def save_scores(scores, path):
-    """scores.json, and the table on the screen."""
-    path.write_text(json.dumps(scores, indent=1))
-    print(f'{table(scores)}\nwrote {path}')
+    """Adds the scores to those in scores.json, and shows them as a table. What is older than the run's checkpoint was of other
+    weights, and goes."""
+    kept, weights = {}, max((file.stat().st_mtime_ns for file in path.parent.glob('ckpt_*.pt')), default=0)
+    if path.is_file() and path.stat().st_mtime_ns > weights:
+        with contextlib.suppress(UserError):  # damaged
+            kept = read_scores(path)
+    new = path.with_suffix('.tmp')
+    new.write_text(json.dumps(kept | scores, indent=1))
+    new.replace(path)  # at once: what was there is never lost
+    others = len(kept.keys() - scores.keys())
+    print(f'{table(scores)}\nwrote {path}' + f' (others that stay there: {others})' * (others > 0))

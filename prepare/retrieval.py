@@ -12,7 +12,6 @@ training scenes to tell which two belong together (CLIP, arXiv 2103.00020, figur
 The index, index_A_B_SPLIT.pt in the run's folder, holds both; it is made when it is first asked for.
 """
 import hashlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +182,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

@@ -21,7 +21,6 @@ any picture. `Fields` decodes, draws and scores tokens for sample.py.
 """
 import functools
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -394,7 +393,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

@@ -12,12 +12,9 @@ is what every later question begins with. An answer to such a question tells one
 Beside the text each of the 8x8 cells has a name (names.npy), for models with a token a cell. The vocabulary, and the pictures
 that are held out, are those of prepare/scenes_qa.py.
 """
-import sys
-
 import numpy as np
 
 import config
-from config import UserError
 from prepare.scenes import COLOR_NAMES, MATERIALS, SHAPES, SIZES
 from prepare.scenes_qa import Scene, begin, cell, encoding_name, has_new_pair, link, load, place, where
 from prepare.vqa import Fields, write_meta, write_questions, write_rows  # noqa: F401  (Fields: for sample.py)
@@ -65,7 +62,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

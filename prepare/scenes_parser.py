@@ -7,7 +7,6 @@ nothing of any tokenizer or model, and its accuracy on held-out renders is the c
 
     python -m prepare.scenes_parser    (asks the same network, reading rgb tokens instead of pixels, what the tokens still tell)
 """
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +158,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

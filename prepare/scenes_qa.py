@@ -28,7 +28,6 @@ without them, val/new_pairs.jsonl about pictures with them.
 """
 import hashlib
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -308,7 +307,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

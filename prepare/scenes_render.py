@@ -13,6 +13,7 @@ A dict `scenes` holds, for S scenes of up to K objects:
 Simplified: one light far away with hard shadows, reflections read from a gradient instead of traced.
 """
 import multiprocessing
+import signal
 
 import numpy as np
 from tqdm import tqdm
@@ -277,11 +278,16 @@ def make_chunk(job):
     return arrays | {name: scenes[name].astype(np.int8) for name in ('shape', 'color', 'material', 'size')}
 
 
+def open_pool(workers):
+    """So many processes (None: one a core), which leave Ctrl-C to the one that opens them."""
+    return multiprocessing.get_context('spawn').Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+
+
 def make(n, seed, size=64, max_objects=5, workers=None):
     """n rendered scenes as a dict of arrays, on all cores, with a progress bar; the same for any number of workers."""
     jobs = [(min(128, n - start), seed, start // 128, size, max_objects) for start in range(0, n, 128)]
     arrays = None
-    with multiprocessing.get_context('spawn').Pool(workers) as pool, tqdm(total=n, desc='render', unit='scene') as bar:
+    with open_pool(workers) as pool, tqdm(total=n, desc='render', unit='scene') as bar:
         for i, part in enumerate(pool.imap(make_chunk, jobs)):
             arrays = arrays or {name: np.empty((n, *v.shape[1:]), v.dtype) for name, v in part.items()}
             for name, v in part.items():

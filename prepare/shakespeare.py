@@ -6,11 +6,9 @@ Tiny Shakespeare as characters: 65 symbols, 1,003,854 for training and 111,540 f
 The text (Karpathy's char-rnn, 2015) is downloaded once into the cache folder NANO_CACHE, or found there under the name
 tinyshakespeare.txt on a machine without internet; its hash is checked either way.
 """
-import sys
 from pathlib import Path
 
 import config
-from config import UserError
 from prepare.download import download
 from prepare.text import Fields, make_encoding, write_split  # Fields: what sample.py looks for here
 
@@ -27,7 +25,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

@@ -10,7 +10,6 @@ residual stream can write vectors of mean zero, since each norm would take their
 and a bias can be multiplied into the matrix behind the norm. Only the last norm's stay, as Eyes.gain and Eyes.shift.
 """
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -112,7 +111,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

@@ -11,7 +11,6 @@ gain in each RMSNorm. Our norms have none, and need none: a gain multiplies what
 into that matrix's columns. The final norm's gain goes into the head, which therefore no longer equals the embedding.
 """
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -171,7 +170,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

@@ -15,7 +15,6 @@ The packing here, and `Fields`, which turns prompts into ids and ids into text, 
 """
 import hashlib
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +165,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

@@ -7,7 +7,6 @@ TinyStories (Eldan and Li, arXiv 2305.07759): 2.7 million short stories in the w
 Two public files, 2.2 GB and 22 MB, are downloaded once into the cache folder NANO_CACHE, or found there. The stories follow each
 other in one run of tokens, an end token after each.
 """
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -47,7 +46,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

@@ -9,7 +9,6 @@ worth its lines. All four have about unit variance in each direction, as the noi
 """
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +174,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

@@ -16,7 +16,6 @@ modality's tokens. Four ways to train it, each with 50, 200, 1,000 and 5,000 lab
 Accuracies on held-out pictures go to transfer_TASK.json in the run's folder, and, as curves, to transfer_TASK.png.
 """
 import copy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +161,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

@@ -15,7 +15,6 @@ A conversation longer than --length tokens goes on in a further row, which shows
 become size x size RGB, without regard to their proportions, as SigLIP has them; each file is stored once.
 """
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -239,7 +238,4 @@ def write_meta(out, way, encoding, length, size, n_images, prepare, settings, pi
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

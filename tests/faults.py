@@ -31,7 +31,7 @@ import gpt
 import sample
 import train
 from config import UserError
-from prepare import mnist, text, text_tokenizers
+from prepare import pictures, text, text_tokenizers
 
 SETTINGS = dict(rounds=20, fuzz=2000, seed=0)
 RUN = dict(batch_size=8, micro_batch_size=4, max_iters=60, eval_interval=15, log_interval=3, warmup_iters=2, device='cpu',
@@ -170,8 +170,8 @@ def readers():
         meta=(meta.encode(), lambda path: train.read_meta(path.parent)),
         array=(Path('good/a.npy').read_bytes(), lambda path: train.Data.read(path, 60)),
         checkpoint=(Path('out/gpt/ckpt_last.pt').read_bytes(), train.read_checkpoint),
-        png=(Path('good/a.png').read_bytes(), lambda path: mnist.Fields.read_image(None, path)),
-        jpeg=(Path('good/a.jpg').read_bytes(), lambda path: mnist.Fields.read_image(None, path)),
+        png=(Path('good/a.png').read_bytes(), pictures.read_picture),
+        jpeg=(Path('good/a.jpg').read_bytes(), pictures.read_picture),
         prompts=('ab c\né\n'.encode(), lambda path: sample.read_prompts(model, fields, dict(n=0, prompt='', prompts=str(path)))),
         encoding=(Path('encoding/encoding.json').read_bytes(), text_tokenizers.load_encoding))
 

@@ -3,6 +3,7 @@ import importlib
 import math
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,30 @@ def test_faults_from_the_shell(arguments, message):
 def test_faults_from_a_file(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         settings_of(write(tmp_path, text))
+
+
+def test_paths_from_a_notebook(tmp_path):
+    path = write(tmp_path, 'batch_size = 3\n')
+    settings = settings_of(Path(path), out_dir=Path('out', 'mine'))
+    assert settings['out_dir'] == str(Path('out/mine')) and settings['batch_size'] == 3
+
+
+@pytest.mark.parametrize('error, code, line', [
+    (UserError('what, where'), 'error: what, where', ''), (FileNotFoundError('x.npy'), 'error: x.npy', ''),
+    (KeyboardInterrupt(), 130, '\nstopped\n')])
+def test_programs_end_with_a_line(monkeypatch, capsys, error, code, line):
+    def main(*arguments, **overrides):
+        assert (arguments, overrides) == (('--n=3',), dict(fashion=True))
+        raise error
+    monkeypatch.setattr(sys, 'argv', ['program', '--n=3'])
+    with pytest.raises(SystemExit) as end:
+        config.run(main, fashion=True)
+    assert end.value.code == code and capsys.readouterr().err == line
+
+
+def test_all_programs_do():
+    programs = [path for path in (ROOT / 'sample.py', *ROOT.glob('prepare/*.py')) if '__main__' in path.read_text()]
+    assert len(programs) > 15 and all('\n    config.run(' in path.read_text() for path in programs)
 
 
 def test_shipped_configs_are_valid():

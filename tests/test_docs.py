@@ -204,6 +204,20 @@ def test_sample_commands_run(command, trained, capsys):
     assert capsys.readouterr().out
 
 
+def test_a_folder_has_one_run(monkeypatch):
+    """Commands that train in the same folder train the same model on the same data."""
+    monkeypatch.chdir(ROOT)
+    runs = {}
+    for program, arguments in map(arguments_of, [*COMMANDS, *re.findall('^python train.py .*', YOURS, re.M)]):
+        if program == 'train.py':
+            assigned = {name: value for name, (value, _) in config.read(arguments).items()}
+            model, dataset = (assigned.get(name, train.SETTINGS[name]) for name in ('model', 'dataset'))
+            file = next((word for word in arguments if word.endswith('.py')), model)
+            folder, run = assigned.get('out_dir', f'out/{Path(file).stem}'), (model, dataset)
+            assert runs.setdefault(folder, run) == run, arguments
+    assert len(runs) > 20
+
+
 def test_most_commands_are_run():
     assert len(TRAIN) > 10 and len(SAMPLE) > 20
 

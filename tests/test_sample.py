@@ -1,5 +1,6 @@
 """The sampler's commands, on a tiny run."""
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -154,12 +155,29 @@ def test_scores(out_dir, capsys):
     assert 'rgb>depth/absrel_objects' in capsys.readouterr().out
     sample.main(f'--out_dir={out_dir}', '--score=True', '--n_score=4', '--given=depth,rgb', '--target=normal')
     pairs = Path(out_dir, 'scores.json').read_text()
-    assert {name.split('/')[0] for name in json.loads(pairs) if '>' in name} == {'depth>normal', 'rgb>normal'}
+    again = {name: score['n'] for name, score in json.loads(pairs).items() if '>' in name}
+    assert {name.split('/')[0] for name, n in again.items() if n == 4} == {'depth>normal', 'rgb>normal'}
+    assert len({name.split('/')[0] for name, n in again.items() if n == 6}) == 28  # the others stay
     sample.main(f'--out_dir={out_dir}', '--score=True', '--n_score=4', '--chain=caption>segmentation,rgb:g3;caption>rgb:g3')
     chains = json.loads(Path(out_dir, 'scores_chains.json').read_text())
     assert {'caption>segmentation,rgb:g3/segmentation/miou_objects', 'caption>segmentation,rgb:g3/rgb/attributes',
             'caption>rgb:g3/attributes', 'caption>rgb:g3/ms a scene'} <= chains.keys()
     assert Path(out_dir, 'scores.json').read_text() == pairs
+
+
+def test_scores_are_added_to_those_of_the_same_weights(tmp_path, capsys):
+    path, one = tmp_path / 'scores.json', report.alone(1.0, 5)
+    report.save_scores(dict(a=one, b=one), path)
+    report.save_scores(dict(b=report.alone(2.0, 5)), path)
+    assert {name: score['value'] for name, score in json.loads(path.read_text()).items()} == dict(a=1, b=2)
+    assert capsys.readouterr().out.endswith('scores.json (others that stay there: 1)\n')
+    (tmp_path / 'ckpt_last.pt').touch()
+    os.utime(path, ns=(0, 0))
+    report.save_scores(dict(c=one), path)
+    assert list(json.loads(path.read_text())) == ['c']
+    path.write_text('{"a": 1}')  # damaged
+    report.save_scores(dict(c=one), path)
+    assert list(json.loads(path.read_text())) == ['c'] and not list(tmp_path.glob('*.tmp'))
 
 
 def test_bootstrap():
@@ -196,6 +214,9 @@ def test_texts(text_run, capsys):
     for prompt, together in (('The', first), ('The cat sat on the', second)):
         sample.main(f'--out_dir={text_run}', f'--prompt={prompt}', '--max_new_tokens=5', '--temperature=0')
         assert capsys.readouterr().out.strip() == together.strip()
+    sample.main(f'--out_dir={text_run}', '--prompts=prompts.txt', '--max_new_tokens=5', '--n=2')
+    texts = capsys.readouterr().out.split('\n-----\n')
+    assert [text.startswith('The cat sat on the') for text in texts] == [False, False, True, True]
 
 
 def test_a_draft_changes_nothing_but_the_speed(text_run, capsys):
@@ -301,6 +322,13 @@ def test_masked_digits(masked_digits, capsys):
     sample.main(f'--out_dir={masked_digits}', '--n=2', '--steps=4', '--show=gif', '--order=confidence')
     gif, = Path(masked_digits).glob('*.gif')
     assert Image.open(gif).n_frames == 5
+    gif.unlink()
+    sample.main(f'--out_dir={masked_digits}', '--n=2', '--steps=2', '--show=gif', '--complete=0.5')
+    gif, = Path(masked_digits).glob('*.gif')
+    frames = Image.open(gif)
+    assert frames.size == (29 * 4, 14 * 4)  # two held-out pictures
+    first, last = (np.asarray([frames.seek(i), frames.convert('L')][1])[:24, :56] for i in (0, 2))
+    assert (abs(first - 128.0) > 20).all() and (abs(last - first.astype(float)) < 20).all()  # the upper half, as it was given
     assert 'wrote' in capsys.readouterr().out
 
 
@@ -364,6 +392,14 @@ def test_faults_of_masks(masked_digits, arguments, message):
         sample.main(f'--out_dir={masked_digits}', *arguments)
 
 
+def test_nothing_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='no such checkpoint; train first, and start this in the folder of the repository'):
+        sample.main()
+    with pytest.raises(UserError, match='data/mine was made by prepare/gone.py, which is no longer there: restore it'):
+        sample.fields_of(Path('data/mine'), dict(prepare='gone'))
+
+
 @pytest.mark.parametrize('arguments, message', [
     (['--given=sound'], "there is no modality 'sound'; this model has rgb, depth"),
     (['--chain=rgb>rgb'], "'rgb' stands twice"),
@@ -384,6 +420,9 @@ def test_faults_of_masks(masked_digits, arguments, message):
     (['--given=rgb', '--hide=rgb=red house'], "'house' is no color"),
     (['--given=rgb', '--replace=red=blue'], 'replace needs a text'),
     (['--given=caption', '--replace=red'], 'write OLD=NEW'),
+    (['--given=rgb,caption', '--target=depth', '--replace=redd=blue'], "'redd' is no word of caption; one such text is 'a "),
+    (['--given=caption', '--text=a red cube', '--replace=green=blue', '--target=depth'], "'green' is no word of caption"),
+    (['--given=caption', '--hide=caption=large,rubbber'], "'rubbber' is no token of caption; the nearest are rubber"),
     (['--retrieve=rgb'], 'one modality each'),
     (['--retrieve=rgb', '--given=rgb'], 'one modality each'),
     (['--by=luck'], 'by is one of likelihood, embedding'),
@@ -397,7 +436,8 @@ def test_faults_of_masks(masked_digits, arguments, message):
     (['--n=-1'], 'n and steps must be at least 0'),
     (['--temperature=-1'], 'temperatures at least 0'),
     (['--temperature=1e-44'], 'or at least 1e-6'),
-    (['--checkpoint=ckpt_none.pt'], 'no such checkpoint'),
+    (['--checkpoint=ckpt_none.pt'], 'no such checkpoint; the nearest are out/sampled/ckpt_'),
+    (['--out_dir=out/sampeld'], 'out/sampeld/ckpt_last.pt: no such checkpoint; the nearest are out/sampled/ckpt_last.pt'),
     (['--stepss=3'], "did you mean 'steps'"),
 ])
 def test_faults(out_dir, arguments, message):

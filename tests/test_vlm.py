@@ -13,7 +13,7 @@ import sample
 import train
 import vlm
 from config import UserError
-from prepare import scenes, scenes_align, scenes_qa
+from prepare import report, scenes, scenes_align, scenes_qa
 from prepare.scenes_render import make
 from tests.conftest import ROOT
 
@@ -206,6 +206,8 @@ def run(here):
     train.main(**TINY, model='vlm', dataset='scenes_qa', out_dir='out/qa', init_from='align', rates='eyes:0 projector:0.5')
     train.main(**TINY, model='vlm', dataset='scenes_qa', out_dir='out/blind', blind=True, pictures=False,
                rates='eyes:0 projector:0')
+    train.main(model='gpt', dataset='scenes_qa', out_dir='out/words', pictures=False, n_layer=1, n_head=2, n_embd=24,
+               batch_size=4, max_iters=1, compile=False, device='cpu', threads=1)
     return 'out/qa'
 
 
@@ -225,8 +227,6 @@ def test_two_stages(run):
 
 def test_parts_from_other_runs(run):
     sizes = {name: value for name, value in TINY.items() if name not in ('n_layer', 'n_head', 'n_embd', 'eyes_layer')}
-    train.main(model='gpt', dataset='scenes_qa', out_dir='out/words', pictures=False, n_layer=1, n_head=2, n_embd=24,
-               batch_size=4, max_iters=1, compile=False, device='cpu', threads=1)
     train.main(**sizes, model='vlm', dataset='scenes_qa', out_dir='out/parts', pictures=False, rates='eyes:0 language:0',
                init_from='eyes:align,language:words')
     parts, align, words = weights('out/parts'), weights('out/align'), weights('out/words')
@@ -277,6 +277,14 @@ def test_chat(run, capsys, monkeypatch):
     assert capsys.readouterr().out.count('\n') == 10
 
 
+def test_long_answers_stay_in_the_picture(tmp_path):
+    talks = [[('What is there?', 'a large red metal sphere, ' * 40, 'nothing')] * 2, [('Is there a cube?', 'yes', 'yes')]]
+    report.save_answers(np.zeros((2, 64, 64, 3), np.uint8), talks, tmp_path / 'long.png')
+    picture = np.asarray(Image.open(tmp_path / 'long.png'))
+    inked = (picture[:, 160:] < 255).any((1, 2))
+    assert (picture[:, -20:] == 255).all() and 30 * 13 < inked[:-168].nonzero()[0].max() < len(inked) - 168  # 15 lines each
+
+
 def test_scores(run):
     sample.main(f'--out_dir={run}', '--score=True', '--blind=out/blind')
     scores = json.loads(Path(run, 'scores.json').read_text())
@@ -293,10 +301,13 @@ def test_scores(run):
     (['--image=own.png', '--text=' + 'x' * 100], 'the question has 102 tokens, and the context has room for 59, the answer'),
     (['--image=own.png', '--prompts=latin.txt'], 'latin.txt: not UTF-8 text'),
     (['--image=own.png', '--prompts=empty.txt'], 'empty.txt: no prompts'),
+    (['--image=own.png', '--text=Is it?', '--n=2'], 'n is the number of held-out pictures'),
     (['--text=Is it?'], 'questions need --image=FILE'),
     (['--chat=True'], 'questions need --image=FILE'),
     (['--given=rgb'], 'given is a setting of fourm, this run is of vlm'),
-    (['--score=True', '--blind=out/nothing'], 'no such checkpoint'),
+    (['--score=True', '--blind=out/nothing'], 'no such checkpoint; the nearest are out/'),
+    (['--score=True', '--blind=out/words'], 'must be a run of vlm with --blind=True on the same data'),
+    (['--score=True', '--blind=out/qa'], 'must be a run of vlm with --blind=True on the same data'),
 ])
 def test_faults_of_answering(run, arguments, message):
     Image.new('RGB', (64, 64)).save('own.png')
