@@ -263,6 +263,9 @@ class KVCache:
         self.valid, self.last = (x if x is None else x.repeat_interleave(n, 0) for x in (self.valid, self.last))
 
 
+GRAPHS = 'cuda'  # the kind of device that has them
+
+
 def record(run, pool=None):
     """Does run() and notes its kernels as a CUDA graph: (what it returns this time, replay, what replay() changes that into). To call
     hundreds of kernels one by one takes a GPU's host many times as long as they take; a replay is one call, on the same
@@ -323,7 +326,7 @@ class Recorded(KVCache):
         return now
 
     def __call__(self, tokens):
-        if not tokens.is_cuda or tokens.size(1) > 1 or not self.filled:
+        if tokens.device.type != GRAPHS or tokens.size(1) > 1 or not self.filled:
             return self.trunk(tokens, cache=self)
         if self.filled >= self.reach:
             x = self.record(tokens)

@@ -909,7 +909,9 @@ def run(assigned, files, stack):
         scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())  # empty where the run was not in float16 so far
         state |= {name: checkpoint[name] for name in state}
         del checkpoint  # as large as what it was loaded into
-    graphs = settings['graphs'] and device.type == 'cuda' and world == 1
+    graphs = settings['graphs'] and device.type == gpt.GRAPHS and world == 1
+    if settings['graphs'] and not graphs and is_main():
+        print('graphs=True is for a run on a single GPU: going on without')
     hold_rates(optimizers, device if graphs else None)
     forget(out_dir / 'log.jsonl', state['step'] or -1)
     if settings['compile']:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 import bench
 import flow
@@ -51,6 +52,83 @@ def test_training_waits_once_a_step(chapter, tmp_path, monkeypatch):
 
 
 SMALL = dict(n_layer=1, n_head=2, n_embd=16)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs without a GPU: run() is noted, and replay() does it again, on the same memory. Gives how often it did."""
+    replays = []
+
+    def record(run, pool=None):
+        now = run()
+        later = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, now)
+
+        def replay():
+            replays.append(run)
+            for old, new in zip(tree_leaves(later), tree_leaves(run())):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+        return now, replay, later
+    for where, name, value in ((gpt, 'GRAPHS', 'cpu'), (gpt, 'record', record), (torch.cuda, 'graph_pool_handle', lambda: None),
+                               (torch.cuda, 'empty_cache', lambda: None)):
+        monkeypatch.setattr(where, name, value)
+    return replays
+
+
+@pytest.mark.parametrize('chapter', faults.CASES)
+def test_training_by_graphs(chapter, tmp_path, monkeypatch, graphs):
+    """The same weights but for rounding; a run may begin and end without them."""
+    monkeypatch.chdir(tmp_path)
+    faults.make_data(chapter, faults.CASES[chapter][0])
+    settings = faults.RUN | faults.CASES[chapter][1] | dict(model=chapter, dataset=chapter, decay=0.0)
+    train.main(**settings | dict(max_iters=16), out_dir='out/a')
+    for steps in (4, 12, 16):
+        train.main(**settings | dict(max_iters=steps), out_dir='out/b', graphs=steps == 12)
+    assert len(graphs) > 4
+    plain, other = (train.read_checkpoint(Path(f'out/{name}/ckpt_last.pt')) for name in 'ab')
+    for name, weight in plain['weights'].items():
+        torch.testing.assert_close(other['weights'][name], weight, rtol=1e-3, atol=1e-3)
+    assert other['tokens'] == plain['tokens']
+
+
+def test_graphs_see_each_batch(graphs):
+    """A set of shapes is recorded when it comes the third time; sums are those of each batch, whatever the order of shapes."""
+    total = torch.zeros(1)
+
+    def run(batch):
+        total.add_(batch['a'].sum())
+        return batch['a'].max()
+    recorded, expected = train.Graphs(run), 0.0
+    for i, n in enumerate((2, 3, 2, 2, 3, 2, 3, 2, 3)):
+        batch = dict(a=torch.arange(n) + float(i))
+        expected += batch['a'].sum()
+        assert recorded(batch) == batch['a'].max() and total == expected
+    assert len(graphs) == 3 and len(recorded.graphs) == 2
+    full = train.Graphs(run, most=0)
+    assert [float(full(dict(a=torch.ones(2)))) for _ in range(5)] == [1.0] * 5 and len(graphs) == 3
+
+
+@pytest.mark.parametrize('shift', (True, False))
+def test_generation_by_graphs(shift, graphs, monkeypatch):
+    """The same tokens as one pass after the other, with prompts of different lengths, past the place up to which the first graph
+    reaches, and past the context; in chapter 5 over two turns."""
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.Config(vocab_size=50, block_size=300, n_kv_head=1, token_shift=shift, **SMALL)).eval()
+    eyes = vlm.VLM(vlm.Config(vocab_size=9, image_token=8, image_size=16, block_size=40, eyes_layer=1, eyes_head=2, eyes_embd=16,
+                              token_shift=shift, **SMALL)).eval()
+    for parameter in (*model.parameters(), *eyes.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3)
+
+    def texts():
+        for prompt, n in (([[1, 2]], 320), ([[-1, -1, 3], [4, 5, 6]], 40)):
+            yield model.generate(torch.tensor(prompt), n, end=7 if len(prompt) > 1 else -1, generator=torch.Generator().manual_seed(1))
+        cache = eyes.read(torch.full((2, 1), 8), torch.randint(256, (2, 1, 16, 16, 3), generator=torch.Generator().manual_seed(1)), 2)
+        yield eyes.generate(torch.tensor([[1, 2, 3], [-1, -1, 4]]).repeat(2, 1), cache, 9)
+        yield eyes.generate(torch.tensor([[5, 6]]).expand(4, -1), cache, 9)
+    found = list(texts())
+    assert len(graphs) > 300
+    monkeypatch.setattr(gpt, 'GRAPHS', 'none')
+    assert all(torch.equal(*pair) for pair in zip(found, texts(), strict=True))
 
 
 def test_generation():
