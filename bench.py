@@ -3,7 +3,7 @@ What things cost on this machine, beside what it can do at most.
 
     python bench.py                        the attention core by length and by config, against the formula and the kernel alone
     python bench.py config/nano4m.py       a training step of this config and generation with its model; takes its settings too
-    python bench.py --all=True             the same of every config, to out/bench_all.json and .md; a GPU needs under ten minutes
+    python bench.py --all=True             the same of every config, or of those named, to out/bench_all.json and .md
     python bench.py --part=generation      a comparison: generation, unmasking, cross_entropy, padding, answers
     python bench.py --part=speculation --run=gpt_shakespeare --draft=gpt_draft
 
@@ -27,7 +27,6 @@ import math
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -48,6 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import fourm
+import gpt
 import maskgit
 import sample
 import train
@@ -522,7 +522,7 @@ def step_row(name, variant, size, options, measured, flops, roof, limit):
             'of roof % without optimizer': 100 * scale * roof / statistics.median(passes),
             **{f'{part} %': 100 * scale * statistics.median(seconds[part]) / whole if part in seconds else ''
                for part in ('data', 'forward', 'backward', *['both'] * torch.cuda.is_available())},
-            'optimizer %': 100 * optimizer / whole, 'MiB': memory / 2 ** 20}
+            'optimizer %': 100 * optimizer / whole, 'MiB': '' if graphs else memory / 2 ** 20}  # a graph has its own memory
 
 
 def bench_steps(name, options, model, data, settings, device, limits):
@@ -603,7 +603,7 @@ def measure(name, assigned, settings, limits):
     """Both tables of one config."""
     device = train.find_device(settings['device'])
     try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare, mock.patch.object(gpt, 'nll', gpt.nll):  # compiled later
             options, model, data = build(assigned, spare, device)
             train.set_up(device, length=options.get('block_size', 0))
             steps = bench_steps(name, options, model, data, settings, device, limits)
@@ -664,8 +664,7 @@ def compare_generation(settings, device):
     """max_new_tokens in a context of 1,024, as sample.py generates them."""
     train.set_up(device, training=False)
     own, n = {name: settings[name] for name in ('n_layer', 'n_head', 'n_embd', 'n_kv_head')}, settings['max_new_tokens']
-    with device:  # billions of weights would take minutes on their way there
-        model = GPT(Config(vocab_size=65, block_size=1024, **own)).eval()
+    model = GPT(Config(vocab_size=65, block_size=1024, **own)).to(device).eval()
     if n > 1023:
         raise UserError(f'max_new_tokens={n}: the context of this benchmark holds 1,024, of which one is the prompt')
     for parameter in model.parameters():  # zero-initialised outputs would make all tokens alike
@@ -880,7 +879,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    config.run(main)

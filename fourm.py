@@ -93,13 +93,13 @@ def budget_keys(available, sections, log_share, ordered, generator):
     Token number r of a modality with share p gets the key r / p (here its logarithm), so that the K smallest hold K p tokens
     of it; what a short modality cannot supply falls to the others by itself. Unavailable tokens get infinity.
     """
-    keys = torch.rand(available.shape, generator=generator)
-    for m, section in enumerate(sections):
-        first_to_last = torch.linspace(0, 0.999, section.stop - section.start)
-        noise = torch.where(ordered[:, m, None], first_to_last, keys[:, section])
-        rank = noise.masked_fill(~available[:, section], 1).argsort(-1).argsort(-1)
-        keys[:, section] = (rank + 0.5).log() - log_share[:, m, None]
-    return keys.masked_fill(~available, torch.inf)
+    place, start = torch.arange(available.size(1)), torch.tensor([section.start for section in sections])
+    m = torch.bucketize(place, start, right=True) - 1  # (N,): whose each place is
+    noise = torch.rand(available.shape, generator=generator)
+    noise = torch.where(ordered[:, m], (place - start[m]) / len(place), noise).masked_fill(~available, 1)
+    order = (2 * m + noise.double()).argsort(-1)  # of all modalities at once, one after the other
+    rank = torch.empty_like(order).scatter_(1, order, place.expand_as(order)) - start[m]
+    return ((rank + 0.5).log() - log_share[:, m]).masked_fill(~available, torch.inf)
 
 
 def smallest(keys, k, limit):

@@ -222,7 +222,7 @@ class KVCache:
     token's place is the number of real ones before it.
     """
     def __init__(self, length, ragged=False):
-        self.length, self.ragged = length, ragged
+        self.length, self.ragged = -(-length // 64) * 64, ragged  # a GPU's kernels like round numbers
         self.filled, self.store = 0, {}  # positions in use; of each layer its keys and values (2, B, nkv, length, hd)
         self.valid = self.last = None  # which of them are real tokens (B, length); the last embedding (B, 1, D), for token shift
 
@@ -263,82 +263,6 @@ class KVCache:
         self.valid, self.last = (x if x is None else x.repeat_interleave(n, 0) for x in (self.valid, self.last))
 
 
-GRAPHS = 'cuda'  # the kind of device that has them
-
-
-def record(run, pool=None):
-    """Does run() and notes its kernels as a CUDA graph: (what it returns this time, replay, what replay() changes that into). To call
-    hundreds of kernels one by one takes a GPU's host many times as long as they take; a replay is one call, on the same
-    memory. Graphs that never run at once may share a pool."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # where what is only done the first time does no harm
-        now = run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool, capture_error_mode='thread_local'):  # other threads may go on meanwhile
-        later = run()  # nothing is computed
-    return now, graph.replay, later
-
-
-class Recorded(KVCache):
-    """trunk(tokens, cache=cache), on a GPU for one token more a row as a CUDA graph. Such a token's place is a number on the GPU,
-    `at`; it looks at `reach` places, and a mask hides those to come. All calls have to be within one autocast, whose copies of
-    the weights are read; what is returned, (B, 1, D), stands until the next call."""
-    def __init__(self, trunk, cache):
-        self.__dict__ = cache.__dict__  # one state, used in two ways
-        self.trunk, self.at, self.reach = trunk, None, 0
-
-    def append(self, layer, k, v):
-        if self.at is None:
-            return super().append(layer, k, v)
-        self.store[layer].index_copy_(3, self.at, torch.stack((k, v)))
-        return self.store[layer][:, :, :, :self.reach]
-
-    def mask(self, tokens):
-        if self.at is None:
-            return super().mask(tokens)
-        seen = torch.arange(self.reach, device=tokens.device) <= self.at  # (reach,)
-        if self.ragged:
-            self.valid.index_copy_(1, self.at, tokens >= 0)
-            seen = seen & self.valid[:, :self.reach]  # (B, reach)
-        kind = next(iter(self.store.values())).dtype  # numbers to add to the logits, which each layer would make of booleans
-        return False, torch.zeros_like(seen, dtype=kind).masked_fill(~seen, -torch.inf).view(-1, 1, 1, self.reach)
-
-    def places(self, T):
-        if self.at is None:
-            return super().places(T)
-        return self.valid.sum(1, keepdim=True) - 1 if self.ragged else self.at
-
-    def record(self, tokens):
-        self.reach, self.at = min(self.length, max(256, 2 * self.filled)), tokens.new_full((1,), self.filled)
-        self.tokens, last = tokens.clone(), None if self.last is None else self.last.clone()
-
-        def run():
-            self.last = last  # of the token before
-            x = self.trunk(self.tokens, cache=self)
-            self.filled -= 1  # counted below
-            if last is not None:
-                last.copy_(self.last)
-            return x
-        now, self.replay, self.x = record(run)
-        self.last = last
-        return now
-
-    def __call__(self, tokens):
-        if tokens.device.type != GRAPHS or tokens.size(1) > 1 or not self.filled:
-            return self.trunk(tokens, cache=self)
-        if self.filled >= self.reach:
-            x = self.record(tokens)
-        else:
-            self.tokens.copy_(tokens)
-            self.at.fill_(self.filled)
-            self.replay()
-            x = self.x
-        self.filled += 1
-        return x
-
-
 def nll(x, head, targets):
     return F.cross_entropy(F.linear(x, head).float(), targets, ignore_index=-1, reduction='none')
 
@@ -352,7 +276,7 @@ def cross_entropy(x, head, targets, most=0):
     """
     most = most or (torch.cuda.get_device_properties(x.device).total_memory // 64 if x.is_cuda else 2 ** 24)
     rows = max(1, most // len(head))
-    if len(x) <= rows:
+    if len(x) <= rows or x.is_meta:  # meta: only to be counted
         return nll(x, head, targets)
     return torch.cat([checkpoint(nll, part, head, some, use_reentrant=False)
                       for part, some in zip(x.split(rows), targets.split(rows))])
@@ -485,6 +409,85 @@ class GPT(nn.Module):
                 yield token
                 if token == end:
                     return
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU: a pass in one call. To be skipped at first: what comes out is the same
+
+GRAPHS = 'cuda'  # the kind of device that has them
+
+
+def record(run, pool=None):
+    """Does run() and notes its kernels as a CUDA graph: (what it returns this time, replay, what replay() changes that into). To call
+    hundreds of kernels one by one takes a GPU's host many times as long as they take; a replay is one call, on the same
+    memory. Graphs that never run at once may share a pool."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # where what is only done the first time does no harm
+        now = run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool, capture_error_mode='thread_local'):  # other threads may go on meanwhile
+        later = run()  # nothing is computed
+    return now, graph.replay, later
+
+
+class Recorded(KVCache):
+    """trunk(tokens, cache=cache), on a GPU for one token more a row as a CUDA graph. Such a token's place is a number on the GPU,
+    `at`; it looks at `reach` places, and a mask hides those to come. All calls have to be within one autocast, whose copies of
+    the weights are read; what is returned, (B, 1, D), stands until the next call."""
+    def __init__(self, trunk, cache):
+        self.__dict__ = cache.__dict__  # one state, used in two ways
+        self.trunk, self.at, self.reach = trunk, None, 0
+
+    def append(self, layer, k, v):
+        if self.at is None:
+            return super().append(layer, k, v)
+        self.store[layer].index_copy_(3, self.at, torch.stack((k, v)))
+        return self.store[layer][:, :, :, :self.reach]
+
+    def mask(self, tokens):
+        if self.at is None:
+            return super().mask(tokens)
+        seen = torch.arange(self.reach, device=tokens.device) <= self.at  # (reach,)
+        if self.ragged:
+            self.valid.index_copy_(1, self.at, tokens >= 0)
+            seen = seen & self.valid[:, :self.reach]  # (B, reach)
+        kind = next(iter(self.store.values())).dtype  # numbers to add to the logits, which each layer would make of booleans
+        return False, torch.zeros_like(seen, dtype=kind).masked_fill(~seen, -torch.inf).view(-1, 1, 1, self.reach)
+
+    def places(self, T):
+        if self.at is None:
+            return super().places(T)
+        return self.valid.sum(1, keepdim=True) - 1 if self.ragged else self.at
+
+    def record(self, tokens):
+        self.reach, self.at = min(self.length, max(256, 2 * self.filled)), tokens.new_full((1,), self.filled)
+        self.tokens, last = tokens.clone(), None if self.last is None else self.last.clone()
+
+        def run():
+            self.last = last  # of the token before
+            x = self.trunk(self.tokens, cache=self)
+            self.filled -= 1  # counted below
+            if last is not None:
+                last.copy_(self.last)
+            return x
+        now, self.replay, self.x = record(run)
+        self.last = last
+        return now
+
+    def __call__(self, tokens):
+        if tokens.device.type != GRAPHS or tokens.size(1) > 1 or not self.filled:
+            return self.trunk(tokens, cache=self)
+        if self.filled >= self.reach:
+            x = self.record(tokens)
+        else:
+            self.tokens.copy_(tokens)
+            self.at.fill_(self.filled)
+            self.replay()
+            x = self.x
+        self.filled += 1
+        return x
 
 
 Model = GPT

@@ -178,13 +178,13 @@ def matmul_rate(device, dtype, seconds=0.5):
     return 2 * n ** 3 / best
 
 
-@torch.no_grad()
 def count_flops(model, batch):
-    """FLOPs of a forward and backward pass: three times the forward's, which are counted operator by operator; the written-out
-    attention, so that its products count on every device (the fused CPU kernel is unknown to the counter)."""
+    """FLOPs of a forward and backward pass, counted operator by operator; the written-out attention, so that its products count on
+    every device (the fused CPU kernel is unknown to the counter)."""
     with torch.compiler.set_stance('force_eager'), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(batch)
-    return 3 * counter.get_total_flops()
+        model(batch)[0].backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
 
 
 def is_block(module):
@@ -893,6 +893,7 @@ def run(assigned, files, stack):
     train_data, val_data = (Data(folder, split, meta, raw_model.fields, block_size, settings['seed'])
                             for split in ('train', 'val'))
     ghost = copy.deepcopy(raw_model).to('meta')  # without numbers: to count FLOPs costs neither time nor memory
+    make_optimizers(ghost, settings)  # freezes what is not trained
     mean = copy.deepcopy(raw_model) if settings['ema'] else raw_model  # the model that is evaluated and sampled from
     sharded = settings['shard'] and world > 1
     for name, each in [('weights', raw_model), ('ema', mean)][:1 + (mean is not raw_model)]:
