@@ -84,8 +84,8 @@ SIZES = dict(                 # of the comparisons
 # Measuring
 
 def times_of(run, device, least, seconds=0.2):
-    """Times of run(), which has run before: at least so many, and more while `seconds` are not used up. Where a GPU takes less than
-    10 ms, of several runs in a row: while it computes one, the host already calls the next."""
+    """Times of run(), which has run before: at least so many, and more while `seconds` are not used up. Where a GPU takes less
+    than 10 ms, of several runs in a row: while it computes one, the host already calls the next."""
     def once(n):
         train.synchronize(device)
         start = time.perf_counter()
@@ -285,8 +285,8 @@ def make_core(kind, B, T, S, heads, head_size, device, dtype):
 
 
 def cost_of_core(kind, B, T, S, heads, head_size, dtype):
-    """FLOPs of the products, half of attention's where it is causal; attention's alone, in the forward pass; and the fewest bytes:
-    each number read or written once."""
+    """FLOPs of the products, half of attention's where it is causal; attention's alone, in the forward pass; and the fewest
+    bytes: each number read or written once."""
     D, rounds = heads * head_size, 1 if kind in ('prefill', 'decode') else 3  # backward is twice forward
     projections = 4 * B * (T + (S if kind == 'cross' else T)) * D * D
     attention = 4 * B * T * S * D // (2 if kind in ('causal', 'prefill') else 1)
@@ -603,7 +603,8 @@ def measure(name, assigned, settings, limits):
     """Both tables of one config."""
     device = train.find_device(settings['device'])
     try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare, mock.patch.object(gpt, 'nll', gpt.nll):  # compiled later
+        restored = mock.patch.object(gpt, 'nll', gpt.nll)  # compiled for this config
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare, restored:
             options, model, data = build(assigned, spare, device)
             train.set_up(device, length=options.get('block_size', 0))
             steps = bench_steps(name, options, model, data, settings, device, limits)

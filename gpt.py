@@ -418,8 +418,8 @@ GRAPHS = 'cuda'  # the kind of device that has them
 
 
 def record(run, pool=None):
-    """Does run() and notes its kernels as a CUDA graph: (what it returns this time, replay, what replay() changes that into). To call
-    hundreds of kernels one by one takes a GPU's host many times as long as they take; a replay is one call, on the same
+    """Does run() and notes its kernels as a CUDA graph: (what it returns this time, replay, what replay() puts its result into). To
+    call hundreds of kernels one by one takes a GPU's host many times as long as they take; a replay is one call, on the same
     memory. Graphs that never run at once may share a pool."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

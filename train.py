@@ -179,8 +179,8 @@ def matmul_rate(device, dtype, seconds=0.5):
 
 
 def count_flops(model, batch):
-    """FLOPs of a forward and backward pass, counted operator by operator; the written-out attention, so that its products count on
-    every device (the fused CPU kernel is unknown to the counter)."""
+    """FLOPs of a forward and backward pass, counted operator by operator; the written-out attention, so that its products count
+    on every device (the fused CPU kernel is unknown to the counter)."""
     with torch.compiler.set_stance('force_eager'), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(batch)[0].backward()
     model.zero_grad(set_to_none=True)
@@ -570,8 +570,8 @@ def set_rates(optimizers, settings, step):
 
 
 def advance(optimizers, scaler=torch.amp.GradScaler(enabled=False), none=True):
-    """One step of all optimizers, and clean gradients for the next: none, or zeros in the same place. In float16 the loss was scaled
-    up so that small gradients do not vanish; after many good steps the scaler tries more."""
+    """One step of all optimizers, and clean gradients for the next: none, or zeros in the same place. In float16 the loss was
+    scaled up so that small gradients do not vanish; after many good steps the scaler tries more."""
     for optimizer in optimizers:
         scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=none)
@@ -802,8 +802,8 @@ def listen(stack):
 
 
 class Graphs:
-    """run(batch) on a GPU as CUDA graphs (gpt.record): one for each set of shapes that has come up twice already, as long as there
-    are fewer than `most`. What it changes, gradients or weights, has to stay where it is."""
+    """run(batch) on a GPU as CUDA graphs (gpt.record): one for each set of shapes that has come up twice already, as long as
+    there are fewer than `most`. What it changes, gradients or weights, has to stay where it is."""
     def __init__(self, run, most=64):
         self.run, self.most, self.seen, self.graphs = run, most, Counter(), {}
         self.pool = torch.cuda.graph_pool_handle()

@@ -4,8 +4,9 @@
 # --max_iters=19000, see as many. 40 M parameters instead of 110 M: codes are embedded and predicted by their digits.
 #     python -m prepare.multiclevr --source=.../datasets/clevr_com_304 && sbatch config/scitas.sbatch config/nano4m_multiclevr.py
 #     torchrun --nproc_per_node=2 train.py config/nano4m_multiclevr.py
-# On one H100 (80 GB), random data: 81 ms a step with --micro_batch_size=512 (18 GB), 71 with --graphs=True too: 52 or 45 minutes in
-# all, evaluations apart; 4 x 128 took 224 ms before the last changes. Not trained yet at this size. To compare: the course reports a loss of 3.5 (rgb 5.8, depth 4.05, normal 3.9, text 0.28).
+# On one H100 (80 GB), random data: 81 ms a step with --micro_batch_size=512 (18 GB), 71 with --graphs=True too: 52 or 45 minutes
+# in all, evaluations apart; 4 x 128 took 224 ms before the last changes. Not trained yet at this size. To compare: the course
+# reports a loss of 3.5 (rgb 5.8, depth 4.05, normal 3.9, text 0.28).
 model = 'fourm'
 dataset = 'multiclevr'
 n_layer_encoder = 6
