@@ -606,7 +606,7 @@ def measure(name, assigned, settings, limits):
         restored = mock.patch.object(gpt, 'nll', gpt.nll)  # compiled for this config
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare, restored:
             options, model, data = build(assigned, spare, device)
-            train.set_up(device, length=options.get('block_size', 0))
+            train.set_up(device, length=train.length_of(model))
             steps = bench_steps(name, options, model, data, settings, device, limits)
         train.set_up(device, training=False)
         return {'Training steps': steps, 'Generation': bench_generation(name, model, settings, device, limits)}

@@ -140,6 +140,11 @@ def set_up(device, threads=0, training=True, length=0):
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # bfloat16 products without a detour by float32
 
 
+def length_of(model):
+    """Tokens that attend to each other in chapters 1, 2 and 5; 0 where these are few."""
+    return getattr(model, 'length', getattr(model.config, 'block_size', 0))
+
+
 def keep_memory():
     """Freed memory stays with this process. The C library of Linux gives large pieces back to the system, which hands them out
     again page by page, filled with zeros: up to a sixth of a training step."""
@@ -876,8 +881,6 @@ def run(assigned, files, stack):
         meta = checkpoint['meta']
     if settings['checksum']:
         check_sums(folder, rank, world)
-    threads = settings['threads'] or (max(1, checkpoint['threads'] // world) if checkpoint else 0)  # as many in all as before
-    set_up(device, threads, length=settings.get('block_size', 0))
 
     # data, model, optimizers
     size = settings['micro_batch_size']
@@ -889,6 +892,8 @@ def run(assigned, files, stack):
     raw_model = make_model(chapter, settings, meta, assigned)
     for part in list(sources):
         load_weights(raw_model, part, sources.pop(part), folder, meta)  # and forgotten: it may be as large as the model
+    threads = settings['threads'] or (max(1, checkpoint['threads'] // world) if checkpoint else 0)  # as many in all as before
+    set_up(device, threads, length=length_of(raw_model))
     block_size = settings.get('block_size', 0)
     train_data, val_data = (Data(folder, split, meta, raw_model.fields, block_size, settings['seed'])
                             for split in ('train', 'val'))
