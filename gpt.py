@@ -278,7 +278,7 @@ def cross_entropy(x, head, targets, most=0):
     rows = max(1, most // len(head))
     if len(x) <= rows or x.is_meta:  # meta: only to be counted
         return nll(x, head, targets)
-    return torch.cat([checkpoint(nll, part, head, some, use_reentrant=False)
+    return torch.cat([checkpoint(nll, part, head, some, use_reentrant=False, preserve_rng_state=False)
                       for part, some in zip(x.split(rows), targets.split(rows))])
 
 
@@ -417,18 +417,18 @@ class GPT(nn.Module):
 GRAPHS = 'cuda'  # the kind of device that has them
 
 
-def record(run, pool=None):
-    """Does run() and notes its kernels as a CUDA graph: (what it returns this time, replay, what replay() puts its result into). To
+def record(run, pool=None, device=None):
+    """Does run() and notes its kernels as a CUDA graph: (what it returns, replay, the tensors that replay() writes that into). To
     call hundreds of kernels one by one takes a GPU's host many times as long as they take; a replay is one call, on the same
     memory. Graphs that never run at once may share a pool."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # where what is only done the first time does no harm
-        now = run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool, capture_error_mode='thread_local'):  # other threads may go on meanwhile
-        later = run()  # nothing is computed
+    with torch.cuda.device(device):
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # where what is only done the first time does no harm
+            now = run()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, pool, capture_error_mode='thread_local'):  # other threads may go on meanwhile
+            later = run()  # nothing is computed, though Python's own effects do happen again
     return now, graph.replay, later
 
 
@@ -461,29 +461,31 @@ class Recorded(KVCache):
             return super().places(T)
         return self.valid.sum(1, keepdim=True) - 1 if self.ragged else self.at
 
-    def record(self, tokens):
+    def begin(self, tokens):
         self.reach, self.at = min(self.length, max(256, 2 * self.filled)), tokens.new_full((1,), self.filled)
-        self.tokens, last = tokens.clone(), None if self.last is None else self.last.clone()
+        self.tokens, self.before, self.calls = tokens.clone(), None if self.last is None else self.last.clone(), 0
 
-        def run():
-            self.last = last  # of the token before
-            x = self.trunk(self.tokens, cache=self)
-            self.filled -= 1  # counted below
-            if last is not None:
-                last.copy_(self.last)
-            return x
-        now, self.replay, self.x = record(run)
-        self.last = last
-        return now
+    def run(self):
+        self.last = self.before  # of the token before; always in the same memory
+        x = self.trunk(self.tokens, cache=self)
+        self.filled -= 1  # counted by each call, not here
+        if self.before is not None:
+            self.last = self.before.copy_(self.last)
+        return x
 
     def __call__(self, tokens):
         if tokens.device.type != GRAPHS or tokens.size(1) > 1 or not self.filled:
             return self.trunk(tokens, cache=self)
         if self.filled >= self.reach:
-            x = self.record(tokens)
+            self.begin(tokens)
+        self.tokens.copy_(tokens)
+        self.at.fill_(self.filled)
+        self.calls += 1
+        if self.calls <= 2:
+            x = self.run()  # an answer of a word or two is not worth a recording
+        elif self.calls == 3:
+            x, self.replay, self.x = record(self.run, device=tokens.device)
         else:
-            self.tokens.copy_(tokens)
-            self.at.fill_(self.filled)
             self.replay()
             x = self.x
         self.filled += 1

@@ -1217,7 +1217,9 @@ def main(*arguments, **overrides):
         raise UserError(f'split={settings["split"]!r}: {folder} has {", ".join(splits)}')
     if settings['score']:
         data = Data(folder, settings['split'], meta, model.fields, getattr(model.config, 'block_size', 0))
-        section(model, SCORE)(model, fields, settings, data, out_dir / 'scores.json')
+        of = [Path(settings['checkpoint']).stem] * (settings['checkpoint'] != SETTINGS['checkpoint'])
+        of += [settings['split']] * (settings['split'] != SETTINGS['split'])  # other weights, other samples: another file
+        section(model, SCORE)(model, fields, settings, data, out_dir / f'{"_".join(["scores", *of])}.json')
     else:
         section(model, DRAW)(model, fields, settings, out_dir / time.strftime('sample_%Y%m%d_%H%M%S.png'))
 

@@ -517,7 +517,10 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:  # as in all of torch.optim: what the loss does not reach stays as it is
                     shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), some in shapes.items():  # matrices of one shape together
-                averages = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in some]
+                for p in some:
+                    if not self.state[p]:
+                        self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                averages = [self.state[p]['momentum_buffer'] for p in some]
                 gradients = [p.grad for p in some]
                 torch._foreach_lerp_(averages, gradients, 1 - group['momentum'])
                 ahead = torch.stack(torch._foreach_lerp(gradients, averages, group['momentum']))  # Nesterov: one step further
@@ -822,21 +825,22 @@ class Graphs:
             replay()
             return result
         self.seen[shapes] += 1
-        if self.seen[shapes] < 3 or len(self.graphs) >= self.most:
-            return self.run(batch)
-        torch.cuda.empty_cache()  # a graph has its own memory
-        own = {name: tensor.clone() for name, tensor in batch.items()}
         try:
+            if self.seen[shapes] < 3 or len(self.graphs) >= self.most:
+                return self.run(batch)
+            torch.cuda.empty_cache()  # a graph has its own memory
+            own = {name: tensor.clone() for name, tensor in batch.items()}
             now, replay, result = gpt.record(lambda: self.run(own), self.pool)
         except RuntimeError as error:  # what failed while it was noted cannot be done again: the GPU's state is not sure any more
-            raise UserError(f'graphs=True: no CUDA graph of this step ({str(error).splitlines()[0]}): most likely something in it '
-                            'waits for the GPU, or its memory is full; leave --graphs out')
+            raise UserError(f'graphs=True: this step fails ({str(error).splitlines()[0]}): most likely something in it waits for '
+                            'the GPU, or its memory is full; leave --graphs out')
         self.graphs[shapes] = list(own.values()), replay, result
         return now
 
 
-def prefetched(make, jobs, device, threads=4):
-    """make(*job), a batch, for each job in turn; where the caller works on a GPU, threads make the next ones meanwhile."""
+def prefetched(make, jobs, device, threads=2):
+    """make(*job), a batch, for each job in turn; where the caller works on a GPU, threads make the next ones meanwhile. More of
+    them get in each other's way: where draws are many small operations, Python lets one thread run at a time."""
     if device.type == 'cpu':  # there a second thread's worker threads would only get in the way of the first one's
         yield from (make(*job) for job in jobs)
         return
@@ -921,6 +925,7 @@ def run(assigned, files, stack):
     hold_rates(optimizers, device if graphs else None)
     forget(out_dir / 'log.jsonl', state['step'] or -1)
     if settings['compile']:
+        stack.callback(setattr, gpt, 'nll', gpt.nll)
         compile_blocks(raw_model, device)
     model = DistributedDataParallel(raw_model) if world > 1 and not sharded else raw_model
 

@@ -5,6 +5,8 @@ the CPU's tensors or random generators, and notes each time that the host would 
     with pretend.device() as waits:
         train.main(..., device='meta')
 
+And `record`, CUDA graphs without a GPU: operators are noted and done again on the same memory, without Python.
+
 What no CPU can show: kernels, their speed, number formats, memory.
 """
 import contextlib
@@ -91,6 +93,46 @@ class Device(TorchDispatchMode):
         if name.endswith('_') and not name.startswith('_foreach'):
             return args[0]
         return tree_map(lambda x: Tensor(x) if stays and isinstance(x, torch.Tensor) else x, result)
+
+
+class Tape(TorchDispatchMode):
+    """Notes the operators that run here with their very tensors, and how the memory was that they met."""
+    def __init__(self):
+        super().__init__()
+        self.calls, self.memory = [], {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for storage in storages((args, kwargs)):
+            if storage.data_ptr() not in self.memory:
+                self.memory[storage.data_ptr()] = storage, storage.clone()
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        """The same operators on the same memory; Python is not asked."""
+        for function, args, kwargs, result in self.calls:
+            there = {storage.data_ptr() for storage in storages((args, kwargs))}
+            if 'empty' not in function.overloadpacket.__name__:
+                for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs))):
+                    if isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() not in there:
+                        old.copy_(new)
+
+
+def storages(tree):
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def record(run, pool=None, device=None):
+    """gpt.record without a GPU."""
+    now, state = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, run()), torch.get_rng_state()
+    with Tape() as tape:
+        later = run()
+    torch.set_rng_state(state)
+    for storage, before in tape.memory.values():  # a GPU computes nothing while it notes
+        storage.copy_(before)
+    return now, tape.replay, later
 
 
 @contextlib.contextmanager

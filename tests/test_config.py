@@ -114,8 +114,10 @@ def test_the_pages_commands_use_settings_that_exist(command, monkeypatch):
     arguments = words[words.index(program) + 1:]
     if program == 'train.py':
         train.resolve(config.read(arguments))
-    elif program == 'bench.py':  # its own settings; configs beside them are what it measures
-        config.apply(config.read([word for word in arguments if not word.endswith('.py')]), bench.SETTINGS | bench.SIZES)
+    elif program == 'bench.py':  # its own settings, and those of what it measures
+        assigned = config.read(arguments)
+        config.apply({name: assigned.pop(name) for name in bench.SETTINGS if name in assigned}, bench.SETTINGS)
+        bench.resolve(assigned) if 'model' in assigned else config.apply(assigned, bench.SIZES)
     elif program == 'tests.homework':
         homework.settings_of(arguments)
     else:

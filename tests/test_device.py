@@ -1,10 +1,10 @@
 """Everything on a device that is not the CPU, by the pretended one: no tensors of two devices meet, and the host hardly waits."""
 import math
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
 import bench
 import flow
@@ -56,19 +56,12 @@ SMALL = dict(n_layer=1, n_head=2, n_embd=16)
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """CUDA graphs without a GPU: run() is noted, and replay() does it again, on the same memory. Gives how often it did."""
+    """CUDA graphs without a GPU. Gives how often one was played."""
     replays = []
 
-    def record(run, pool=None):
-        now = run()
-        later = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, now)
-
-        def replay():
-            replays.append(run)
-            for old, new in zip(tree_leaves(later), tree_leaves(run())):
-                if isinstance(old, torch.Tensor):
-                    old.copy_(new)
-        return now, replay, later
+    def record(*arguments, **settings):
+        now, replay, later = pretend.record(*arguments, **settings)
+        return now, lambda: replays.append(replay()), later
     for where, name, value in ((gpt, 'GRAPHS', 'cpu'), (gpt, 'record', record), (torch.cuda, 'graph_pool_handle', lambda: None),
                                (torch.cuda, 'empty_cache', lambda: None)):
         monkeypatch.setattr(where, name, value)
@@ -77,18 +70,29 @@ def graphs(monkeypatch):
 
 @pytest.mark.parametrize('chapter', faults.CASES)
 def test_training_by_graphs(chapter, tmp_path, monkeypatch, graphs):
-    """The same weights but for rounding; a run may begin and end without them."""
+    """The same weights but for rounding, while rates rise and fall; and when a run goes on without them."""
     monkeypatch.chdir(tmp_path)
     faults.make_data(chapter, faults.CASES[chapter][0])
-    settings = faults.RUN | faults.CASES[chapter][1] | dict(model=chapter, dataset=chapter, decay=0.0)
-    train.main(**settings | dict(max_iters=16), out_dir='out/a')
-    for steps in (4, 12, 16):
-        train.main(**settings | dict(max_iters=steps), out_dir='out/b', graphs=steps == 12)
-    assert len(graphs) > 4
-    plain, other = (train.read_checkpoint(Path(f'out/{name}/ckpt_last.pt')) for name in 'ab')
-    for name, weight in plain['weights'].items():
-        torch.testing.assert_close(other['weights'][name], weight, rtol=1e-3, atol=1e-3)
-    assert other['tokens'] == plain['tokens']
+    settings = faults.RUN | faults.CASES[chapter][1] | dict(model=chapter, dataset=chapter, max_iters=16, ema=0.9)
+    train.main(**settings, out_dir='out/plain')
+    train.main(**settings, out_dir='out/graphs', graphs=True)
+    assert len(graphs) > 10
+    set_rates = train.set_rates
+
+    def stop(optimizers, settings, step):
+        set_rates(optimizers, settings, step)
+        if step == 8:
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(train, 'set_rates', stop)
+    assert 'stopped' in train.main(**settings, out_dir='out/both', graphs=True)
+    monkeypatch.setattr(train, 'set_rates', set_rates)
+    train.main(**settings, out_dir='out/both')
+    plain, *others = (train.read_checkpoint(Path(f'out/{name}/ckpt_last.pt')) for name in ('plain', 'graphs', 'both'))
+    for other in others:
+        assert other['tokens'] == plain['tokens']
+        for part in ('weights', 'ema'):
+            for name, weight in plain[part].items():
+                torch.testing.assert_close(other[part][name], weight, rtol=1e-3, atol=1e-3)
 
 
 def test_graphs_see_each_batch(graphs):
@@ -121,8 +125,10 @@ def test_generation_by_graphs(shift, graphs, monkeypatch):
 
     def texts():
         for prompt, n in (([[1, 2]], 320), ([[-1, -1, 3], [4, 5, 6]], 40)):
-            yield model.generate(torch.tensor(prompt), n, end=7 if len(prompt) > 1 else -1, generator=torch.Generator().manual_seed(1))
-        cache = eyes.read(torch.full((2, 1), 8), torch.randint(256, (2, 1, 16, 16, 3), generator=torch.Generator().manual_seed(1)), 2)
+            generator = torch.Generator().manual_seed(1)
+            yield model.generate(torch.tensor(prompt), n, end=7 if len(prompt) > 1 else -1, generator=generator)
+        images = torch.arange(2 * 16 * 16 * 3).view(2, 1, 16, 16, 3) % 256
+        cache = eyes.read(torch.full((2, 1), 8), images, 2)
         yield eyes.generate(torch.tensor([[1, 2, 3], [-1, -1, 4]]).repeat(2, 1), cache, 9)
         yield eyes.generate(torch.tensor([[5, 6]]).expand(4, -1), cache, 9)
     found = list(texts())
