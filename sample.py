@@ -749,7 +749,7 @@ def score_fourm(model, fields, settings, data, path):
         raise UserError('scores are of held-out scenes, whose truth is known: leave text and image out')
     index, scores, bounds = np.arange(min(settings['n_score'], data.n)), {}, {}
     if settings['chain']:
-        cells, path = settings['chain'].split(';'), path.with_stem('scores_chains')
+        cells, path = settings['chain'].split(';'), path.with_stem(f'{path.stem}_chains')
     else:
         parse_chains(settings, model)  # complains of unknown names
         sources, targets = (settings[key].split(',') if settings[key] else names for key in ('given', 'target'))

@@ -260,6 +260,10 @@ def test_exact_score_of_a_text(text_run):
         logits = model.logits(model.trunk(window[None, :-1]))[0]
         total -= logits.log_softmax(-1)[range(len(window) - 1), window[1:]].sum().item()
     assert scores['nats/token']['value'] == pytest.approx(total / (len(tokens) - 1), rel=1e-4)
+    sample.main(f'--out_dir={text_run}', '--score=True', '--checkpoint=ckpt_best.pt', '--split=train')
+    assert json.loads(Path(text_run, 'scores.json').read_text()) == scores  # other weights, other samples: another file
+    other = json.loads(Path(text_run, 'scores_ckpt_best_train.json').read_text())
+    assert other['nats/token']['n'] != scores['nats/token']['n']
     log = [json.loads(line) for line in Path(text_run, 'log.jsonl').read_text().splitlines()]
     assert scores['nats/token']['value'] == pytest.approx(log[-1]['val_loss'], rel=1e-4)
     assert scores['bits/byte']['value'] == pytest.approx(total / np.log(2) / len(text.Fields('data/story').decode(tokens.tolist())), rel=0.05)
