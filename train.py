@@ -728,8 +728,8 @@ def make_model(chapter, settings, meta, assigned):
     own = {field.name: meta['config'].get(field.name, settings[field.name]) for field in dataclasses.fields(chapter.Config)}
     try:
         return chapter.Model(chapter.Config(**own))
-    except (AssertionError, TypeError, ValueError) as error:
-        raise UserError(f'model={settings["model"]!r} cannot be built: {error}')
+    except (AssertionError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f'model={settings["model"]!r} cannot be built: {str(error).splitlines()[0]}')
 
 
 def load_weights(model, part, source, folder, meta):
