@@ -801,6 +801,8 @@ def listen(stack):
     def note(number, frame):
         if asked and time.monotonic() - first[0] > 2:
             raise KeyboardInterrupt
+        if not asked and is_main():
+            os.write(2, b'\nstopping at the next line of the log; once more stops at once\n')  # not print: it may be at it
         asked.append(number)
         first[0] = first[0] or time.monotonic()
     if threading.current_thread() is threading.main_thread():  # others may not
