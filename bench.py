@@ -43,7 +43,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.profiler import profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import fourm
@@ -421,11 +420,8 @@ class Products(TorchDispatchMode):
 
 def count_products(model, batch):
     """(FLOPs, products) of a forward and backward pass, attention written out."""
-    with torch.compiler.set_stance('force_eager'), sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as counter, Products() as products:
-            model(batch)[0].backward()
-    model.zero_grad(set_to_none=True)
-    return counter.get_total_flops(), products.found
+    with Products() as products:
+        return train.count_flops(model, batch), products.found
 
 
 def chain_seconds(products, device, dtype):
@@ -472,9 +468,7 @@ def time_steps(model, job, options, device, dtype, settings, graphs=False):
         with clock('backward', marks, device):
             loss.backward()
         return loss.detach(), logs['tokens'][0]
-
-    def finish(nothing):
-        train.advance(optimizers, none=not graphs)
+    finish = functools.partial(train.advance, optimizers, none=not graphs)
     if graphs:
         train.hold_rates(optimizers, device)
         passes = train.Graphs(functools.partial(passes, clock=lambda *_: nullcontext()))
@@ -488,7 +482,7 @@ def time_steps(model, job, options, device, dtype, settings, graphs=False):
         with clock('optimizer', marks, device):
             train.clip(model, options['grad_clip'])
             train.set_rates(optimizers, options, 0)
-            finish({})
+            finish()
             if mean:
                 train.follow(mean, model, options['ema'], 0)
         losses.append(loss.clone())

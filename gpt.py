@@ -138,8 +138,10 @@ class MLP(nn.Module):
         if self.kind == 'swiglu':
             gate, x = self.up(x).chunk(2, dim=-1)
             return self.down(F.silu(gate) * x)
-        x = F.relu(self.up(x)) if self.kind == 'relu2' else F.gelu(self.up(x), approximate='tanh')
-        return self.down(x * x if self.kind == 'relu2' else x)  # not square(): autocast would compute that in float32
+        if self.kind == 'gelu_tanh':
+            return self.down(F.gelu(self.up(x), approximate='tanh'))
+        x = F.relu(self.up(x))
+        return self.down(x * x)  # not square(): autocast would compute that in float32
 
 
 class Dropout(nn.Dropout1d):
@@ -263,7 +265,7 @@ class KVCache:
         self.valid, self.last = (x if x is None else x.repeat_interleave(n, 0) for x in (self.valid, self.last))
 
 
-def nll(x, head, targets):
+def nll(x, head, targets):  # by itself, since train.py compiles it
     return F.cross_entropy(F.linear(x, head).float(), targets, ignore_index=-1, reduction='none')
 
 
@@ -462,8 +464,8 @@ class Recorded(KVCache):
         return self.valid.sum(1, keepdim=True) - 1 if self.ragged else self.at
 
     def begin(self, tokens):
-        self.reach, self.at = min(self.length, max(256, 2 * self.filled)), tokens.new_full((1,), self.filled)
-        self.tokens, self.before, self.calls = tokens.clone(), None if self.last is None else self.last.clone(), 0
+        self.reach, self.at = min(self.length, max(256, 2 * self.filled)), tokens.new_empty(1)
+        self.tokens, self.before, self.calls = torch.empty_like(tokens), None if self.last is None else self.last.clone(), 0
 
     def run(self):
         self.last = self.before  # of the token before; always in the same memory

@@ -114,16 +114,6 @@ BELONGS = dict(  # settings that mean nothing to the chapters that do not name t
 SHOWS = dict(maskgit=('grid', 'gif', 'swap'), flow=('grid', 'path', 'steps', 'guidance'))
 
 
-def open_run(path):
-    """The model of a checkpoint, and the checkpoint. Raises UserError, where there is none with the names of some that are."""
-    if not path.is_file():
-        there = {str(file) for file in (*Path('out').glob('*/ckpt_*.pt'), *path.parent.glob('ckpt_*.pt'))}
-        near = ', '.join(difflib.get_close_matches(str(path), there, 5, 0))
-        raise UserError(f'{path}: no such checkpoint; ' + (f'the nearest are {near}' if near else
-                        'train first, and start this in the folder of the repository, whose out/ holds the runs'))
-    return load_model(path)
-
-
 def chosen(settings, name, default=None):
     """A setting, or the default where it is nan, left open."""
     return default if math.isnan(settings[name]) else settings[name]
@@ -183,7 +173,7 @@ def read_prompts(model, fields, settings):
 
 def read_draft(model, fields, settings):
     """The small GPT of another run, whose tokens have to mean the same."""
-    draft, checkpoint = open_run(find_weights(settings['draft']))
+    draft, checkpoint = load_model(find_weights(settings['draft']))
     if chapter_of(draft) != 'gpt' or draft.config.block_size < model.config.block_size:
         raise UserError(f'draft={settings["draft"]!r}: must be a GPT with a context of at least {model.config.block_size} tokens')
     theirs = fields_of(Path('data', checkpoint['settings']['dataset']), checkpoint['meta'])
@@ -1050,7 +1040,7 @@ def majority(fields):
 
 def read_blind(model, fields, settings):
     """The model of another run, of the same data, that never looks."""
-    other, checkpoint = open_run(Path(settings['blind'], settings['checkpoint']))
+    other, checkpoint = load_model(Path(settings['blind'], settings['checkpoint']))
     if chapter_of(other) != 'vlm' or not other.config.blind or checkpoint['meta']['encoding'] != fields.meta['encoding']:
         raise UserError(f'blind={settings["blind"]!r}: must be a run of vlm with --blind=True on the same data')
     return other.to(model.language.turn.device)
@@ -1178,7 +1168,7 @@ def generators(runs, settings):
 
 def read_run(path):
     """What a page tells of the run with this checkpoint; and its model."""
-    model, checkpoint = open_run(path)
+    model, checkpoint = load_model(path)
     defaults = resolve(dict(model=(chapter_of(model), '')))[0] | dict(model=resolve({})[0]['model'])
     return page.Run(path.parent, checkpoint, sum(p.numel() for p in model.parameters()), defaults), model
 
@@ -1205,7 +1195,7 @@ def main(*arguments, **overrides):
     path = find_weights(settings['init_from']) if settings['init_from'] else Path(settings['out_dir'], settings['checkpoint'])
     if settings['report']:
         return page.write([read_run(path)[0]], path.with_name('report.md'))
-    model, checkpoint = open_run(path)
+    model, checkpoint = load_model(path)
     model.to(device)
     folder, meta, out_dir = Path('data', checkpoint['settings']['dataset']), checkpoint['meta'], path.parent
     if not settings['init_from']:

@@ -15,6 +15,7 @@ has the same samples, masks and noise whichever process computes it.
 import copy
 import ctypes
 import dataclasses
+import difflib
 import hashlib
 import importlib
 import json
@@ -32,6 +33,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -358,13 +360,8 @@ def evaluation_batch(data, model, settings, j):
     return model.draw(batch, generator(3, j), shared=generator(4, j))
 
 
-def pinned(batch, device):
-    """In memory that a GPU reads by itself, while it works on the step before; what is there already stays what it is."""
-    return {name: tensor.pin_memory() for name, tensor in batch.items()} if device.type == 'cuda' else batch
-
-
 def to_device(batch, device):
-    return {name: tensor.to(device, non_blocking=device.type == 'cuda') for name, tensor in pinned(batch, device).items()}
+    return {name: tensor.to(device, non_blocking=device.type == 'cuda') for name, tensor in batch.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,7 +395,10 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         assert {'settings', 'model_config', 'meta', 'step', 'weights'} <= checkpoint.keys()
     except FileNotFoundError:
-        raise UserError(f'{path}: no such checkpoint; train first, or name the folder of a run by --out_dir=')
+        there = {str(file) for file in (*Path('out').glob('*/ckpt_*.pt'), *path.parent.glob('ckpt_*.pt'))}
+        near = ', '.join(difflib.get_close_matches(str(path), there, 5, 0))
+        raise UserError(f'{path}: no such checkpoint; ' + (f'the nearest are {near}' if near else
+                        'train first, and start this in the folder of the repository, whose out/ holds the runs'))
     except Exception as error:  # the unpickler fails in many ways
         raise UserError(f'{path}: damaged, truncated or not a checkpoint of this repository ({type(error).__name__}); '
                         'delete it, or use another one in its folder')
@@ -553,7 +553,13 @@ def make_optimizers(model, settings):
         optimizers.append(torch.optim.AdamW(adamw, settings['learning_rate'], betas, fused=True))
     if muon:
         optimizers.append(Muon(muon, settings['muon_learning_rate'], settings['momentum'], settings['weight_decay']))
+    for group in groups_of(optimizers):
+        group['initial_lr'] = group['lr']
     return optimizers
+
+
+def groups_of(optimizers):
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def schedule(step, settings):
@@ -565,15 +571,14 @@ def schedule(step, settings):
 def hold_rates(optimizers, device=None):
     """Learning rates as numbers on the device, where a CUDA graph finds them, or as Python's."""
     warnings.filterwarnings('ignore', 'This instance was constructed with capturable=True')  # the first steps are not recorded
-    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-        group['initial_lr'] = group.get('initial_lr', float(group['lr']))
+    for group in groups_of(optimizers):
         group['lr'] = torch.tensor(group['initial_lr'], device=device) if device else group['initial_lr']
         group['capturable'] = bool(device)  # AdamW's name for that
 
 
 def set_rates(optimizers, settings, step):
-    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-        rate = group.setdefault('initial_lr', group['lr']) * schedule(step, settings)
+    for group in groups_of(optimizers):
+        rate = group['initial_lr'] * schedule(step, settings)
         group['lr'] = group['lr'].fill_(rate) if isinstance(group['lr'], torch.Tensor) else rate
 
 
@@ -812,47 +817,52 @@ def listen(stack):
 
 
 class Graphs:
-    """run(batch) on a GPU as CUDA graphs (gpt.record): one for each set of shapes that has come up twice already, as long as
-    there are fewer than `most`. What it changes, gradients or weights, has to stay where it is."""
+    """run(batch), or run(), on a GPU as CUDA graphs (gpt.record): one for each set of shapes that has come up twice already, as
+    long as there are fewer than `most`. What it changes, gradients or weights, has to stay where it is."""
     def __init__(self, run, most=64):
         self.run, self.most, self.seen, self.graphs = run, most, Counter(), {}
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, batch):
-        shapes = tuple(tensor.shape for tensor in batch.values())
+    def __call__(self, *batches):
+        shapes = tuple(tensor.shape for batch in batches for tensor in batch.values())
         if shapes in self.graphs:
             own, replay, result = self.graphs[shapes]
-            for mine, tensor in zip(own, batch.values()):
-                mine.copy_(tensor)
+            for mine, batch in zip(own, batches):
+                for name, tensor in batch.items():
+                    mine[name].copy_(tensor)
             replay()
             return result
         self.seen[shapes] += 1
         try:
             if self.seen[shapes] < 3 or len(self.graphs) >= self.most:
-                return self.run(batch)
+                return self.run(*batches)
             torch.cuda.empty_cache()  # a graph has its own memory
-            own = {name: tensor.clone() for name, tensor in batch.items()}
-            now, replay, result = gpt.record(lambda: self.run(own), self.pool)
+            own = [{name: tensor.clone() for name, tensor in batch.items()} for batch in batches]
+            now, replay, result = gpt.record(lambda: self.run(*own), self.pool)
         except RuntimeError as error:  # what failed while it was noted cannot be done again: the GPU's state is not sure any more
             raise UserError(f'graphs=True: this step fails ({str(error).splitlines()[0]}): most likely something in it waits for '
                             'the GPU, or its memory is full; leave --graphs out')
-        self.graphs[shapes] = list(own.values()), replay, result
+        self.graphs[shapes] = own, replay, result
         return now
 
 
-def prefetched(make, jobs, device, threads=2):
-    """make(*job), a batch, for each job in turn; where the caller works on a GPU, threads make the next ones meanwhile. More of
-    them get in each other's way: where draws are many small operations, Python lets one thread run at a time."""
+def prefetched(make, jobs, device):
+    """make(*job), a batch, for each job in turn; where the caller works on a GPU, two threads make the next ones meanwhile. More
+    of them get in each other's way: where draws are many small operations, Python lets one thread run at a time."""
     if device.type == 'cpu':  # there a second thread's worker threads would only get in the way of the first one's
         yield from (make(*job) for job in jobs)
         return
 
-    gpu = (torch.cuda.set_device, (device,)) if device.type == 'cuda' else (None, ())  # a thread begins with the first one
-    with ThreadPoolExecutor(threads, 'batches', *gpu) as pool:
+    def batch(job):
+        if device.type != 'cuda':
+            return make(*job)
+        torch.cuda.set_device(device)  # a thread begins with the first one
+        return {name: tensor.pin_memory() for name, tensor in make(*job).items()}  # a GPU copies that while it computes
+    with ThreadPoolExecutor(2) as pool:
         waiting = deque()
         for job in jobs:
-            waiting.append(pool.submit(lambda job: pinned(make(*job), device), job))
-            if len(waiting) > threads:
+            waiting.append(pool.submit(batch, job))
+            if len(waiting) > 2:
                 yield waiting.popleft().result()
         yield from (future.result() for future in waiting)
 
@@ -937,9 +947,7 @@ def run(assigned, files, stack):
             loss, logs = model(batch)
         scaler.scale(loss * world / n_micro).backward()
         return logs
-
-    def finish(nothing):
-        advance(optimizers, scaler, none=not graphs)
+    finish = partial(advance, optimizers, scaler, none=not graphs)
     if graphs:
         passes, finish = Graphs(passes), finish if scaler.is_enabled() else Graphs(finish)  # the scaler waits for the GPU
     limit, flops = matmul_rate(device, dtype) if is_main() else 1, {}
@@ -1051,7 +1059,7 @@ def run(assigned, files, stack):
         norm = clip(raw_model, settings['grad_clip'])
         if math.isfinite(norm):
             set_rates(optimizers, settings, step)
-            finish({})
+            finish()
         else:
             skipped += 1
             if skipped > settings['skip'] and not scaler.is_enabled() or scaler.get_scale() < 1:  # at 1 nothing overflows
@@ -1091,10 +1099,5 @@ def run(assigned, files, stack):
 
 
 if __name__ == '__main__':
-    try:
-        stopped = main(*sys.argv[1:]).get('stopped')
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
-    except KeyboardInterrupt:
-        sys.exit('stopped at once; the same command goes on from the last checkpoint')
+    stopped = config.run(main, 'stopped at once; the same command goes on from the last checkpoint').get('stopped')
     sys.exit(128 + stopped if stopped else 0)

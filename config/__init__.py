@@ -73,9 +73,10 @@ def apply(assigned, known):
 
 
 def run(main, stopped='stopped', **overrides):
-    """A program, from the shell: a fault that the user can mend ends it with one line and exit code 1, Ctrl-C with 130."""
+    """A program, from the shell: a fault that the user can mend ends it with one line and exit code 1, Ctrl-C with 130. Returns
+    what main returns."""
     try:
-        main(*sys.argv[1:], **overrides)
+        return main(*sys.argv[1:], **overrides)
     except (UserError, OSError) as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:

@@ -115,7 +115,7 @@ class Tape(TorchDispatchMode):
         for function, args, kwargs, result in self.calls:
             there = {storage.data_ptr() for storage in storages((args, kwargs))}
             if 'empty' not in function.overloadpacket.__name__:
-                for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs))):
+                for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
                     if isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() not in there:
                         old.copy_(new)
 

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 # exercise, what stands in its body, what a mistake puts there, words of the reason
 MUTANTS = dict(
     gpt=[
-        ('MLP.forward', 'x * x if', 'x if', 'relu2'),
+        ('MLP.forward', 'x * x', 'x', 'relu2'),
         ('MLP.forward', "approximate='tanh'", "approximate='none'", 'gelu_tanh'),
         ('MLP.forward', 'gate, x =', 'x, gate =', 'swiglu'),
         ('rotate', 'a * cos - b * sin, a * sin + b * cos', 'a * sin - b * cos, a * cos + b * sin', '90 degrees'),
