@@ -73,8 +73,8 @@ def rotate(x, cos, sin):
 
     The dot product of a query and a key so turned depends on the difference of their coordinates alone.
     """
-    a, b = x.chunk(2, dim=-1)  # times float32 angles: computed in float32 whatever x is
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+    a, b = x.chunk(2, dim=-1)  # times float32 angles: float32 whatever x is
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 class Attention(nn.Module):
@@ -89,37 +89,40 @@ class Attention(nn.Module):
         n_kv_head = n_kv_head or n_head
         assert n_embd % (2 * n_head) == 0, f'n_embd={n_embd} must be a multiple of 2 * n_head={2 * n_head}'
         assert n_head % n_kv_head == 0, f'n_head={n_head} must be a multiple of n_kv_head={n_kv_head}'
-        self.head_size, self.grouped, self.qk_norm = n_embd // n_head, n_kv_head < n_head, qk_norm
-        self.sizes = [n_embd, n_kv_head * self.head_size, n_kv_head * self.head_size]  # rows of queries, keys, values
+        self.n_head, self.n_kv_head, self.head_size, self.qk_norm = n_head, n_kv_head, n_embd // n_head, qk_norm
+        rows = n_kv_head * self.head_size  # of keys, and of values
         self.q = nn.Linear(n_embd, n_embd, bias) if cross else None
-        self.qkv = nn.Linear(n_embd, sum(self.sizes[cross:]), bias)  # one matmul; cross=True counts as 1: no rows of queries
+        self.qkv = nn.Linear(n_embd, 2 * rows if cross else n_embd + 2 * rows, bias)  # one matmul
         self.out = nn.Linear(n_embd, n_embd, bias)
         nn.init.zeros_(self.out.weight)  # a block starts as the identity
         # keys start equal to queries: a token first looks at what is like it and near it
         queries = (self.q if cross else self.qkv).weight.data[:n_embd].view(n_kv_head, -1, self.head_size, n_embd)
         start = 0 if cross else n_embd
-        self.qkv.weight.data[start:start + self.sizes[1]] = queries[:, 0].flatten(0, 1)
+        self.qkv.weight.data[start:start + rows] = queries[:, 0].flatten(0, 1)
 
     def heads(self, x):
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, nh, T, hd)
 
+    def turned(self, x, turn):
+        """Queries or keys (B, nh, T, hd), normalised and turned to their places. To normalise them bounds the logits (arXiv
+        2010.04245), so that high learning rates do no harm (2309.14322)."""
+        return rotate(norm(x) if self.qk_norm else x, *turn).type_as(x)
+
     def forward(self, x, turn, context=None, context_turn=None, causal=False, mask=None, cache=None):
         """turn: (cos, sin) of x's places, context_turn of the context's; mask and cache belong to generation, see `KVCache`."""
-        if context is None:
-            q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+        nh, nkv = self.n_head, self.n_kv_head
+        if context is None:  # queries and keys have the same places and are turned at once
+            qk, v = self.heads(self.qkv(x)).split((nh + nkv, nkv), dim=1)
+            q, k = self.turned(qk, turn).split((nh, nkv), dim=1)
         else:
-            q, (k, v) = self.q(x), self.qkv(context).chunk(2, dim=-1)
-        q, k, v = self.heads(q), self.heads(k), self.heads(v)
-        if self.qk_norm:  # bounds the logits (arXiv 2010.04245), so that high learning rates do no harm (2309.14322)
-            q, k = norm(q), norm(k)
-        q = rotate(q, *turn)
-        k = rotate(k, *(turn if context is None else context_turn))
+            k, v = self.heads(self.qkv(context)).chunk(2, dim=1)
+            q, k = self.turned(self.heads(self.q(x)), turn), self.turned(k, context_turn)
         if cache is not None:
             k, v = cache.append(self, k, v)
         # normalised vectors have length sqrt(hd), so that 1 / sqrt(hd) would hold every logit below sqrt(hd): too flat to pick
         # one token among hundreds. This scale lets them reach 12 whatever the head size.
         scale = 12 / self.head_size if self.qk_norm else self.head_size ** -0.5
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=self.grouped)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=nkv < nh)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 

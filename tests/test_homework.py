@@ -21,7 +21,6 @@ MUTANTS = dict(
         ('rotate', 'a * cos - b * sin, a * sin + b * cos', 'a * sin - b * cos, a * cos + b * sin', '90 degrees'),
         ('rotate', 'a * cos - b * sin, a * sin + b * cos', 'a * cos + b * sin, b * cos - a * sin', '90 degrees'),
         ('rotate', 'x.chunk(2, dim=-1)', '(x[..., 0::2], x[..., 1::2])', 'turned'),
-        ('rotate', '.type_as(x)', '', 'bfloat16'),
         ('Attention.forward', 'is_causal=causal', 'is_causal=False', 'no place sees its future'),
         ('Attention.forward', 'mask, is_causal=causal', 'torch.ones(q.size(2), k.size(2)).tril(1) > 0 if causal else mask',
          'no place sees its future'),
@@ -31,8 +30,9 @@ MUTANTS = dict(
         ('Attention.forward', 'scale=scale, ', '', 'causal attention'),
         ('Attention.forward', 'y = F.scaled', 'y = (q @ k.mT * scale).softmax(-2) @ v  #', 'no place sees its future'),
         ('Attention.forward', '12 / self.head_size', '12 / self.head_size ** 0.5', 'causal attention'),
-        ('Attention.forward', 'q, k = norm(q), norm(k)', 'q = norm(q)', 'causal attention'),
-        ('Attention.forward', 'turn if context is None else context_turn', 'turn', 'line'),
+        ('Attention.forward', 'self.turned(qk, turn)', 'rotate(qk, *turn)', 'causal attention'),
+        ('Attention.forward', 'q, k = self.turned', 'k, q = self.turned', 'causal attention'),
+        ('Attention.forward', 'self.turned(k, context_turn)', 'self.turned(k, turn)', 'line'),
         ('Attention.forward', 'k, v = cache.append(self, k, v)', 'cache.append(self, k, v)', 'fifth token'),
         ('Attention.forward', 'y.transpose(1, 2).flatten(2)', 'y.flatten(1).view(*x.shape)', 'causal'),
         ('Block.forward', 'x = x + self.dropout(self.attention', 'x = self.dropout(self.attention', 'behind the block'),
@@ -230,7 +230,7 @@ MUTANTS = dict(
 OTHERWISE = [
     ('gpt', 'Attention.forward', """
         source = x if context is None else context
-        a, b, _ = self.sizes
+        a, b = self.n_head * self.head_size, self.n_kv_head * self.head_size
         q = self.q(x) if context is not None else self.qkv(x)[..., :a]
         k, v = self.qkv(source)[..., -2 * b:-b], self.qkv(source)[..., -b:]
         q, k, v = (y.view(len(x), y.size(1), -1, self.head_size).permute(0, 2, 1, 3) for y in (q, k, v))
