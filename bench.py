@@ -21,6 +21,7 @@ the same.
 import collections
 import copy
 import functools
+import io
 import itertools
 import json
 import math
@@ -31,7 +32,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -389,19 +390,36 @@ def resolve(assigned):
     return train.resolve(assigned, stand_in.find_sizes(assigned.get('init_from', ('',))[0]))
 
 
-def build(assigned, spare, device):
-    """(settings of train.py and the model, model, data) as in training; without data, random numbers in the folder `spare`."""
+@contextmanager
+def built(assigned, device):
+    """(settings of train.py and the model, model, data), all as in training; without data, random numbers."""
     options, chapter = resolve(assigned)
     name, block_size = options['dataset'], options.get('block_size', 0)
-    folder = Path('data', name)
-    if not (folder / 'meta.json').is_file():
-        folder = Path(spare)
-        stand_in.write(folder, name, block_size)
-        print(f'data/{name} is not there: random numbers of the same shapes instead', flush=True)
-    meta = train.read_meta(folder)
-    torch.manual_seed(options['seed'])
-    model = train.make_model(chapter, options, meta, {}).to(device)
-    return options, model, train.Data(folder, 'train', meta, model.fields, block_size)
+    compiled = mock.patch.object(gpt, 'nll', gpt.nll)  # what is compiled for this config stays here
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare, compiled:
+        folder = Path('data', name)
+        if not (folder / 'meta.json').is_file():
+            folder = Path(spare)
+            stand_in.write(folder, name, block_size)
+            print(f'data/{name} is not there: random numbers of the same shapes instead', flush=True)
+        meta = train.read_meta(folder)
+        torch.manual_seed(options['seed'])
+        model = train.make_model(chapter, options, meta, {}).to(device)
+        train.set_up(device, length=train.length_of(model))
+        yield options, model, train.Data(folder, 'train', meta, model.fields, block_size)
+
+
+def formats_of(limits):
+    """The number formats that are measured, the fastest last."""
+    return [dtype for dtype in limits if dtype != 'copy']
+
+
+def find_job(options, model, data, settings, device, limits):
+    """What train.micro_batch is asked for: a micro-batch, cut if it would take longer than `seconds` at the machine's limit."""
+    one = options | dict(batch_size=1, micro_batch_size=1)
+    flops = train.count_flops(model, train.to_device(train.micro_batch(data, model, one, 0, 0), device))
+    most = int(settings['seconds'] * limits[formats_of(limits)[-1]] / flops)
+    return data, model, options | dict(micro_batch_size=max(1, min(options['micro_batch_size'], most))), 0, 0
 
 
 class Products(TorchDispatchMode):
@@ -502,16 +520,17 @@ def time_steps(model, job, options, device, dtype, settings, graphs=False):
     return seconds, memory, tokens, torch.stack(losses[:5]).tolist()
 
 
-def step_row(name, variant, size, options, measured, flops, roof, limit):
+def step_row(name, variant, options, measured, flops, roof, limit):
     """A row of the table: a step is `scale` of the measured micro-batches and the optimizer."""
     seconds, memory, tokens, _ = measured
-    (dtype, compiled, graphs), scale = variant, options['batch_size'] / size
+    (dtype, compiled, graphs), size, samples = variant, options['micro_batch_size'], options['batch_size']
+    scale = samples / size
     optimizer = statistics.median(seconds.pop('optimizer'))
     passes = [scale * sum(parts) for parts in zip(*seconds.values())]
     whole = statistics.median(passes) + optimizer
     return {'config': name, 'format': str(dtype)[6:], 'compiled': 'and a graph' if graphs else 'yes' if compiled else 'no',
-            'samples': f'{size} of {options["batch_size"]}', 'ms a step': 1000 * whole, '+-': 1000 * spread(passes),
-            'samples/s': options['batch_size'] / whole, 'tokens/s': scale * tokens / whole, 'GFLOP': scale * flops / 1e9,
+            'samples': f'{size} of {samples}', 'ms a step': 1000 * whole, '+-': 1000 * spread(passes),
+            'samples/s': samples / whole, 'tokens/s': scale * tokens / whole, 'GFLOP': scale * flops / 1e9,
             'of limit %': 100 * scale * flops / whole / limit, 'of roof %': 100 * scale * roof / whole,
             'of roof % without optimizer': 100 * scale * roof / statistics.median(passes),
             **{f'{part} %': 100 * scale * statistics.median(seconds[part]) / whole if part in seconds else ''
@@ -521,11 +540,8 @@ def step_row(name, variant, size, options, measured, flops, roof, limit):
 
 def bench_steps(name, options, model, data, settings, device, limits):
     """Rows, one for each number format, eager and compiled, and on a GPU with CUDA graphs."""
-    formats, rows, first = [dtype for dtype in limits if dtype != 'copy'], [], None
-    one = options | dict(batch_size=1, micro_batch_size=1)
-    flops = train.count_flops(model, train.to_device(train.micro_batch(data, model, one, 0, 0), device))
-    size = max(1, min(options['micro_batch_size'], int(settings['seconds'] * limits[formats[-1]] / flops)))
-    job = (data, model, options | dict(micro_batch_size=size), 0, 0)
+    formats, rows, first = formats_of(limits), [], None
+    job = find_job(options, model, data, settings, device, limits)
     flops, products = count_products(model, train.to_device(train.micro_batch(*job), device))
     roofs, start = {dtype: chain_seconds(products, device, dtype) for dtype in formats}, copy.deepcopy(model.state_dict())
     variants = [(dtype, compiled, False) for compiled in (False, True) for dtype in formats]
@@ -540,7 +556,7 @@ def bench_steps(name, options, model, data, settings, device, limits):
         measured = time_steps(model, job, options, device, dtype, settings, graphs)
         first = first or measured[-1]
         assert all(abs(a - b) < 0.05 * abs(b) for a, b in zip(measured[-1], first)), f'{name}: {measured[-1]}, not {first}'
-        rows.append(step_row(name, (dtype, compiled, graphs), size, options, measured, flops, roofs[dtype], limits[dtype]))
+        rows.append(step_row(name, (dtype, compiled, graphs), job[2], measured, flops, roofs[dtype], limits[dtype]))
         show(rows[-1], len(rows) == 1)
     return rows
 
@@ -597,15 +613,33 @@ def measure(name, assigned, settings, limits):
     """Both tables of one config."""
     device = train.find_device(settings['device'])
     try:
-        restored = mock.patch.object(gpt, 'nll', gpt.nll)  # compiled for this config
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare, restored:
-            options, model, data = build(assigned, spare, device)
-            train.set_up(device, length=train.length_of(model))
+        with built(assigned, device) as (options, model, data):
             steps = bench_steps(name, options, model, data, settings, device, limits)
         train.set_up(device, training=False)
         return {'Training steps': steps, 'Generation': bench_generation(name, model, settings, device, limits)}
     except RuntimeError as error:  # those of torch.compile cannot be sent to another process
         raise RuntimeError(f'{type(error).__name__}: {error}') from None
+
+
+def compile_ahead(assigned, settings, limits):
+    """Leaves in PyTorch's cache on disk what a config's compiled step needs. What goes wrong is told when it is measured."""
+    device = train.find_device(settings['device'])
+    with suppress(Exception), redirect_stdout(io.StringIO()), built(assigned, device) as (options, model, data):
+        batch = train.to_device(train.micro_batch(*find_job(options, model, data, settings, device, limits)), device)
+        if options['compile'] and train.compile_blocks(model, device):
+            with train.autocast(device, formats_of(limits)[-1]):
+                loss = model(batch)[0]
+            loss.backward()
+
+
+def compile_all(jobs, settings, limits):
+    """Several configs at a time, before any is measured: to compile takes most of the time of all, and one core of the host."""
+    workers = min(8, torch.get_num_threads() // 2, len(jobs))
+    if workers > 1:
+        print(f'\ncompiling for {len(jobs)} configs, {workers} at a time', flush=True)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
+            for assigned in jobs.values():
+                pool.submit(compile_ahead, assigned, settings, limits)
 
 
 def reason(error):
@@ -620,6 +654,8 @@ def reason(error):
 def bench_configs(jobs, settings, device, limits, tables):
     """Adds to the tables the rows of each config, {path: assigned}, in a process whose end ends nothing else."""
     pool = None
+    if settings['all']:
+        compile_all(jobs, settings, limits)
     for path, assigned in jobs.items():
         name, pool = Path(path).stem, pool or ProcessPoolExecutor(1, multiprocessing.get_context('spawn'))
         print(f'\n{name}', flush=True)
