@@ -624,6 +624,7 @@ def measure(name, assigned, settings, limits):
 def compile_ahead(assigned, settings, limits):
     """Leaves in PyTorch's cache on disk what a config's compiled step needs. What goes wrong is told when it is measured."""
     device = train.find_device(settings['device'])
+    torch._inductor.config.compile_threads = 2  # of each of several processes
     with suppress(Exception), redirect_stdout(io.StringIO()), built(assigned, device) as (options, model, data):
         batch = train.to_device(train.micro_batch(*find_job(options, model, data, settings, device, limits)), device)
         if options['compile'] and train.compile_blocks(model, device):
