@@ -815,7 +815,8 @@ def step_of_nano4m(plain, empty, settings, device):
         with train.autocast(device, dtype):
             loss = model(batch)[0]
         loss.backward()
-        train.update(optimizers, options, 0)
+        train.set_rates(optimizers, options, 0)
+        train.advance(optimizers)
         return loss
     first = step().item()
     return first, median_seconds(step, device, settings['repeats']), peak_bytes(step, device) / 2 ** 30
@@ -881,7 +882,7 @@ PARTS = dict(generation=compare_generation, unmasking=compare_unmasking, cross_e
 
 
 def main(*arguments, **overrides):
-    assigned, files = config.read(arguments, overrides), [path for path in arguments if not path.startswith('--')]
+    assigned, files = config.read(arguments, overrides), [path for path in map(str, arguments) if not path.startswith('--')]
     settings = config.apply({name: assigned.pop(name) for name in SETTINGS if name in assigned}, SETTINGS)
     if settings['part'] not in ('', *PARTS):
         raise UserError(f'part={settings["part"]!r}: choose one of {", ".join(PARTS)}')

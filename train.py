@@ -45,7 +45,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -95,7 +94,7 @@ SETTINGS = dict(
                               # follow from its batch and from torch's random numbers alone
     shard=False,              # for models that do not fit: of weights, gradients and moments each process keeps only its share
     checksum=False,           # read all data once before the first step and compare them with what prepare/ made
-    threads=0,                # of a CPU run; 0 is PyTorch's choice, one for each core that this process may use
+    threads=0,                # of a CPU run; 0 is PyTorch's choice, one for each core that this process may use, and later as before
 )
 
 
@@ -116,19 +115,23 @@ def find_device(name='auto'):
 def find_dtype(name, device):
     """bfloat16 where it is native: there its matmuls are several times faster than float32's, elsewhere slower."""
     if name == 'auto':
-        native = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-                  'cpu': lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}
-        return torch.bfloat16 if native.get(device.type, bool)() else torch.float32
+        native = False
+        if device.type == 'cuda':
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == 'cpu':
+            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else torch.float32
     if name not in ('float32', 'bfloat16', 'float16'):
         raise UserError(f'dtype={name!r}: choose auto, float32, bfloat16 or float16')
     return getattr(torch, name)
 
 
 def set_up(device, threads=0, training=True, length=0):
-    """Process-wide choices. On a CPU attention is better written out than fused while sequences are short: the backward pass
-    of PyTorch 2.13's fused CPU kernel took, in bfloat16, 5 times as long at 64 tokens, 1.4 times at 256 and half as long at
-    1,024; in float32 all of the core as long up to 128 tokens, and 0.6 to 0.75 of it at 512. Its memory also grows with the
-    length and not its square. Its forward pass is the faster one when 32 texts are written at once."""
+    """Process-wide choices; on a CPU also whether attention is fused, one kernel that never holds all T x T weights, or written
+    out. In training the latter is faster for short sequences: compared with it, the backward pass of PyTorch 2.13's fused kernel
+    took, in bfloat16, 5 times as long at 64 tokens, 1.4 times at 256, half as long at 1,024; in float32 the fused core, forward
+    and backward, as long up to 128 tokens, 0.6 to 0.75 of the time at 512. Its memory grows with the length, not with its square.
+    To write 32 texts at once it is the faster one."""
     torch.set_float32_matmul_precision('high')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
@@ -199,13 +202,14 @@ def is_block(module):
 
 
 def compile_blocks(model, device):
-    """torch.compile for every Transformer block of a model, in place, and on a GPU for the cross-entropy, whose logits are then
-    read once in 16 bits where they were written and read in 32. All blocks of a kind share one compiled function, so that this
+    """torch.compile for every Transformer block of a model, in place, and on a GPU for the cross-entropy, which by itself writes
+    its 16-bit logits once more in 32 bits, and reads these. All blocks of a kind share one compiled function, so that this
     takes seconds where compiling a whole model took minutes. Returns whether a compiler works; if not, a line says so."""
     try:
         torch.compile(lambda x: (x @ x).relu())(torch.ones(2, 2, device=device))
     except Exception as error:
-        print(f'torch.compile does not work here ({type(error).__name__}): going on without it, about half as fast')
+        if is_main():
+            print(f'torch.compile does not work here ({type(error).__name__}): going on without it, about half as fast')
         return False
     torch._dynamo.config.recompile_limit = 64  # one for each combination of shapes; chapters keep these few
     for module in model.modules():
@@ -283,6 +287,8 @@ class Data:
             raise UserError(f'{Path(folder, split)}: the fields differ in length ({sizes}); delete {folder} to make it anew')
         self.length = self.n = sizes.popitem()[1]
         if meta['kind'] == 'stream':  # room for the shift in training; the last window in evaluation may be filled in part
+            if block_size < 1:
+                raise UserError(f'{folder} is cut into windows: block_size={block_size} must be at least 1')
             self.n = self.length // block_size - 1 if split == 'train' else -(-(self.length - 1) // block_size)
         if self.n < 1:
             raise UserError(f'{Path(folder, split)}: {self.length} tokens are too few for a context of {block_size}: training '
@@ -342,7 +348,7 @@ class Data:
 
 
 def generator(*key):
-    """A random generator for this key of integers, independent of those for all other keys."""
+    """A random generator for this key of integers, independent of those for other keys (zeros at the end do not count)."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -354,7 +360,7 @@ def micro_batch(data, model, settings, step, j):
 
 
 def evaluation_batch(data, model, settings, j):
-    """The same samples, masks and noise in every evaluation of every run."""
+    """The same samples, masks and noise in every evaluation of every run that has this micro_batch_size."""
     size = settings['micro_batch_size']
     batch = data.rows(np.arange(j * size, min((j + 1) * size, data.n)))
     return model.draw(batch, generator(3, j), shared=generator(4, j))
@@ -399,6 +405,8 @@ def read_checkpoint(path):
         near = ', '.join(difflib.get_close_matches(str(path), there, 5, 0))
         raise UserError(f'{path}: no such checkpoint; ' + (f'the nearest are {near}' if near else
                         'train first, and start this in the folder of the repository, whose out/ holds the runs'))
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error})')
     except Exception as error:  # the unpickler fails in many ways
         raise UserError(f'{path}: damaged, truncated or not a checkpoint of this repository ({type(error).__name__}); '
                         'delete it, or use another one in its folder')
@@ -488,8 +496,8 @@ def orthogonal(x, dtype):
     """Matrices x (n, rows, columns) -> about the nearest ones with orthonormal rows or columns (Newton-Schulz, as in Jordan et
     al., "Muon", 2024): five times, aX + bXX'X + c(XX')^2 X brings all singular values nearer to 1, in the end to 0.7 .. 1.2.
 
-    Each time X is multiplied from the left. What it is multiplied by in all, Y, and (YX)(YX)' = Y(XX')Y', are small where X is
-    wide, and can be had without X; but bfloat16 would lose the small singular values on that way.
+    What has become of X is always YX, Y a square as small as X has rows, and (YX)(YX)' = Y(XX')Y': where X is wide, the rounds
+    need small matrices alone, and X itself only in the end. In bfloat16 that way would lose the small singular values.
     """
     tall = x.size(1) > x.size(2)
     x = (x.mT if tall else x).to(dtype)
@@ -591,15 +599,11 @@ def advance(optimizers, scaler=torch.amp.GradScaler(enabled=False), none=True):
     scaler.update()
 
 
-def update(optimizers, settings, step):
-    set_rates(optimizers, settings, step)
-    advance(optimizers)
-
-
+@torch.no_grad()
 def follow(mean, model, decay, step):
     """Moves the running mean of the weights towards those after this step; the first steps are soon forgotten."""
     decay = min(decay, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(decay)(list(mean.parameters()), list(model.parameters()), step)
+    torch._foreach_lerp_(list(mean.parameters()), list(model.parameters()), 1 - decay)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -721,6 +725,9 @@ def resolve(assigned, sources={}):
         least = int(key in ('max_iters', 'batch_size', 'micro_batch_size', 'eval_interval', 'log_interval'))
         if not isinstance(settings[key], str) and settings[key] < least:
             raise UserError(f'{key}={settings[key]}: must be at least {least}')
+    for key in ('beta1', 'beta2', 'momentum', 'ema'):
+        if settings[key] >= 1:
+            raise UserError(f'{key}={settings[key]}: must be below 1')
     settings['micro_batch_size'] = min(settings['micro_batch_size'], settings['batch_size'])
     return settings, chapter
 
@@ -740,9 +747,8 @@ def make_model(chapter, settings, meta, assigned):
 def load_weights(model, part, source, folder, meta):
     """The weights of another run, or the same part of it, into a part of the model, '' for all of it; where they read or write
     tokens these must mean the same: made by the same encoding, or the same data."""
-    weights = source['weights']
-    if own := {name.removeprefix(f'{part}.'): tensor for name, tensor in weights.items() if part and name.startswith(f'{part}.')}:
-        weights = own
+    own = {name.removeprefix(f'{part}.'): tensor for name, tensor in source['weights'].items() if name.startswith(f'{part}.')}
+    weights = own or source['weights']
     tokens = not part or 'head.weight' in weights
     if tokens and meta.get('encoding', meta) != source['meta'].get('encoding', source['meta']):
         raise UserError(f'{folder} has other tokens than the run that init_from names ({meta.get("encoding", "its own")}, not '
@@ -801,15 +807,15 @@ def forget(log, step):
 def listen(stack):
     """A list that will hold the number of each signal that asks this process to stop. The run then saves and leaves; a second
     signal ends it at once, unless it comes with the first: torchrun passes on a Ctrl-C that the process has already had."""
-    asked, first = [], [0.0]
+    asked, times = [], []
 
     def note(number, frame):
-        if asked and time.monotonic() - first[0] > 2:
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 2:
             raise KeyboardInterrupt
         if not asked and is_main():
             os.write(2, b'\nstopping at the next line of the log; once more stops at once\n')  # not print: it may be at it
         asked.append(number)
-        first[0] = first[0] or time.monotonic()
     if threading.current_thread() is threading.main_thread():  # others may not
         for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, 'SIGUSR1') else [])):
             stack.callback(signal.signal, number, signal.signal(number, note))
@@ -871,11 +877,11 @@ def main(*arguments, **overrides):
     """Trains as the config files and settings say; returns the last evaluation's values, or {'stopped': number of the signal}.
     Raises UserError."""
     with ExitStack() as stack:  # gives back signals, the lock and the process group, however the run ends
-        return run(config.read(arguments, overrides), [path for path in arguments if not path.startswith('--')], stack)
+        return run(config.read(arguments, overrides), [path for path in map(str, arguments) if not path.startswith('--')], stack)
 
 
 def run(assigned, files, stack):
-    sources = read_sources(assigned.get('init_from', ('resume',))[0])
+    sources = read_sources(str(assigned.get('init_from', ('resume',))[0]))
     settings, chapter = resolve(assigned, sources)
     out_dir = Path(settings['out_dir'] or Path('out', Path(files[-1]).stem if files else settings['model']))
     device = find_device(settings['device'])  # what is wrong with these is to be said before data are made, which takes minutes
@@ -908,7 +914,9 @@ def run(assigned, files, stack):
     raw_model = make_model(chapter, settings, meta, assigned)
     for part in list(sources):
         load_weights(raw_model, part, sources.pop(part), folder, meta)  # and forgotten: it may be as large as the model
-    threads = settings['threads'] or (max(1, checkpoint['threads'] // world) if checkpoint else 0)  # as many in all as before
+    threads = settings['threads']
+    if checkpoint and not threads:  # as many in all as before, if there are as many cores
+        threads = max(1, min(checkpoint['threads'] // world, os.cpu_count()))
     set_up(device, threads, length=length_of(raw_model))
     block_size = settings.get('block_size', 0)
     train_data, val_data = (Data(folder, split, meta, raw_model.fields, block_size, settings['seed'])
@@ -916,8 +924,9 @@ def run(assigned, files, stack):
     ghost = copy.deepcopy(raw_model).to('meta')  # without numbers: to count FLOPs costs neither time nor memory
     make_optimizers(ghost, settings)  # freezes what is not trained
     mean = copy.deepcopy(raw_model) if settings['ema'] else raw_model  # the model that is evaluated and sampled from
+    models = dict(weights=raw_model) | (dict(ema=mean) if settings['ema'] else {})  # as a checkpoint names them
     sharded = settings['shard'] and world > 1
-    for name, each in [('weights', raw_model), ('ema', mean)][:1 + (mean is not raw_model)]:
+    for name, each in models.items():
         if checkpoint:
             with same_code(out_dir):
                 each.load_state_dict(checkpoint[name])
@@ -931,11 +940,12 @@ def run(assigned, files, stack):
         scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())  # empty where the run was not in float16 so far
         state |= {name: checkpoint[name] for name in state}
         del checkpoint  # as large as what it was loaded into
+    start, best, seconds, tokens, skipped, wandb_id = state.values()
     graphs = settings['graphs'] and device.type == gpt.GRAPHS and world == 1
     if settings['graphs'] and not graphs and is_main():
         print('graphs=True is for a run on a single GPU: going on without')
     hold_rates(optimizers, device if graphs else None)
-    forget(out_dir / 'log.jsonl', state['step'] or -1)
+    forget(out_dir / 'log.jsonl', start or -1)
     if settings['compile']:
         stack.callback(setattr, gpt, 'nll', gpt.nll)
         compile_blocks(raw_model, device)
@@ -949,8 +959,10 @@ def run(assigned, files, stack):
         return logs
     finish = partial(advance, optimizers, scaler, none=not graphs)
     if graphs:
-        passes, finish = Graphs(passes), finish if scaler.is_enabled() else Graphs(finish)  # the scaler waits for the GPU
-    limit, flops = matmul_rate(device, dtype) if is_main() else 1, {}
+        passes = Graphs(passes)
+    if graphs and not scaler.is_enabled():  # which waits for the GPU, as a graph cannot
+        finish = Graphs(finish)
+    limit = matmul_rate(device, dtype) if is_main() else 1
     if is_main():
         count = sum(p.numel() for p in raw_model.parameters())
         if shutil.disk_usage(out_dir).free < 48 * count:  # weights, moments, mean: 16 bytes each, in up to three checkpoints
@@ -959,8 +971,7 @@ def run(assigned, files, stack):
               f'{str(dtype)[6:]}, {limit / 1e9:,.0f} GFLOP/s of matmul; run folder {out_dir}')
         if settings['wandb_log']:
             import wandb
-            state['wandb_id'] = wandb.init(project='nanofm', name=out_dir.name, config=settings, id=state['wandb_id'],
-                                           resume='allow').id
+            wandb_id = wandb.init(project='nanofm', name=out_dir.name, config=settings, id=wandb_id, resume='allow').id
             stack.callback(wandb.finish)  # offline it says how to send the run later
 
     def log(line):
@@ -987,24 +998,24 @@ def run(assigned, files, stack):
     def save(step, *names):
         checkpoint = whole(dict(
             settings=settings, model_config=dataclasses.asdict(raw_model.config), meta=meta, step=step, best=best,
-            seconds=seconds, tokens=int(tokens), skipped=skipped, weights=raw_model.state_dict(), dtype=str(dtype),
-            optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(),
-            threads=torch.get_num_threads() * world, wandb_id=state['wandb_id'])
-            | (dict(ema=mean.state_dict()) if settings['ema'] else {}))
-        for name in names if is_main() else ():
-            save_checkpoint(out_dir / name, checkpoint)
+            seconds=seconds, tokens=int(tokens), skipped=skipped, dtype=str(dtype), threads=torch.get_num_threads() * world,
+            optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(), wandb_id=wandb_id)
+            | {name: each.state_dict() for name, each in models.items()})
+        if is_main():
+            for name in names:
+                save_checkpoint(out_dir / name, checkpoint)
         any_process(False, device)  # nobody leaves before it is written: torchrun and srun end all when the first one does
 
-    start, best, seconds, tokens, skipped = (state[name] for name in ('step', 'best', 'seconds', 'tokens', 'skipped'))
     if start >= settings['max_iters'] or best <= settings['target_loss'] > 0:
         if is_main():
-            print(f'{out_dir}: finished at step {start}, best val_loss {best:.4f}; raise max_iters to go on, or '
-                  '--init_from=scratch to start anew')
+            print(f'{out_dir}: finished at step {start}, best val_loss {best:.4f}; raise max_iters or lower '
+                  'target_loss to go on, or --init_from=scratch to start anew')
         return {}
     mine = range(rank, n_micro, world)
     jobs = ((train_data, raw_model, settings, step, j) for step in range(start, settings['max_iters']) for j in mine)
     batches = prefetched(micro_batch, jobs, device)
     bar = stack.enter_context(tqdm(total=settings['max_iters'], initial=start, desc='train', unit='step', disable=not is_main()))
+    flops = {}  # of a micro-batch, by its shapes
     total, work, waited, since = {}, 0, 0.0, time.perf_counter()  # since the last log line
     for step in range(start, settings['max_iters'] + 1):
 
@@ -1019,9 +1030,11 @@ def run(assigned, files, stack):
                            + '  '.join(f'{name} {value:.3f}' for name, value in values.items() if name != 'loss'))
             improved, best = val_loss < best, min(best, val_loss)  # in this order a nan does not stay
             if step:
-                # the last one last: a run killed in between evaluates this step again
-                save(step, *['ckpt_best.pt'] * improved, *[f'ckpt_{step:06d}.pt'] * (settings['keep'] > 0), 'ckpt_last.pt')
-                for old in sorted(out_dir.glob('ckpt_[0-9]*.pt'), key=lambda path: (len(path.name), path))[:-settings['keep']]:
+                names = ['ckpt_best.pt'] if improved else []
+                names += [f'ckpt_{step:06d}.pt'] if settings['keep'] else []
+                save(step, *names, 'ckpt_last.pt')  # the last one last: a run killed in between evaluates this step again
+                kept = sorted(out_dir.glob('ckpt_[0-9]*.pt'), key=lambda path: (len(path.name), path))
+                for old in kept[:-settings['keep']]:  # none where keep is 0: [:-0] is empty
                     old.unlink(missing_ok=True)
                 if settings['pictures'] and is_main():
                     import sample
@@ -1030,7 +1043,7 @@ def run(assigned, files, stack):
                                     out_dir / f'sample_{step:06d}.png')
             reached = val_loss <= settings['target_loss'] > 0
             if reached and is_main():
-                print(f'val_loss {val_loss:.4f} <= target_loss after {int(tokens):,} tokens, {seconds:.1f} s')
+                tqdm.write(f'val_loss {val_loss:.4f} <= target_loss after {int(tokens):,} tokens, {seconds:.1f} s')
             if step == settings['max_iters'] or reached:
                 break
             since = time.perf_counter()
@@ -1039,7 +1052,8 @@ def run(assigned, files, stack):
         if step > start and step % settings['log_interval'] == 0 and any_process(asked, device):
             save(step, 'ckpt_last.pt')
             if is_main():
-                tqdm.write(f'stopped by signal after step {step}; the same command goes on from here')
+                without = ', without --init_from=scratch,' if settings['init_from'] == 'scratch' else ''
+                tqdm.write(f'stopped by signal after step {step}; the same command{without} goes on from here')
             return {'stopped': asked[0] if asked else signal.SIGTERM}
 
         # one step: the gradient of the mean over all micro-batches of all processes
@@ -1047,7 +1061,7 @@ def run(assigned, files, stack):
             began = time.perf_counter()
             batch = to_device(next(batches), device)
             waited += time.perf_counter() - began
-            shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)
+            shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)  # lists of rows hardly matter to FLOPs
             if shapes not in flops:
                 flops[shapes] = count_flops(ghost, to_device(batch, torch.device('meta')))
             work += flops[shapes]
@@ -1062,7 +1076,8 @@ def run(assigned, files, stack):
             finish()
         else:
             skipped += 1
-            if skipped > settings['skip'] and not scaler.is_enabled() or scaler.get_scale() < 1:  # at 1 nothing overflows
+            hopeless = scaler.get_scale() < 1 if scaler.is_enabled() else skipped > settings['skip']  # at 1 nothing overflows
+            if hopeless:
                 save(step, 'ckpt_fault.pt')
                 samples = train_data.ids(step * settings['batch_size'], settings['batch_size'])
                 log({'step': step, 'grad_norm': str(norm), 'samples': samples})

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from config import UserError
 from gpt import MLP, Attention, norm, rotary
-from train import SETTINGS, autocast, find_device, find_dtype, make_optimizers, set_up, update
+from train import SETTINGS, advance, autocast, find_device, find_dtype, make_optimizers, set_rates, set_up
 
 
 @dataclass
@@ -207,7 +207,8 @@ def fit(model, loss_of, batch_of, steps, name, rates=''):
         with autocast(device, dtype):
             loss = loss_of(model, *batch)
         loss.backward()
-        update(optimizers, settings, step)
+        set_rates(optimizers, settings, step)
+        advance(optimizers)
         if step % 20 == 0:
             bar.set_postfix(loss=f'{loss.item():.4f}')
     return model.cpu().eval()

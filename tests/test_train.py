@@ -710,11 +710,27 @@ def test_damaged_data(here):
     (dict(device='gpu'), "device='gpu' does not work here"),
     (dict(dtype='float8'), 'choose auto, float32, bfloat16 or float16'),
     (dict(grad_clip=-1.0), 'grad_clip=-1.0: must be at least 0'),
-    (dict(seed=-1), 'seed=-1: must be at least 0'),
+    (dict(seed=-1), 'seed=-1: must be at least 0'), (dict(beta2=1.0), 'beta2=1.0: must be below 1'),
+    (dict(init_from=Path('out/nobody')), 'out/nobody/ckpt_last.pt: no such checkpoint'),
 ])
 def test_faulty_settings(here, changes, message):
     with pytest.raises(UserError, match=message):
         run('out/a', **changes)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(monkeypatch):
+    def refused(path):
+        raise PermissionError('not yours')
+    monkeypatch.setattr(train.zipfile, 'ZipFile', refused)
+    with pytest.raises(UserError, match='ckpt_last.pt: cannot be read .not yours'):
+        train.read_checkpoint(Path('out/a/ckpt_last.pt'))
+
+
+def test_a_stream_needs_a_context(tmp_path):
+    (tmp_path / 'train').mkdir()
+    np.save(tmp_path / 'train/tokens.npy', np.zeros(9, np.uint8))
+    with pytest.raises(UserError, match='block_size=0 must be at least 1'):
+        train.Data(tmp_path, 'train', dict(kind='stream', fields=dict(tokens=65)), ('tokens',))
 
 
 def test_the_command_line_prints_one_line(here):
