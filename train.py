@@ -1061,7 +1061,7 @@ def run(assigned, files, stack):
             began = time.perf_counter()
             batch = to_device(next(batches), device)
             waited += time.perf_counter() - began
-            shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)  # lists of rows hardly matter to FLOPs
+            shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)  # lengths (R,) always differ: as the first
             if shapes not in flops:
                 flops[shapes] = count_flops(ghost, to_device(batch, torch.device('meta')))
             work += flops[shapes]
