@@ -111,6 +111,10 @@ BELONGS = dict(  # settings that mean nothing to the chapters that do not name t
           'temperature_end top_k top_p',
     flow='steps guidance interval method labels show',
     vlm='text image chat blind prompts max_new_tokens temperature top_k top_p min_p')
+APART = (  # pairs of settings of which one would be ignored
+    ('compare', 'report'), ('compare', 'score'), ('report', 'score'), ('chain', 'given'), ('chain', 'target'),
+    ('retrieve', 'hide'), ('retrieve', 'replace'), ('retrieve', 'score'), ('prompts', 'prompt'), ('prompts', 'text'),
+    ('chat', 'text'), ('chat', 'prompts'))
 SHOWS = dict(maskgit=('grid', 'gif', 'swap'), flow=('grid', 'path', 'steps', 'guidance'))
 
 
@@ -378,7 +382,7 @@ def draw_maskgit(model, fields, settings, path):
 def score_maskgit(model, fields, settings, data, path):
     """The likelihood bound on the validation set beside the exact value of a GPT; where the data has a judge, what it says of
     pictures drawn in each order in 1, 4, 8 ... steps, and the time that they took; a picture of each order shows some."""
-    device, found = model.turn.device, []
+    device, found, floors = model.turn.device, [], read_floors(settings['against'])
     generator = torch.Generator().manual_seed(settings['seed'])
     for ids in tqdm(np.array_split(np.arange(data.n), -(-data.n // 64)), desc='bound', unit='batch'):
         tokens = data.rows(ids)['tokens'].to(device)
@@ -386,7 +390,6 @@ def score_maskgit(model, fields, settings, data, path):
             bound = model.log_prob_bound(tokens[:, -model.N:], tokens[:, 0] if model.config.n_classes else None, 16, generator)
         found.append(torch.stack((bound, (tokens[:, -model.N:] >= 0).sum(1)), -1).cpu())
     nll = torch.cat(found)[:, None].double().numpy()  # (n, 1, 2): nats and tokens of each sample
-    floors = read_floors(settings['against'])
     scores = {'nats/token': bootstrap(nll) | dict(baseline=math.log(model.config.vocab_size))}
     if len(model.grid) == 2:
         scores['nats/image given the class' if model.config.n_classes else 'nats/image'] = bootstrap(nll / [1, model.N])
@@ -444,8 +447,10 @@ def read_link(entry, settings):
             raise UserError(f'{entry!r}: {part!r} is none of a number of steps, an order ({", ".join(ORDERS)}), a schedule '
                             f'({", ".join(SCHEDULES)}), t0.7 or t0.9..0.3 (temperature), g2 or g1..3 (guidance), w-1 (weight as a '
                             'condition), mean8, best8 (of so many draws)')
-        link |= {key: type(link[key])(value) for key, value in found.groupdict().items() if value}
-        if link['temperature'] < 0 or link['temperature_end'] < 0 or min(link['mean'], link['best']) < 1 or part in ('0', 'g0'):
+        said = {key: type(link[key])(value) for key, value in found.groupdict().items() if value}
+        link |= said
+        if link['temperature'] < 0 or link['temperature_end'] < 0 or min(link['mean'], link['best']) < 1 or (
+                0 in (said.get('steps'), said.get('guidance'))):
             raise UserError(f'{entry!r}: {part!r} is too small')  # guidance 0, which knows no condition, is to give none
     if min(link['mean'], link['best']) > 1:
         raise UserError(f'{entry!r}: the mean of several draws or the best of them, not both')
@@ -465,7 +470,8 @@ def check_chain(chain, given, targets, partly, model):
         raise UserError(f'chain={chain!r}: what is given has nothing but a weight, as in "caption:w2>rgb"')
     if targets and targets[-1]['weight'] != 1:
         raise UserError(f'chain={chain!r}: nothing follows {asked[-1]} that its weight could be for')
-    if wrong := [link['name'] for link in targets if link['mean'] > 1 and link['name'] in texts or link['best'] > 1 and not names]:
+    if wrong := [link['name'] for i, link in enumerate(targets) if link['mean'] > 1 and link['name'] in texts
+                 or link['best'] > 1 and not {*names, *asked[:i]} - {link['name']}]:
         raise UserError(f'{wrong[0]}: mean is for pictures, and best needs something given that it is judged by')
 
 
@@ -656,16 +662,16 @@ def columns_for(model, fields, settings, chain, index):
     found, raw = generate(model, fields, ids, chain, generator)
     names, changed = [link['name'] for link in chain[0]], settings['replace'] or settings['hide']
     for name in dict.fromkeys([*names, *raw]):
-        if not own and names and (name in raw or changed):
-            columns[f'{name} (truth)'] = [fields.picture(name, one) for one in fields.truth(settings['split'], name, index)]
+        truth = [] if own else [fields.picture(name, one) for one in fields.truth(settings['split'], name, index)]
+        if truth and names and (name in raw or changed):
+            columns[f'{name} (truth)'] = truth
         if name in names:
-            truth = None if own or changed else fields.truth(settings['split'], name, index)
-            columns[f'{name} (given)'] = [fields.picture(name, one) for one in truth] if truth is not None else (
-                pictures_of_ids(model, fields, name, ids[name], found[name].clamp(min=0)))
+            columns[f'{name} (given)'] = truth if truth and not changed else pictures_of_ids(
+                model, fields, name, ids[name], found[name].clamp(min=0))
         if name in raw:
             columns[name] = [fields.picture(name, one) for one in raw[name]]
-        texts = raw.get(name, fields.decode(name, found[name]))
-        if isinstance(texts, list) and (own or len(index) <= 2):
+        if model.modality[name].is_text and (own or len(index) <= 2):
+            texts = raw[name] if name in raw else fields.decode(name, found[name])
             print('\n'.join(dict.fromkeys(f'{name}: {text}' for text in texts)))  # equal ones once
     return columns
 
@@ -742,8 +748,9 @@ def score_fourm(model, fields, settings, data, path):
         cells, path = settings['chain'].split(';'), path.with_stem(f'{path.stem}_chains')
     else:
         parse_chains(settings, model)  # complains of unknown names
-        sources, targets = (settings[key].split(',') if settings[key] else names for key in ('given', 'target'))
-        cells = [f'{a}>{b}' for b in names for a in names if a != b and a in sources and b in targets]
+        sources, targets = ([entry.strip() for entry in settings[key].split(',') if entry.strip()] or names
+                            for key in ('given', 'target'))
+        cells = [f'{a}>{b}' for b in targets for a in sources if a.partition(':')[0] != b.partition(':')[0]]
     for cell, chain in tqdm([(cell, parse_chain(cell, settings, model)) for cell in cells], desc='score', unit='cell'):
         found, each = score_chain(model, fields, settings, chain, index)
         for name, metrics in found.items():
@@ -754,7 +761,8 @@ def score_fourm(model, fields, settings, data, path):
     if 'rgb' in bounds and hasattr(type(fields), 'parser'):  # the judge of pictures, itself judged
         real = fields.score('rgb', fields.truth(split, 'rgb', index), split, index)
         scores |= {f'parser on true renders/{key}': bootstrap(parts) for key, parts in real.items()}
-    if not settings['chain'] and not settings['given'] and {'rgb', 'caption'} <= {*names} and settings['n_score'] >= 100:
+    every = not any(settings[name] for name in ('chain', 'given', 'target'))
+    if every and {'rgb', 'caption'} <= {*names} and settings['n_score'] >= 100:
         pairs = open_index(model, fields, settings, 'caption', 'rgb')
         scores |= judged(retrieval.recalls(model, pairs))
     save_scores(scores, path)
@@ -768,9 +776,9 @@ SCALES = (0, 1, 1.5, 2, 3, 5, 10)    # of guidance
 
 
 def follow(model, labels, settings):
-    """model.generate as the settings say, for labels (n,): the trajectory (steps + 1, n, ...), and evaluations of the network.
-    What is left open: 20 evaluations, by Euler's method, guidance 2 where there are classes; a single evaluation, without guidance,
-    where the model knows mean velocities."""
+    """model.generate as the settings say, for labels (n,): the trajectory (steps + 1, n, ...). What is left open: 20 evaluations of
+    the network, by Euler's method, guidance 2 where there are classes; a single one, without guidance, where the model knows mean
+    velocities."""
     device, mean = model.net.head.weight.device, model.config.mean > 0
     method = settings['method'] or ('jump' if mean else 'euler')
     guidance = settings['guidance'] or (2.0 if model.config.label_drop and model.config.n_classes and not mean else 1.0)
@@ -780,23 +788,17 @@ def follow(model, labels, settings):
         if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
             raise ValueError(f'interval={settings["interval"]!r}: write two times from 0 to 1, the lower first, as in 0.1,0.8')
         with exact(settings, device):
-            trajectory, evaluations = model.generate(
-                torch.as_tensor(labels, device=device), steps, method, guidance, interval,
-                torch.Generator(device).manual_seed(settings['seed']))
+            return model.generate(torch.as_tensor(labels, device=device), steps, method, guidance, interval,
+                                  torch.Generator(device).manual_seed(settings['seed']))[0].cpu()
     except ValueError as error:
         raise UserError(str(error))
-    return trajectory.cpu(), evaluations
 
 
 def flow_samples(model, labels, settings, size=64):
     """Only where the trajectories end: pictures (n, H, W) or (n, H, W, 3) uint8, or points (n, d)."""
-    ends = torch.cat([follow(model, part, settings | dict(seed=settings['seed'] + i))[0][-1]
+    ends = torch.cat([follow(model, part, settings | dict(seed=settings['seed'] + i))[-1]
                       for i, part in enumerate(np.array_split(labels, -(-len(labels) // size)))])
     return (flow.to_pixels(ends).squeeze(-1) if model.config.image_size else ends).numpy()
-
-
-def in_color(pictures):
-    return np.repeat(pictures, 3, -1) if pictures.shape[-1] == 1 else pictures  # (..., H, W, 3)
 
 
 def draw_flow(model, fields, settings, path):
@@ -807,25 +809,26 @@ def draw_flow(model, fields, settings, path):
     known = {str(c): c for c in range(classes)}
     if unknown := [c for c in settings['labels'].split(',') if c and c not in known]:
         raise UserError(f'labels: there is no class {unknown[0]!r} (classes are 0 to {classes - 1})')
-    chosen = [known[c] for c in settings['labels'].split(',') if c] or list(range(classes)) or [0] * 8
+    labels = [known[c] for c in settings['labels'].split(',') if c] or list(range(classes)) or [0] * 8
     scale, n = max(1, 56 // size), settings['n'] or (8 if show == 'grid' else 10)
+    some = np.resize(labels, n)
 
-    def ends(changes):
-        return in_color(flow.to_pixels(follow(model, np.resize(chosen, n), settings | changes)[0][-1]).numpy())
+    def frames(labels, changes={}):  # (steps + 1, n, H, W, 3)
+        pixels = flow.to_pixels(follow(model, labels, settings | changes)).numpy()
+        return np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels
     if show == 'grid':
-        drawn = in_color(flow.to_pixels(follow(model, np.repeat(chosen, n), settings)[0][-1]).numpy())
-        names = [fields.classes[c] for c in chosen] if classes else [f'drawn {i + 1}' for i in range(len(chosen))]
-        columns = dict(zip(names, drawn.reshape(len(chosen), n, *drawn.shape[1:])))
+        drawn = frames(np.repeat(labels, n))[-1]
+        names = [fields.classes[c] for c in labels] if classes else [f'drawn {i + 1}' for i in range(len(labels))]
+        columns = dict(zip(names, drawn.reshape(len(labels), n, *drawn.shape[1:])))
     elif show == 'path':
-        trajectory, _ = follow(model, np.resize(chosen, n), settings)
-        frames = in_color(flow.to_pixels(trajectory).numpy())  # (steps + 1, n, H, W, 3)
-        save_gif([tile(frame, -(-n // 2)) for frame in frames], path.with_suffix('.gif'), scale)
-        kept = np.linspace(0, len(frames) - 1, min(11, len(frames))).round().astype(int)
-        columns = {f'step {i}': frames[i] for i in kept}
+        states = frames(some)
+        save_gif([tile(state, -(-n // 2)) for state in states], path.with_suffix('.gif'), scale)
+        kept = np.linspace(0, len(states) - 1, min(11, len(states))).round().astype(int)
+        columns = {f'step {i}': states[i] for i in kept}
     elif show == 'steps':
-        columns = {f'{count}': ends(dict(steps=count)) for count in COUNTS}
-    else:
-        columns = {f's = {s}': ends(dict(guidance=s or 1e-9)) for s in SCALES}  # guidance=0 would leave the choice open
+        columns = {str(count): frames(some, dict(steps=count))[-1] for count in COUNTS}
+    else:  # guidance=0 would leave the choice open
+        columns = {f's = {s}': frames(some, dict(guidance=s or 1e-9))[-1] for s in SCALES}
     save_grid(columns, path, scale)
 
 
@@ -833,13 +836,13 @@ def draw_points(model, fields, settings, path, side=200):
     """Where points are, and where to, at five times; beside them the density that the model has learned and the true one."""
     if settings['show'] != 'grid' or settings['labels']:
         raise UserError('show and labels are for models of pictures, this one is of points: leave them out')
-    trajectory, _ = follow(model, np.zeros(settings['n'] or 4000, int), settings | dict(steps=max(4, settings['steps'] or 40)))
+    trajectory = follow(model, np.zeros(settings['n'] or 4000, int), settings | dict(steps=settings['steps'] or 40))
     save_gif([fields.scatter(points.numpy(), side) for points in trajectory], path.with_suffix('.gif'))
     device, last, columns = model.net.head.weight.device, len(trajectory) - 1, {}
     corners = torch.from_numpy(fields.grid(14)).to(device)
     for share in (0, 0.25, 0.5, 0.75, 1):
         place = round(share * last)
-        t = 1 - place / last
+        t = flow.shifted(1 - place / last, model.config.shift)  # as model.generate has them
         velocity = -model.field(torch.zeros(len(corners), dtype=torch.long, device=device))(corners, t).detach().cpu()
         columns[f't = {t:.2f}: points, -v'] = [fields.scatter(trajectory[place].numpy(), side),
                                                fields.arrows(corners.cpu().numpy(), velocity.numpy(), side)]
@@ -888,7 +891,7 @@ def score_points(model, fields, settings, data):
     scores = {'nats/point' if truth is None else 'KL(data || model), nats': bootstrap(parts)}
     n = min(6000, settings['n_score'] * 6)
     floor = fields.score(fields.fresh(n, 2)).mean()
-    for steps in (1, 2, 4, 20):
+    for steps in [settings['steps']] if settings['steps'] else (1, 2, 4, 20):
         found = fields.score(flow_samples(model, np.zeros(n, int), settings | dict(steps=steps), n))
         scores[f'W2, {steps} steps'] = bootstrap(np.stack((found, np.ones(len(found))), -1)[:, None]) | dict(floor=floor)
     return scores
@@ -965,15 +968,18 @@ def chat(model, fields, images, settings):
     cache, last = look(model, fields, images), []
     print('Ask about the picture; an empty line ends.')
     while question := read_question():
-        ids = []
+        ids, shown = [], ''
         try:
             stream = ask(model, fields, cache, [question], settings, last)
         except UserError:  # full: only the pictures are kept
             cache, last = look(model, fields, images), []
             stream = ask(model, fields, cache, [question], settings)
         for token in stream:
-            before, ids = fields.decode(ids), [*ids, int(token)]
-            print(fields.decode(ids)[len(before):], end='', flush=True)
+            ids.append(int(token))
+            text = fields.decode(ids)
+            if not text.endswith('\ufffd'):  # else a token ended within a character
+                print(text[len(shown):], end='', flush=True)
+                shown = text
         last = ids[-1:]  # not in the cache yet
         print()
 
@@ -992,7 +998,8 @@ def own_questions(model, fields, settings):
         raise UserError(f'{len(images)} pictures, and this model reads {m} at a time')
     images = in_rows(images, len(images) // m)
     if settings['chat']:
-        return chat(model, fields, images[:1], settings)
+        with exact(settings, model.language.turn.device):
+            return chat(model, fields, images[:1], settings)
     texts = read_lines(settings['prompts']) if settings['prompts'] else [settings['text']]
     for row in answers(model, fields, images, [texts] * len(images), settings):
         print('\n'.join(row))
@@ -1099,7 +1106,7 @@ def draw(model, folder, meta, path):
     """What train.py draws at an evaluation: a picture at `path`, or a text beside it."""
     texts = section(model, DRAW)(model, fields_of(folder, meta), SETTINGS | dict(max_new_tokens=300), path)
     if texts:
-        path.with_suffix('.txt').write_text(texts[0])
+        path.with_suffix('.txt').write_text(texts[0], encoding='utf-8')
 
 
 def check(settings, model):
@@ -1113,16 +1120,25 @@ def check(settings, model):
     for name, known in words.items():
         if settings[name] not in known:
             raise UserError(f'{name} is one of {", ".join(filter(None, known))}')
-    if settings['n'] < 0 or settings['steps'] < 0 or min(settings[name] for name in ('max_new_tokens', 'n_score', 'gap')) < 1:
-        raise UserError('n and steps must be at least 0, max_new_tokens, n_score and gap at least 1')
+    most = getattr(model.config, 'vocab_size', settings['top_k'])
+    if settings['top_k'] > most:
+        raise UserError(f'top_k={settings["top_k"]} must be 0 (all) to {most}')
+
+
+def check_ranges(settings):
+    """Raises UserError where a setting has no meaning for any model, or none beside another one."""
+    for one, other in APART:
+        if settings[one] and settings[other]:
+            raise UserError(f'{one} and {other} do not go together: leave one of them out')
+    if min(settings[name] for name in ('n', 'steps', 'top_k')) < 0 or min(
+            settings[name] for name in ('max_new_tokens', 'n_score', 'gap')) < 1:
+        raise UserError('n, steps and top_k must be at least 0, max_new_tokens, n_score and gap at least 1')
     if not 0 < settings['top_p'] <= 1 or not 0 <= settings['min_p'] <= 1 or settings['temperature'] < 0 or (
             settings['temperature_end'] < 0 or settings['choice_temperature'] < 0):
         raise UserError('top_p must be in (0, 1], min_p in [0, 1], temperatures at least 0')
-    if 0 < settings['temperature'] < 1e-6:  # logits divided by less may not be finite
-        raise UserError(f'temperature={settings["temperature"]} must be 0, which takes the likeliest token, or at least 1e-6')
-    most = getattr(model.config, 'vocab_size', None)
-    if settings['top_k'] < 0 or most and settings['top_k'] > most:
-        raise UserError(f'top_k={settings["top_k"]} must be 0 (all) to {most or "the size of the vocabulary"}')
+    for name in ('temperature', 'temperature_end'):
+        if 0 < settings[name] < 1e-6:  # logits divided by less may not be finite
+            raise UserError(f'{name}={settings[name]} must be 0, which takes the likeliest token, or at least 1e-6')
     if not 0 <= settings['complete'] < 1:
         raise UserError(f'complete={settings["complete"]} must be at least 0 and below 1')
 
@@ -1148,20 +1164,21 @@ def generators(runs, settings):
         drawn = np.concatenate([BINARY[chapter](model, fields, part, settings | dict(seed=settings['seed'] + i))
                                 for i, part in enumerate(np.array_split(labels, -(-len(labels) // 64)))])
         seconds = (time.perf_counter() - started) / len(labels)
-        found = {name: score['value'] for name, score in judged(fields.score(drawn, labels)).items()}
+        scores = judged(fields.score(drawn, labels))
+        found = {name: score['value'] for name, score in scores.items()}
         rows.append(f'| {run.folder.name} | {run.parameters / 1e6:.2f} M | {run.checkpoint["seconds"]:.0f} s | {own} | '
                     f'{found["accuracy"]:.1%} | {found["frechet"]:.3f} | {found["precision"]:.3f}, {found["recall"]:.3f} | '
                     f'{seconds * 1000:.0f} ms |')
         order = np.argsort(labels[:100], kind='stable')
         columns[run.folder.name] = [np.repeat(tile(drawn[:100][order], 10)[..., None], 3, -1)]
-    real = fields.score(fields.real('train', 14)[:len(labels)], fields.load('train', 'label')[:len(labels)])
     order = np.concatenate([np.flatnonzero(fields.load('val', 'label') == c)[:10] for c in range(10)])
     columns['held out'] = [np.repeat(tile(fields.real('val', 14)[order], 10)[..., None], 3, -1)]
-    rows.append(f'| real digits | | | | {real["accuracy"]["ceiling"]:.1%} | {real["frechet"]["floor"]:.3f} | '
-                f'{real["precision"]["ceiling"]:.3f}, {real["recall"]["ceiling"]:.3f} | |')
+    rows.append(f'| real digits | | | | {scores["accuracy"]["ceiling"]:.1%} | {scores["frechet"]["floor"]:.3f} | '
+                f'{scores["precision"]["ceiling"]:.3f}, {scores["recall"]["ceiling"]:.3f} | |')  # the same for all runs
     head = '| | parameters | training | likelihood, given the class | class accuracy | Fréchet | precision, recall | an image |'
     table = '\n'.join([head, '|---' * 8 + '|', *rows])
     print(table)
+    Path('out').mkdir(exist_ok=True)
     save_grid(columns, Path('out/compare.png'))
     return f'## Which generator?\n\n{table}\n\n![digits](compare.png)'
 
@@ -1188,11 +1205,13 @@ def compare(settings, device):
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
+    check_ranges(settings)
     device = find_device(settings['device'])
     set_up(device, training=False)
     if settings['compare']:
         return compare(settings, device)
     path = find_weights(settings['init_from']) if settings['init_from'] else Path(settings['out_dir'], settings['checkpoint'])
+    settings |= dict(out_dir=str(path.parent), checkpoint=path.name)  # init_from names them too; an index lies beside them
     if settings['report']:
         return page.write([read_run(path)[0]], path.with_name('report.md'))
     model, checkpoint = load_model(path)

@@ -427,7 +427,7 @@ def test_scenes(work):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--steps=-1'], 'steps must be at least 0'), (['--labels=3,12'], "there is no class '12'"),
+    (['--steps=-1'], 'n, steps and top_k must be at least 0'), (['--labels=3,12'], "there is no class '12'"),
     (['--interval=1'], 'write two times from 0 to 1'),
     (['--interval=0.8,0.1'], 'the lower first'), (['--method=rk4'], 'choose one of euler'),
     (['--show=all'], 'show is one of grid'), (['--labels=x'], 'labels'), (['--labels=10'], 'labels'),

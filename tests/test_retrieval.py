@@ -69,6 +69,7 @@ def test_commands(run, capsys):
         new, = set(Path('out/found').glob('sample_*.png')) - before
         assert Image.open(new).size[0] == 11 * 132 - 4
         new.unlink()
+    sample.main('--init_from=found', '--retrieve=rgb', '--given=caption', '--n=1')  # the index beside these weights, no other's
 
 
 def test_scores_hold_recalls(run, monkeypatch):

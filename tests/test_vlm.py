@@ -2,6 +2,7 @@
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -275,6 +276,16 @@ def test_chat(run, capsys, monkeypatch):
     monkeypatch.setattr('builtins.input', lambda _: next(said))
     sample.main(f'--out_dir={run}', '--image=grey.png', '--chat=True', '--max_new_tokens=3')
     assert capsys.readouterr().out.count('\n') == 10
+
+
+def test_chat_shows_no_half_characters(run, capsys, monkeypatch):
+    said, answer = iter(['What is it?', '']), 'né 🙂.'.encode()  # a token a byte
+    fields = mock.Mock(decode=lambda ids: bytes(ids).decode(errors='replace'))
+    monkeypatch.setattr('builtins.input', lambda _: next(said))
+    monkeypatch.setattr(sample, 'look', mock.Mock())
+    monkeypatch.setattr(sample, 'ask', lambda *_: torch.tensor(list(answer)))
+    sample.chat(None, fields, None, {})
+    assert capsys.readouterr().out.endswith('\nné 🙂.\n')
 
 
 def test_long_answers_stay_in_the_picture(tmp_path):
