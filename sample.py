@@ -686,8 +686,10 @@ def draw_fourm(model, fields, settings, path):
         chains = [f'{first}>{name}' for name in others] + [f'caption>{first}'] * ('caption' in others)
         settings = settings | dict(chain=';'.join(chains))
     columns = {}
-    for chain in parse_chains(settings, model):
-        columns |= columns_for(model, fields, settings, chain, index)
+    for i, chain in enumerate(parse_chains(settings, model)):
+        for title, pictures in columns_for(model, fields, settings, chain, index).items():
+            drawn = not title.endswith(')')  # what is given and true is shown once, what another chain draws beside it
+            columns[f'{title}, {i + 1}' if drawn and title in columns else title] = pictures
     save_grid(columns, path)
 
 

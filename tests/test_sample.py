@@ -66,7 +66,7 @@ def test_links_of_a_chain():
 def test_chains_of_every_kind(out_dir):
     chain = draw(out_dir, '--chain=caption:w3,depth:w-1>normal:2:halton:t0.5,segmentation:mean3,rgb:2:best2:g1..3')
     assert chain.size[0] == 8 * 132 - 4
-    assert draw(out_dir, '--chain=rgb>depth:mean2;caption>depth').size[0] == (1 + 2 + 1) * 132 - 4  # depth and its truth once
+    assert draw(out_dir, '--chain=rgb>depth:mean2;caption>depth').size[0] == (1 + 2 + 2) * 132 - 4  # the truth once
 
 
 def test_the_mean_of_draws():
