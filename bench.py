@@ -638,7 +638,7 @@ def compile_all(jobs, settings, limits):
     workers = min(8, torch.get_num_threads() // 2, len(jobs))
     if workers > 1:
         print(f'\ncompiling for {len(jobs)} configs, {workers} at a time', flush=True)
-        with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
+        with suppress(BrokenProcessPool), ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
             for assigned in jobs.values():
                 pool.submit(compile_ahead, assigned, settings, limits)
 
