@@ -58,7 +58,7 @@ def path(data, noise, t):
 
 
 def shifted(t, shift):
-    """Times moved towards the noise (2403.03206, eq. 23): the larger a picture, the more noise hides the same of it."""
+    """Times moved towards the noise (2403.03206, eq. 23): the larger a picture, the more noise it takes to hide as much."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -73,8 +73,8 @@ def transport(data, noise, label, rounds, generator):
     """Indices (B,) that pair noise (B, d) with data (B, d) of labels (B,): nearly the optimal transport between the two sets
     (2302.00482). The lines of such pairs hardly cross, so that velocities hardly have to be averaged.
 
-    In each round all samples meet in pairs at random, those of a label among themselves, and exchange their noise where the
-    squared lengths of their lines fall in sum by it: where (x_i - x_j)(e_i - e_j) < 0. An exact assignment would take longer
+    In each round all samples meet in pairs at random, those of a label among themselves, and exchange their noise where that
+    lowers the sum of their lines' squared lengths: where (x_i - x_j)(e_i - e_j) < 0. An exact assignment would take longer
     than a training step.
     """
     order = torch.arange(len(data))
@@ -130,9 +130,9 @@ ORDER_5_MINUS_4 = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 
 
 
 def solve_adaptive(velocity, z, start, end, tolerance=1e-4, limit=1000):
-    """Dormand-Prince 5(4) from start to end, each step as long as its error stays below tolerance * (1 + |z|) in the root mean
-    square over all numbers of the batch. Returns the trajectory and the number of evaluations, as `solve`. Raises ValueError at
-    more than `limit` of these."""
+    """Dormand-Prince 5(4) from start to end. A step is kept where its error is at most tolerance * (1 + |z|) in the root mean
+    square over all numbers of the batch, and sets the next one's length. Returns the trajectory and the number of evaluations,
+    as `solve`. Raises ValueError where more than `limit` of these are needed."""
     def mix(weights, slopes):
         return sum(w * slope for w, slope in zip(weights, slopes) if w)
     t, h, slopes, trajectory, evaluations = start, (end - start) / 20, [velocity(z, start)], [z], 1

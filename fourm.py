@@ -41,7 +41,7 @@ class Config:
     n_embd: int = 128               # D, the width
     input_slots: str = '32,64,88'   # K: each step draws one of these; the largest holds a whole image and the beginning of a text
     target_slots: str = '256'       # M: the same for the targets; a query costs half a token, and an encoder's pass serves all
-    alphas: str = '0.1,1,10'        # of the Dirichlet over modalities, one drawn a sample: small is few modalities, large all
+    alphas: str = '0.1,1,10'        # of a sample's Dirichlets, one for its input and one for its targets; small: few modalities
     whole: float = 0.8              # share of samples whose input is one modality as a whole, and a part of a second one
     lead: float = 0.75              # share of those that start from the first modality of the list, if it fits: most tasks do
     empty: float = 0.05             # share of samples without any input
@@ -188,7 +188,7 @@ class FourM(nn.Module):
 
         # what the digits of an id are in each modality, as rows of one embedding table; row 0 stays zero
         width = max(len(m.levels) for m in self.modalities)
-        divisor, levels, offset = torch.ones(n + 1, width).long(), torch.ones(n + 1, width).long(), torch.zeros(n + 1, width).long()
+        divisor, levels, offset = (torch.full((n + 1, width), value) for value in (1, 1, 0))
         rows = 1
         for i, m in enumerate(self.modalities):
             for d, level in enumerate(m.levels):
@@ -278,7 +278,7 @@ class FourM(nn.Module):
     # Generation
 
     def look(self, ids):
-        """Encodes the known tokens of ids (B, N), -1 where unknown: what the decoder looks at (B, K, D), and its places (B, K)."""
+        """Encodes the known tokens of ids (B, N), -1 where unknown: what the decoder looks at (B, K, D), its places (B, K)."""
         known = ids >= 0
         most = int(known.sum(1).max())
         K = min([size for size in self.input_sizes if size >= most], default=most)  # null tokens as in training

@@ -81,8 +81,8 @@ class Attention(nn.Module):
     """Multi-head attention (arXiv 1706.03762, section 3.2), the one core of all chapters: softmax(12 cos(q, k)) v.
 
     x (B, T, D) attends to itself, or, where `cross`, to a context (B, S, D). `causal` hides the future; without it every
-    token sees every other. Training never passes a mask, so that the fastest kernel always applies. With fewer heads of keys
-    and values than of queries (arXiv 2305.13245) the cache of generation shrinks by the same factor.
+    token sees every other. Training sets this flag but passes no mask tensor, so that the fastest kernel always applies. With
+    fewer heads of keys and values than of queries (arXiv 2305.13245) the cache of generation shrinks by the same factor.
     """
     def __init__(self, n_embd, n_head, n_kv_head=0, cross=False, qk_norm=True, bias=False):
         super().__init__()
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, nh, T, hd)
 
     def turned(self, x, turn):
-        """Queries or keys (B, nh, T, hd), normalised and turned to their places. To normalise them bounds the logits (arXiv
+        """Queries or keys (B, nh, T, hd), normalised and turned to their places. Normalising them bounds the logits (arXiv
         2010.04245), so that high learning rates do no harm (2309.14322)."""
         return rotate(norm(x) if self.qk_norm else x, *turn).type_as(x)
 
@@ -144,12 +144,12 @@ class MLP(nn.Module):
         if self.kind == 'gelu_tanh':
             return self.down(F.gelu(self.up(x), approximate='tanh'))
         x = F.relu(self.up(x))
-        return self.down(x * x)  # not square(): autocast would compute that in float32
+        return self.down(x * x)  # not square(): on a GPU autocast computes that in float32
 
 
 class Dropout(nn.Dropout1d):
-    """Zeroes some channels of x (B, T, D), the same at all places of a sample (arXiv 1512.05287): one draw for T numbers, which
-    on a CPU was a seventh of a training step when each had its own."""
+    """Zeroes some channels of x (B, T, D), the same at all places of a sample (arXiv 1512.05287): one draw for T numbers. One
+    for each took a seventh of a training step on a CPU."""
     def forward(self, x):
         return super().forward(x.mT).mT  # (B, T, D)
 
@@ -172,7 +172,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """The law that `sample_token` draws from: logits (..., V) -> (..., V)."""
+    """The law, a distribution over tokens, that `sample_token` draws from: logits (..., V) -> (..., V)."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
     return filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
@@ -181,8 +181,8 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
     """Draws ids (...) from logits (..., V); temperature 0 takes the likeliest.
 
-    Each token's clock rings after an exponential time of rate p; that of token i is the first with probability p_i. So does
-    torch.multinomial, the same draws from the same generator, but it also looks at p, for which a GPU has to be waited for.
+    Give token i a clock that rings after E_i / p_i, E_i exponential of rate 1: it is the first to ring with probability p_i.
+    torch.multinomial does the same and makes the same draws, but it also checks p, for which a GPU has to be waited for.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -193,8 +193,8 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generat
 def accept(p, q, guesses, generator=None):
     """Speculative sampling (arXiv 2211.17192, section 2.3): the first k guesses, then one token more, (k + 1,), each of law p.
 
-    guesses (n,) were drawn from q (n, V); p (n + 1, V) is wanted. A guess x is kept with probability min(1, p(x) / q(x)). The first
-    that is not is replaced by a draw from what q gives too rarely, max(p - q, 0); behind n kept ones comes a draw from p.
+    guesses (n,) were drawn from q (n, V); p (n + 1, V) is wanted. A guess x is kept with probability min(1, p(x) / q(x)). The
+    first that is not is replaced by a draw from what q gives too rarely, max(p - q, 0); behind n kept ones comes one from p.
     """
     at = torch.arange(len(guesses), device=guesses.device)
     u = torch.rand(len(guesses), generator=generator, device=p.device)
@@ -227,7 +227,7 @@ class KVCache:
     token's place is the number of real ones before it.
     """
     def __init__(self, length, ragged=False):
-        self.length, self.ragged = -(-length // 64) * 64, ragged  # a GPU's kernels like round numbers
+        self.length, self.ragged = -(-length // 64) * 64, ragged  # rounded up to what a GPU's kernels like
         self.filled, self.store = 0, {}  # positions in use; of each layer its keys and values (2, B, nkv, length, hd)
         self.valid = self.last = None  # which of them are real tokens (B, length); the last embedding (B, 1, D), for token shift
 
@@ -276,8 +276,8 @@ def cross_entropy(x, head, targets, most=0):
     """-ln p(target) in nats (R,) of rows x (R, D) with a head (V, D); targets (R,), -1 is none and costs 0.
 
     At most `most` logits exist at a time: where R x V is more, rows are taken in chunks, whose logits are thrown away and
-    computed anew in the backward pass. A vocabulary of 64k so needs megabytes where it took gigabytes. 0 is 2^24, or what
-    fills a quarter of a GPU's memory: there each chunk takes the time to call its kernels.
+    computed anew in the backward pass: on a CPU a vocabulary of 64k so needs megabytes where it took gigabytes. 0 is 2^24, or
+    on a GPU as many as fill a quarter of its memory at 16 bytes each: larger chunks, so that fewer kernels have to be called.
     """
     most = most or (torch.cuda.get_device_properties(x.device).total_memory // 64 if x.is_cuda else 2 ** 24)
     rows = max(1, most // len(head))
@@ -390,8 +390,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def speculate(self, draft, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None,
                   ahead=4):
-        """As `stream` for a single row, tokens (1, T0), and with the same law, in fewer passes: a small GPT, `draft`, guesses `ahead`
-        tokens one by one; one pass of this model, which costs little more than for one token, says which of them to keep."""
+        """As `stream` for a single row, tokens (1, T0), with the same law, in fewer passes: a small GPT of no shorter context,
+        `draft`, guesses `ahead` tokens one by one; one pass of this model, little dearer than for one, says which to keep."""
         law, T, left = (temperature, top_k, top_p, min_p), self.config.block_size, max_new_tokens
         context, caches = tokens if tokens.size(1) <= T else tokens[:, -(T // 2):], (KVCache(T), KVCache(T))
         while left > 0:

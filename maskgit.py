@@ -83,8 +83,8 @@ def hide_in_pairs(present, law, generator):
 
 
 def law_weight(mask, present, law):
-    """What a sample's loss is to be multiplied by, (B,), so that its mean is that of the uniform law: how much likelier a mask of
-    this size is there, 1 / n over the law's probability of hiding k of n tokens."""
+    """What to multiply a sample's loss by, (B,), so that its mean is that of the uniform law: how much likelier that law is to
+    hide just this many, 1 / n over the probability with which `law` hides k of n tokens."""
     k, n = mask.sum(1).float(), present.sum(1).float()
     back = LAWS[law][1]
     return 1 / (n * (back((k - 1) / n) - back(k / n)).clamp(min=1e-9))
@@ -124,7 +124,7 @@ def halton_rank(grid):
 
 
 def between(start, end, progress):
-    """From start to end as progress goes from 0 to 1; always the one where the other is None."""
+    """start at progress 0, end at progress 1, linear between; where one of them is None, always the other."""
     if start is None or end is None:
         return end if start is None else start
     return start + (end - start) * progress
@@ -136,8 +136,8 @@ def unmask(tokens, predict, grid, steps, order='random', schedule='cosine', choi
     predict(tokens, progress) draws a token for each place and returns them with their ln p, (B, N) each; progress goes from 0 at
     the first step to 1 at the last. Which are kept: the likeliest ones (confidence: MaskGIT, with Gumbel noise of
     choice_temperature that fades out), or those whose turn it is: random (as in MAR, 2406.11838), raster, halton. Known tokens
-    never change. A sample with fewer unknown tokens than others is finished sooner. Raises ValueError where there are fewer
-    unknown tokens than steps, or none.
+    never change. A sample with fewer unknown tokens than others is finished sooner. Raises ValueError for an unknown order or
+    schedule, where nothing is unknown, and where every sample has fewer unknown tokens than there are steps.
     """
     total = (tokens < 0).sum(1, keepdim=True)  # (B, 1)
     most = int(total.max())
@@ -158,7 +158,7 @@ def unmask(tokens, predict, grid, steps, order='random', schedule='cosine', choi
                 gumbel = -torch.empty_like(log_p).exponential_(generator=generator).log()
                 turn = turn - choice_temperature * (1 - progress) * gumbel
         unknown = tokens < 0
-        now = filled[:, None] - (total - unknown.sum(1, keepdim=True))  # tokens of this step, a sample
+        now = filled[:, None] - (total - unknown.sum(1, keepdim=True))  # (B, 1): how many each fills in this step
         rank = torch.where(unknown, turn.float(), torch.inf).argsort(-1).argsort(-1)
         tokens = torch.where(unknown & (rank < now), drawn, tokens)
         yield tokens
@@ -239,7 +239,7 @@ def digits_of(ids, levels):
 
 
 def digit_vectors(level, D):
-    """First embeddings (level, D) of an FSQ digit: its levels are an order, so that neighbours start alike. The random matrix
+    """First embeddings (level, D) of an FSQ digit. Its levels have an order, so neighbours start alike. The random matrix
     gives each digit directions of its own: the vectors of an id's digits are added up, and have to stay apart."""
     waves = torch.cat(rotary(torch.arange(level)[:, None] * 2 * math.pi / level, D, theta=100), -1)  # (level, D)
     return waves @ torch.randn(D, D) / D ** 0.5
@@ -268,7 +268,7 @@ class MaskGIT(nn.Module):
             for embedding, level in zip(self.embedding, self.levels):
                 embedding.weight.data = digit_vectors(level, D)
         self.mask_embedding = nn.Parameter(torch.randn(D))
-        # without places all would be alike while all are hidden; at first alike for those that lie near each other
+        # else all tokens would look the same while all are hidden; starts out similar for neighbouring places
         self.place_embedding = nn.Parameter(torch.cat(rotary(coordinates, D, theta=100), -1))  # (N, D)
         if config.n_classes:
             self.class_embedding = nn.Embedding(config.n_classes + 1, D)  # the last one: no class

@@ -94,7 +94,7 @@ SETTINGS = dict(
                               # follow from its batch and from torch's random numbers alone
     shard=False,              # for models that do not fit: of weights, gradients and moments each process keeps only its share
     checksum=False,           # read all data once before the first step and compare them with what prepare/ made
-    threads=0,                # of a CPU run; 0 is PyTorch's choice, one for each core that this process may use, and later as before
+    threads=0,                # of a CPU run; 0 is as many as before, at first PyTorch's choice: one for each core
 )
 
 
@@ -1061,7 +1061,7 @@ def run(assigned, files, stack):
             began = time.perf_counter()
             batch = to_device(next(batches), device)
             waited += time.perf_counter() - began
-            shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)  # lengths (R,) always differ: as the first
+            shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)  # lengths (R,) always differ
             if shapes not in flops:
                 flops[shapes] = count_flops(ghost, to_device(batch, torch.device('meta')))
             work += flops[shapes]

@@ -4,8 +4,8 @@ Chapter 5. nanoVLM: a language model that sees.
 A picture becomes words that nobody speaks. The eyes, a Transformer over patches, look at the whole picture and give one vector a
 patch; the projector, one matrix, turns each small square of these into a vector as wide as the language model's embeddings; and
 the language model, chapter 1's GPT as it is, reads them where the text says "here is a picture", and goes on with the question.
-It never knows that these vectors were not tokens. Only its answers are trained on, and the gradient goes all the way
-back to the eyes.
+It never knows that these vectors were not tokens. Only its answers are trained on (in stage 1 also names of what a picture
+shows), and the gradient goes all the way back to the eyes.
 
 A batch is one conversation a row:
     image    (B, H, W, C) or (B, m, H, W, C)  0..255, m pictures a row
@@ -45,8 +45,8 @@ class Config(gpt.Config):
     eyes_layer: int = 4     # blocks
     eyes_head: int = 4
     eyes_embd: int = 128
-    n_named: int = 0        # P, where the data set names what each of a picture's tokens shows; it sets this, and
-    n_names: int = 0        # how many words a name has at most
+    n_named: int = 0        # P where the data set names what each of a picture's tokens shows, else 0
+    n_names: int = 0        # the most words that a name has
     blind: bool = False     # never look: what can be known from the questions alone
     # what real weights need (prepare/siglip.py)
     eyes_mlp: str = 'relu2'
@@ -159,7 +159,7 @@ class VLM(nn.Module):
         return self.language.trunk(tokens, cache, x)
 
     def forward(self, batch):
-        """A drawn batch -> the mean over conversations of the mean over their answers' tokens of -ln p, in nats; and logs."""
+        """A drawn batch -> the mean over conversations of the mean of -ln p, in nats, of answers and names; and logs."""
         seen = None if self.config.blind else self.look(batch['image'])
         x = self.trunk(batch['tokens'][:, :-1], seen).flatten(0, 1).index_select(0, batch['rows'])  # (R, D)
         nll = cross_entropy(x, self.language.head.weight, batch['targets'])  # (R,)
