@@ -27,6 +27,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import tempfile
 import time
@@ -624,7 +625,7 @@ def measure(name, assigned, settings, limits):
 def compile_ahead(assigned, settings, limits):
     """Leaves in PyTorch's cache on disk what a config's compiled step needs. What goes wrong is told when it is measured."""
     device = train.find_device(settings['device'])
-    torch._inductor.config.compile_threads = 2  # of each of several processes
+    torch._inductor.config.compile_threads = 2  # each of several such processes has its own
     with suppress(Exception), redirect_stdout(io.StringIO()), built(assigned, device) as (options, model, data):
         batch = train.to_device(train.micro_batch(*find_job(options, model, data, settings, device, limits)), device)
         if options['compile'] and train.compile_blocks(model, device):
@@ -635,12 +636,15 @@ def compile_ahead(assigned, settings, limits):
 
 def compile_all(jobs, settings, limits):
     """Several configs at a time, before any is measured: to compile takes most of the time of all, and one core of the host."""
-    workers = min(8, torch.get_num_threads() // 2, len(jobs))
+    workers, done = min(8, torch.get_num_threads() // 2, len(jobs)), []
     if workers > 1:
         print(f'\ncompiling for {len(jobs)} configs, {workers} at a time', flush=True)
-        with suppress(BrokenProcessPool), ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
+        own = multiprocessing.get_context('spawn'), signal.signal, (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them at once
+        with suppress(BrokenProcessPool), ProcessPoolExecutor(workers, *own) as pool:
             for assigned in jobs.values():
-                pool.submit(compile_ahead, assigned, settings, limits)
+                done.append(pool.submit(compile_ahead, assigned, settings, limits))
+    if any(isinstance(one.exception(), BrokenProcessPool) for one in done):
+        print('the system ended a compiler, most likely for want of memory: the rest is compiled as it is measured', flush=True)
 
 
 def reason(error):

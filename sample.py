@@ -87,7 +87,7 @@ SETTINGS = dict(
     prompt='',                # the text to go on with; '' is the beginning of a text (MaskGIT: nothing)
     prompts='',               # GPT: a file with one prompt a line, all continued in one batch; nanoVLM: one question a line
     max_new_tokens=500,       # GPT, nanoVLM
-    draft='',                 # GPT on a CPU: a small model's run on the same data, whose guesses make a text faster, not other
+    draft='',                 # GPT on a CPU: a small model's run on the same data, whose guesses speed a text up, its law kept
     complete=0.0,             # pictures: the share of held-out pictures that is given
     shape='half',             # MaskGIT: which share: half (from above), box (around it), random (patches)
     after='',                 # MaskGIT: the text behind a gap
@@ -114,7 +114,7 @@ BELONGS = dict(  # settings that mean nothing to the chapters that do not name t
 APART = (  # pairs of settings of which one would be ignored
     ('compare', 'report'), ('compare', 'score'), ('report', 'score'), ('chain', 'given'), ('chain', 'target'),
     ('retrieve', 'hide'), ('retrieve', 'replace'), ('retrieve', 'score'), ('prompts', 'prompt'), ('prompts', 'text'),
-    ('chat', 'text'), ('chat', 'prompts'))
+    ('chat', 'text'), ('chat', 'prompts'), ('score', 'chat'), ('score', 'prompt'), ('score', 'prompts'), ('score', 'draft'))
 SHOWS = dict(maskgit=('grid', 'gif', 'swap'), flow=('grid', 'path', 'steps', 'guidance'))
 
 
@@ -689,7 +689,7 @@ def draw_fourm(model, fields, settings, path):
     for i, chain in enumerate(parse_chains(settings, model)):
         for title, pictures in columns_for(model, fields, settings, chain, index).items():
             drawn = not title.endswith(')')  # what is given and true is shown once, what another chain draws beside it
-            columns[f'{title}, {i + 1}' if drawn and title in columns else title] = pictures
+            columns[f'{title}, chain {i + 1}' if drawn and title in columns else title] = pictures
     save_grid(columns, path)
 
 
@@ -835,7 +835,7 @@ def draw_flow(model, fields, settings, path):
 
 
 def draw_points(model, fields, settings, path, side=200):
-    """Where points are, and where to, at five times; beside them the density that the model has learned and the true one."""
+    """Where points are, and where to, at up to five times; beside them the density that the model has learned and the true one."""
     if settings['show'] != 'grid' or settings['labels']:
         raise UserError('show and labels are for models of pictures, this one is of points: leave them out')
     trajectory = follow(model, np.zeros(settings['n'] or 4000, int), settings | dict(steps=settings['steps'] or 40))
@@ -1058,6 +1058,8 @@ def read_blind(model, fields, settings):
 def score_vlm(model, fields, settings, data, path):
     """Share of answers that are right to the letter, each question asked by itself, by family; beside it the family's most
     frequent answer, what the model says to another picture, and what a model says that was trained without pictures."""
+    if settings['text'] or settings['image']:
+        raise UserError('scores are of held-out pictures, whose answers are known: leave text and image out')
     settings = settings | dict(max_new_tokens=min(settings['max_new_tokens'], 32))
     other = read_blind(model, fields, settings) if settings['blind'] else None
     (found, rate), usual = right_answers(model, fields, settings), majority(fields)
@@ -1132,6 +1134,11 @@ def check_ranges(settings):
     for one, other in APART:
         if settings[one] and settings[other]:
             raise UserError(f'{one} and {other} do not go together: leave one of them out')
+    for name in ('blind', 'against'):
+        if settings[name] and not settings['score']:
+            raise UserError(f'{name} stands beside scores: add --score=True')
+    if settings['init_from'] and settings['checkpoint'] != SETTINGS['checkpoint']:
+        raise UserError('init_from takes ckpt_last.pt: name the run by --out_dir= to choose a checkpoint')
     if min(settings[name] for name in ('n', 'steps', 'top_k')) < 0 or min(
             settings[name] for name in ('max_new_tokens', 'n_score', 'gap')) < 1:
         raise UserError('n, steps and top_k must be at least 0, max_new_tokens, n_score and gap at least 1')

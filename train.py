@@ -131,7 +131,7 @@ def set_up(device, threads=0, training=True, length=0):
     out. In training the latter is faster for short sequences: compared with it, the backward pass of PyTorch 2.13's fused kernel
     took, in bfloat16, 5 times as long at 64 tokens, 1.4 times at 256, half as long at 1,024; in float32 the fused core, forward
     and backward, as long up to 128 tokens, 0.6 to 0.75 of the time at 512. Its memory grows with the length, not with its square.
-    To write 32 texts at once it is the faster one."""
+    In generation, 32 texts at once, it is the faster one."""
     torch.set_float32_matmul_precision('high')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
@@ -916,7 +916,8 @@ def run(assigned, files, stack):
         load_weights(raw_model, part, sources.pop(part), folder, meta)  # and forgotten: it may be as large as the model
     threads = settings['threads']
     if checkpoint and not threads:  # as many in all as before, if there are as many cores
-        threads = max(1, min(checkpoint['threads'] // world, os.cpu_count()))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        threads = max(1, min(checkpoint['threads'] // world, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     set_up(device, threads, length=length_of(raw_model))
     block_size = settings.get('block_size', 0)
     train_data, val_data = (Data(folder, split, meta, raw_model.fields, block_size, settings['seed'])
@@ -1008,8 +1009,10 @@ def run(assigned, files, stack):
 
     if start >= settings['max_iters'] or best <= settings['target_loss'] > 0:
         if is_main():
-            print(f'{out_dir}: finished at step {start}, best val_loss {best:.4f}; raise max_iters or lower '
-                  'target_loss to go on, or --init_from=scratch to start anew')
+            todo = ['raise max_iters'] if start >= settings['max_iters'] else []
+            todo += ['lower target_loss'] if best <= settings['target_loss'] else []
+            print(f'{out_dir}: finished at step {start}, best val_loss {best:.4f}; {" and ".join(todo)} to go on, or '
+                  '--init_from=scratch to start anew')
         return {}
     mine = range(rank, n_micro, world)
     jobs = ((train_data, raw_model, settings, step, j) for step in range(start, settings['max_iters']) for j in mine)
@@ -1061,7 +1064,7 @@ def run(assigned, files, stack):
             began = time.perf_counter()
             batch = to_device(next(batches), device)
             waited += time.perf_counter() - began
-            shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)  # lengths (R,) always differ
+            shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)  # not R, always another
             if shapes not in flops:
                 flops[shapes] = count_flops(ghost, to_device(batch, torch.device('meta')))
             work += flops[shapes]
