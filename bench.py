@@ -639,10 +639,9 @@ def compile_all(jobs, settings, limits):
     workers, done = min(8, torch.get_num_threads() // 2, len(jobs)), []
     if workers > 1:
         print(f'\ncompiling for {len(jobs)} configs, {workers} at a time', flush=True)
-        own = multiprocessing.get_context('spawn'), signal.signal, (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them at once
-        with suppress(BrokenProcessPool), ProcessPoolExecutor(workers, *own) as pool:
-            for assigned in jobs.values():
-                done.append(pool.submit(compile_ahead, assigned, settings, limits))
+        with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), initializer=signal.signal,
+                                 initargs=(signal.SIGINT, signal.SIG_DFL)) as pool:  # Ctrl-C ends them at once
+            done = [pool.submit(compile_ahead, assigned, settings, limits) for assigned in jobs.values()]
     if any(isinstance(one.exception(), BrokenProcessPool) for one in done):
         print('the system ended a compiler, most likely for want of memory: the rest is compiled as it is measured', flush=True)
 

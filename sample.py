@@ -111,10 +111,9 @@ BELONGS = dict(  # settings that mean nothing to the chapters that do not name t
           'temperature_end top_k top_p',
     flow='steps guidance interval method labels show',
     vlm='text image chat blind prompts max_new_tokens temperature top_k top_p min_p')
-APART = (  # pairs of settings of which one would be ignored
-    ('compare', 'report'), ('compare', 'score'), ('report', 'score'), ('chain', 'given'), ('chain', 'target'),
-    ('retrieve', 'hide'), ('retrieve', 'replace'), ('retrieve', 'score'), ('prompts', 'prompt'), ('prompts', 'text'),
-    ('chat', 'text'), ('chat', 'prompts'), ('score', 'chat'), ('score', 'prompt'), ('score', 'prompts'), ('score', 'draft'))
+APART = dict(  # settings beside which others would be ignored
+    score='report compare retrieve text image chat prompt prompts draft', compare='report', chain='given target',
+    retrieve='hide replace', prompts='prompt text', chat='text prompts')
 SHOWS = dict(maskgit=('grid', 'gif', 'swap'), flow=('grid', 'path', 'steps', 'guidance'))
 
 
@@ -743,8 +742,6 @@ def score_fourm(model, fields, settings, data, path):
     """Every modality from every other, or the chains named: each target's metrics with ceiling and baseline. Prints a table and
     fills scores.json; those of chains go to scores_chains.json beside it."""
     names, split = model.fields, settings['split']
-    if settings['text'] or settings['image']:
-        raise UserError('scores are of held-out scenes, whose truth is known: leave text and image out')
     index, scores, bounds = np.arange(min(settings['n_score'], data.n)), {}, {}
     if settings['chain']:
         cells, path = settings['chain'].split(';'), path.with_stem(f'{path.stem}_chains')
@@ -1058,8 +1055,6 @@ def read_blind(model, fields, settings):
 def score_vlm(model, fields, settings, data, path):
     """Share of answers that are right to the letter, each question asked by itself, by family; beside it the family's most
     frequent answer, what the model says to another picture, and what a model says that was trained without pictures."""
-    if settings['text'] or settings['image']:
-        raise UserError('scores are of held-out pictures, whose answers are known: leave text and image out')
     settings = settings | dict(max_new_tokens=min(settings['max_new_tokens'], 32))
     other = read_blind(model, fields, settings) if settings['blind'] else None
     (found, rate), usual = right_answers(model, fields, settings), majority(fields)
@@ -1131,9 +1126,9 @@ def check(settings, model):
 
 def check_ranges(settings):
     """Raises UserError where a setting has no meaning for any model, or none beside another one."""
-    for one, other in APART:
-        if settings[one] and settings[other]:
-            raise UserError(f'{one} and {other} do not go together: leave one of them out')
+    for name, others in APART.items():
+        if both := [other for other in others.split() if settings[name] and settings[other]]:
+            raise UserError(f'{name} and {both[0]} do not go together: leave one of them out')
     for name in ('blind', 'against'):
         if settings[name] and not settings['score']:
             raise UserError(f'{name} stands beside scores: add --score=True')

@@ -181,7 +181,7 @@ def test_table_of_all(here, capfd):
 def test_configs_are_compiled_before_they_are_measured(here, monkeypatch, capsys):
     """In as many processes as half of the threads, here played in turn; what fails there is not told there."""
     class Here(bench.ProcessPoolExecutor):
-        def __init__(self, workers, *_):
+        def __init__(self, workers, *_, **__):
             self.workers = workers
         def submit(self, run, *arguments):
             done.append((self.workers, run(*arguments)))
