@@ -206,7 +206,8 @@ def find_cases(device):
     cases = {f'{kind} {T}': (kind, tokens // T, T, T, *heads) for kind in ('causal', 'full', 'cross') for T in LENGTHS}
     cases |= {f'prefill {T}': ('prefill', 1, T, T, *heads) for T in LENGTHS}
     cases |= {f'decode {T}': ('decode', 1, 1, T, *heads) for T in LENGTHS}
-    return cases | {'causal 4096, head 128': ('causal', tokens // 4096, 4096, 4096, heads[0] // 2, 128)} | CONFIGS
+    wide = {f'{kind} 4096, head 128': (kind, tokens // 4096, 4096, 4096, heads[0] // 2, 128) for kind in ('causal', 'full')}
+    return cases | wide | CONFIGS
 
 
 def softmax_attention(q, k, v, mask=None, is_causal=False, scale=None, enable_gqa=False):
@@ -592,21 +593,24 @@ def bytes_of_weights(model):
     return size * sum(p.numel() for p in model.parameters() if p not in tables - heads)
 
 
-def bench_generation(name, model, settings, device, limits):
-    """Rows: latency and throughput by batch, at the defaults of a chapter's `generate`."""
-    rows, model = [], model.eval()
-    weights = bytes_of_weights(model)
-    with sample.exact(dict(dtype='auto'), device), torch.compiler.set_stance('force_eager'):
-        for B in (1, 8, 32):
-            run, n, what, rounds = generation(model, B)
-            run()
-            times = times_of(run, device, 2)
-            seconds = statistics.median(times)
-            rows.append({'config': name, 'batch': B, 'ms': 1000 * seconds, '+-': 1000 * spread(times), 'what': what,
-                         'a second': n / seconds, 'weights of copy rate %': 100 * rounds * weights / seconds / limits['copy']})
-            show(rows[-1], len(rows) == 1)
-            if seconds > settings['seconds'] / 8:  # the next would take too long
-                break
+def bench_generation(name, compiles, model, settings, device, limits):
+    """Rows: latency and throughput by batch, at the defaults of a chapter's `generate`, eager and compiled."""
+    rows, model, weights = [], model.eval(), bytes_of_weights(model)
+    for compiled in (False, True) if compiles and not settings['all'] else (False,):
+        if compiled:
+            sample.compile_passes(model, train.find_dtype('auto', device), device)
+        with sample.exact(dict(dtype='auto'), device), torch.compiler.set_stance('default' if compiled else 'force_eager'):
+            for B in (1, 8, 32):
+                run, n, what, rounds = generation(model, B)
+                run()
+                times = times_of(run, device, 2)
+                seconds = statistics.median(times)
+                rows.append({'config': name, 'compiled': 'yes' if compiled else 'no', 'batch': B, 'ms': 1000 * seconds,
+                             '+-': 1000 * spread(times), 'what': what, 'a second': n / seconds,
+                             'weights of copy rate %': 100 * rounds * weights / seconds / limits['copy']})
+                show(rows[-1], len(rows) == 1)
+                if seconds > settings['seconds'] / 8:  # the next would take too long
+                    break
     return rows
 
 
@@ -617,7 +621,7 @@ def measure(name, assigned, settings, limits):
         with built(assigned, device) as (options, model, data):
             steps = bench_steps(name, options, model, data, settings, device, limits)
         train.set_up(device, training=False)
-        return {'Training steps': steps, 'Generation': bench_generation(name, model, settings, device, limits)}
+        return {'Training steps': steps, 'Generation': bench_generation(name, options['compile'], model, settings, device, limits)}
     except RuntimeError as error:  # those of torch.compile cannot be sent to another process
         raise RuntimeError(f'{type(error).__name__}: {error}') from None
 
@@ -689,9 +693,10 @@ def report(name, seconds, tokens, against, unit='tokens'):
 
 @torch.no_grad()
 def uncached(model, tokens, n):
-    """Greedy generation that runs the whole context for every token."""
-    for _ in range(n):
-        tokens = torch.cat((tokens, model.logits(model.trunk(tokens)[:, -1:]).argmax(-1)), 1)
+    """Greedy generation that runs the whole context for every token; without cuDNN, which prepares anew for each length."""
+    with sdpa_kernel([kernel for name, kernel in BACKENDS.items() if name != 'cudnn']):
+        for _ in range(n):
+            tokens = torch.cat((tokens, model.logits(model.trunk(tokens)[:, -1:]).argmax(-1)), 1)
     return tokens
 
 
@@ -713,10 +718,13 @@ def compare_generation(settings, device):
         report('generation, batch 1, without a cache', seconds, n, seconds / n)
         fast = model.generate(start, n, temperature=0)
         print(f'the same tokens: the first {(slow != fast)[0].long().cumsum(0).eq(0).sum() - 1:,}')
-        for batch in (1, 8, 32):
-            took = median_seconds(lambda: model.generate(start.repeat(batch, 1), n, temperature=0), device, 1)
-            report(f'generation, batch {batch}, KV cache', took, batch * n, seconds / n)
-            print(f'    weights are read at {n * bytes_of_weights(model) / took / settings["copy"]:.1%} of the rate of a copy')
+        for compiled in ('', ', compiled'):
+            if compiled:
+                sample.compile_passes(model, train.find_dtype('auto', device), device)
+            for batch in (1, 8, 32):
+                took = median_seconds(lambda: model.generate(start.repeat(batch, 1), n, temperature=0), device, 1)
+                report(f'generation, batch {batch}, KV cache{compiled}', took, batch * n, seconds / n)
+                print(f'    weights are read at {n * bytes_of_weights(model) / took / settings["copy"]:.1%} of the rate of a copy')
 
 
 def compare_unmasking(settings, device):

@@ -41,17 +41,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import config
 import flow
 from config import UserError
+from gpt import KVCache, Recorded
 from maskgit import ORDERS, SCHEDULES
 from prepare import page, retrieval
 from prepare.report import alone, bootstrap, judged, save_answers, save_gif, save_grid, save_scores, tile
-from train import (Data, add_logs, autocast, check_data, evaluation_batch, find_device, find_dtype, find_weights, load_model,
-                   means, read_meta, resolve, set_up, to_device)
+from train import (Data, add_logs, autocast, check_data, compile_blocks, evaluation_batch, find_device, find_dtype, find_weights,
+                   is_block, load_model, means, read_meta, resolve, set_up, to_device)
 
 SETTINGS = dict(
     out_dir='out/nano4m',     # the run
@@ -59,6 +61,7 @@ SETTINGS = dict(
     checkpoint='ckpt_last.pt',  # or ckpt_best.pt
     seed=0,
     device='auto', dtype='auto',
+    compile=False,            # the blocks, by torch.compile: seconds more at first; pays in many pictures, on a GPU in long texts
     n=0,                      # texts (of each prompt), or rows of a picture; 0 chooses: 1 text, 6 scenes, 10 digits a class
     split='val',              # held-out scenes
     # what to generate from what (nano4M)
@@ -126,6 +129,20 @@ def exact(settings, device):
     """Autocast for a GPT: float32 on a CPU unless asked otherwise; one token at a time has no use for faster matrix products."""
     cpu = settings['dtype'] == 'auto' and device.type == 'cpu'
     return autocast(device, torch.float32 if cpu else find_dtype(settings['dtype'], device))
+
+
+def compile_passes(model, dtype, device):
+    """--compile. Which layer's keys and values are appended is left out of what is compiled, so that all layers share that. On a GPU
+    the blocks' matrices are kept in autocast's number format: compiled code would convert them anew in each pass."""
+    if not compile_blocks(model, device):
+        return
+    torch._functorch.config.donated_buffer = False  # flow's likelihoods go backward through one pass several times
+    for kind in KVCache, Recorded:
+        kind.append = torch.compiler.disable(kind.append)
+    for block in filter(is_block, model.modules()) if device.type == 'cuda' else ():
+        for part in block.modules():
+            if isinstance(part, nn.Linear):
+                part.to(dtype)
 
 
 def read_ids(fields, name, split, index):
@@ -1225,6 +1242,8 @@ def main(*arguments, **overrides):
         check_data(folder, read_meta(folder), checkpoint)
     fields = fields_of(folder, meta)
     check(settings, model)
+    if settings['compile']:
+        compile_passes(model, find_dtype(settings['dtype'], device), device)
     splits = sorted(part.name for part in folder.glob('*/'))
     if not settings['init_from'] and settings['split'] not in splits:
         raise UserError(f'split={settings["split"]!r}: {folder} has {", ".join(splits)}')

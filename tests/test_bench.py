@@ -153,7 +153,7 @@ def test_sizes_of_weights():
 def test_generation_of_each_chapter(chapter, settings, n):
     small = {name: value for name, value in SMALL.items() if name in chapter.Config.__dataclass_fields__}
     model = chapter.Model(chapter.Config(**small | settings))
-    rows = bench.bench_generation('x', model, SETTINGS | dict(seconds=0.0), CPU, LIMITS)
+    rows = bench.bench_generation('x', False, model, SETTINGS | dict(seconds=0.0), CPU, LIMITS)
     assert len(rows) == 1 and rows[0]['batch'] == 1 and rows[0]['a second'] == pytest.approx(1000 * n / rows[0]['ms'])
     assert bench.generation(model, 3)[1] == 3 * n
 

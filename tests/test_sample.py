@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import gpt
 import sample
 import train
 from config import UserError
@@ -217,6 +218,21 @@ def test_texts(text_run, capsys):
     sample.main(f'--out_dir={text_run}', '--prompts=prompts.txt', '--max_new_tokens=5', '--n=2')
     texts = capsys.readouterr().out.split('\n-----\n')
     assert [text.startswith('The cat sat on the') for text in texts] == [False, False, True, True]
+
+
+def test_compiled_passes(text_run, capsys, monkeypatch):
+    """The same text by --compile; all layers share what is compiled: five take no more than two."""
+    frames = torch._dynamo.utils.counters['frames']
+    for kind in gpt.KVCache, gpt.Recorded:
+        monkeypatch.setattr(kind, 'append', kind.append)  # to be as they were afterwards
+    for layers, more in ((2, True), (5, False)):
+        train.main(**(GPT | dict(n_layer=layers)), dataset='story', block_size=16, out_dir=f'out/story_{layers}', pictures=False)
+        capsys.readouterr()
+        texts, before = [], frames['ok']
+        for arguments in ([], ['--compile=True']):
+            sample.main(f'--out_dir=out/story_{layers}', '--prompt=The cat', '--max_new_tokens=12', '--temperature=0', *arguments)
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1] and (frames['ok'] > before) == more
 
 
 def test_a_draft_changes_nothing_but_the_speed(text_run, capsys):
