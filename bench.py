@@ -12,7 +12,7 @@ FLOPs are counted operator by operator. `of limit` is their rate over that of th
 config's own matrix products, run one after the other without anything between them: what is missing to 100 % is not matmul.
 Times are medians, `+-` half of the distance between their quartiles. Data that is not there is replaced by random numbers.
 
-The comparisons: generation with a KV cache against running the whole context for every token, and by batch; pictures of 49
+The comparisons: generation with a KV cache against running the whole context for every token, by batch, and compiled; pictures of 49
 tokens unmasked in a few steps against a GPT with its cache; a large vocabulary with all logits at once against chunks of rows;
 nano4M with every slot filled and codes by their digits against padded slots and one head for all codes; 32 questions about four
 pictures, each looked at once, against all anew for each token; a text with a draft's guesses against without. Both sides compute
@@ -597,8 +597,8 @@ def bench_generation(name, compiles, model, settings, device, limits):
     """Rows: latency and throughput by batch, at the defaults of a chapter's `generate`, eager and compiled."""
     rows, model, weights = [], model.eval(), bytes_of_weights(model)
     for compiled in (False, True) if compiles and not settings['all'] else (False,):
-        if compiled:
-            sample.compile_passes(model, train.find_dtype('auto', device), device)
+        if compiled and not sample.compile_passes(model, dict(dtype='auto'), device):
+            break
         with sample.exact(dict(dtype='auto'), device), torch.compiler.set_stance('default' if compiled else 'force_eager'):
             for B in (1, 8, 32):
                 run, n, what, rounds = generation(model, B)
@@ -719,8 +719,8 @@ def compare_generation(settings, device):
         fast = model.generate(start, n, temperature=0)
         print(f'the same tokens: the first {(slow != fast)[0].long().cumsum(0).eq(0).sum() - 1:,}')
         for compiled in ('', ', compiled'):
-            if compiled:
-                sample.compile_passes(model, train.find_dtype('auto', device), device)
+            if compiled and not sample.compile_passes(model, dict(dtype='auto'), device):
+                break
             for batch in (1, 8, 32):
                 took = median_seconds(lambda: model.generate(start.repeat(batch, 1), n, temperature=0), device, 1)
                 report(f'generation, batch {batch}, KV cache{compiled}', took, batch * n, seconds / n)

@@ -61,7 +61,7 @@ SETTINGS = dict(
     checkpoint='ckpt_last.pt',  # or ckpt_best.pt
     seed=0,
     device='auto', dtype='auto',
-    compile=False,            # the blocks, by torch.compile: seconds more at first; pays in many pictures, on a GPU in long texts
+    compile=False,            # the blocks, by torch.compile: seconds more at first; pays in long texts on a GPU (docs/bench.md)
     n=0,                      # texts (of each prompt), or rows of a picture; 0 chooses: 1 text, 6 scenes, 10 digits a class
     split='val',              # held-out scenes
     # what to generate from what (nano4M)
@@ -115,8 +115,8 @@ BELONGS = dict(  # settings that mean nothing to the chapters that do not name t
     flow='steps guidance interval method labels show',
     vlm='text image chat blind prompts max_new_tokens temperature top_k top_p min_p')
 APART = dict(  # settings beside which others would be ignored
-    score='report compare retrieve text image chat prompt prompts draft', compare='report', chain='given target',
-    retrieve='hide replace', prompts='prompt text', chat='text prompts')
+    score='report compare retrieve text image chat prompt prompts draft', compare='report compile', chain='given target',
+    retrieve='hide replace', prompts='prompt text', chat='text prompts', compile='report draft')
 SHOWS = dict(maskgit=('grid', 'gif', 'swap'), flow=('grid', 'path', 'steps', 'guidance'))
 
 
@@ -125,24 +125,31 @@ def chosen(settings, name, default=None):
     return default if math.isnan(settings[name]) else settings[name]
 
 
-def exact(settings, device):
-    """Autocast for a GPT: float32 on a CPU unless asked otherwise; one token at a time has no use for faster matrix products."""
+def exact_dtype(settings, device):
+    """float32 on a CPU unless asked otherwise: one token at a time has no use for faster matrix products."""
     cpu = settings['dtype'] == 'auto' and device.type == 'cpu'
-    return autocast(device, torch.float32 if cpu else find_dtype(settings['dtype'], device))
+    return torch.float32 if cpu else find_dtype(settings['dtype'], device)
 
 
-def compile_passes(model, dtype, device):
-    """--compile. Which layer's keys and values are appended is left out of what is compiled, so that all layers share that. On a GPU
-    the blocks' matrices are kept in autocast's number format: compiled code would convert them anew in each pass."""
+def exact(settings, device):
+    return autocast(device, exact_dtype(settings, device))
+
+
+def compile_passes(model, settings, device):
+    """--compile: the model's blocks, for good; returns whether a compiler works. `append`, which looks its layer up, stays as it is,
+    or each layer would be compiled by itself."""
     if not compile_blocks(model, device):
-        return
-    torch._functorch.config.donated_buffer = False  # flow's likelihoods go backward through one pass several times
+        return False
     for kind in KVCache, Recorded:
         kind.append = torch.compiler.disable(kind.append)
-    for block in filter(is_block, model.modules()) if device.type == 'cuda' else ():
-        for part in block.modules():
-            if isinstance(part, nn.Linear):
-                part.to(dtype)
+    model.requires_grad_(False)  # flow's likelihoods ask for the gradients of its inputs alone,
+    torch._functorch.config.donated_buffer = False  # several times of one pass
+    if hasattr(model, 'stream'):  # always within `exact`, whose copies of the matrices compiled code would make anew in each pass
+        for block in filter(is_block, model.modules()):
+            for part in block.modules():
+                if isinstance(part, nn.Linear):
+                    part.to(exact_dtype(settings, device))
+    return True
 
 
 def read_ids(fields, name, split, index):
@@ -1243,7 +1250,7 @@ def main(*arguments, **overrides):
     fields = fields_of(folder, meta)
     check(settings, model)
     if settings['compile']:
-        compile_passes(model, find_dtype(settings['dtype'], device), device)
+        compile_passes(model, settings, device)
     splits = sorted(part.name for part in folder.glob('*/'))
     if not settings['init_from'] and settings['split'] not in splits:
         raise UserError(f'split={settings["split"]!r}: {folder} has {", ".join(splits)}')

@@ -209,7 +209,7 @@ def compile_blocks(model, device):
         torch.compile(lambda x: (x @ x).relu())(torch.ones(2, 2, device=device))
     except Exception as error:
         if is_main():
-            print(f'torch.compile does not work here ({type(error).__name__}): going on without it, about half as fast')
+            print(f'torch.compile does not work here ({type(error).__name__}): going on without it, more slowly')
         return False
     torch._dynamo.config.recompile_limit = 64  # one for each combination of shapes; chapters keep these few
     for module in model.modules():

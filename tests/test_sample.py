@@ -221,18 +221,22 @@ def test_texts(text_run, capsys):
 
 
 def test_compiled_passes(text_run, capsys, monkeypatch):
-    """The same text by --compile; all layers share what is compiled: five take no more than two."""
+    """The same text by --compile, in both number formats; all layers share what is compiled: five take no more than two."""
     frames = torch._dynamo.utils.counters['frames']
     for kind in gpt.KVCache, gpt.Recorded:
         monkeypatch.setattr(kind, 'append', kind.append)  # to be as they were afterwards
     for layers, more in ((2, True), (5, False)):
         train.main(**(GPT | dict(n_layer=layers)), dataset='story', block_size=16, out_dir=f'out/story_{layers}', pictures=False)
         capsys.readouterr()
-        texts, before = [], frames['ok']
-        for arguments in ([], ['--compile=True']):
-            sample.main(f'--out_dir=out/story_{layers}', '--prompt=The cat', '--max_new_tokens=12', '--temperature=0', *arguments)
-            texts.append(capsys.readouterr().out)
-        assert texts[0] == texts[1] and (frames['ok'] > before) == more
+        before = frames['ok']
+        for dtype in ('float32', 'bfloat16'):
+            texts = []
+            for compiled in (False, True):
+                sample.main(f'--out_dir=out/story_{layers}', '--prompt=The cat', '--max_new_tokens=12', '--temperature=0',
+                            f'--dtype={dtype}', f'--compile={compiled}')
+                texts.append(capsys.readouterr().out)
+            assert texts[0] == texts[1]
+        assert (frames['ok'] > before) == more
 
 
 def test_a_draft_changes_nothing_but_the_speed(text_run, capsys):
