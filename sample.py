@@ -138,6 +138,8 @@ def exact(settings, device):
 def compile_passes(model, settings, device):
     """--compile: the model's blocks, for good; returns whether a compiler works. `append`, which looks its layer up, stays as it is,
     or each layer would be compiled by itself."""
+    if not any(map(is_block, model.modules())):
+        raise UserError('compile is for Transformers, and this model is none: leave it out')
     if not compile_blocks(model, device):
         return False
     for kind in KVCache, Recorded:

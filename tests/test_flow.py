@@ -419,6 +419,8 @@ def test_scores_of_points(work, capsys):
     assert {'squared error', 'KL(data || model), nats', 'W2, 1 steps', 'W2, 20 steps'} <= scores.keys()
     assert scores['W2, 1 steps']['floor'] > 0 and scores['KL(data || model), nats']['value'] > 0
     assert draw('out/points', '--n=50', '--steps=4').size == (6 * 204 - 4, 18 + 2 * 204 - 4)
+    with pytest.raises(UserError, match='this model is none'):
+        sample.main('--out_dir=out/points', '--compile=True')
 
 
 def test_scenes(work):
