@@ -41,7 +41,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -138,8 +137,6 @@ def exact(settings, device):
 def compile_passes(model, settings, device):
     """--compile: the model's blocks, for good; returns whether a compiler works. `append`, which looks its layer up, stays as it is,
     or each layer would be compiled by itself."""
-    if not any(map(is_block, model.modules())):
-        raise UserError('compile is for Transformers, and this model is none: leave it out')
     if not compile_blocks(model, device):
         return False
     for kind in KVCache, Recorded:
@@ -148,9 +145,7 @@ def compile_passes(model, settings, device):
     torch._functorch.config.donated_buffer = False  # several times of one pass
     if hasattr(model, 'stream'):  # always within `exact`, whose copies of the matrices compiled code would make anew in each pass
         for block in filter(is_block, model.modules()):
-            for part in block.modules():
-                if isinstance(part, nn.Linear):
-                    part.to(exact_dtype(settings, device))
+            block.to(exact_dtype(settings, device))
     return True
 
 
@@ -1148,6 +1143,8 @@ def check(settings, model):
     most = getattr(model.config, 'vocab_size', settings['top_k'])
     if settings['top_k'] > most:
         raise UserError(f'top_k={settings["top_k"]} must be 0 (all) to {most}')
+    if settings['compile'] and not any(map(is_block, model.modules())):
+        raise UserError('compile is for Transformers, and this model is none: leave it out')
 
 
 def check_ranges(settings):
