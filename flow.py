@@ -384,9 +384,9 @@ class Flow(nn.Module):
     @torch.no_grad()
     def generate(self, label, steps=20, method='euler', guidance=1.0, interval=(0.0, 1.0), generator=None):
         """From noise to data for labels (B,): the trajectory (steps + 1, B, ...), and how often the network was evaluated. Raises
-        ValueError for fewer than one step, an unknown method, labels out of range, guidance without label_drop."""
-        if steps < 1:
-            raise ValueError(f'steps={steps} must be at least 1')
+        ValueError for fewer than one step, no interval, an unknown method, labels out of range, guidance without label_drop."""
+        if steps < 1 or not 0 <= interval[0] < interval[1] <= 1:
+            raise ValueError(f'steps={steps} must be at least 1, interval={interval} two times from 0 to 1, the lower first')
         if method not in METHODS or (method == 'jump' and not self.config.mean):
             raise ValueError(f'method={method!r}: choose one of {", ".join(METHODS)}; jump needs a model trained with mean > 0')
         noise = torch.randn(len(label), *self.shape, generator=generator, device=label.device)

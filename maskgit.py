@@ -141,8 +141,8 @@ def unmask(tokens, predict, grid, steps, order='random', schedule='cosine', choi
     """
     total = (tokens < 0).sum(1, keepdim=True)  # (B, 1)
     most = int(total.max())
-    if order not in ORDERS or schedule not in SCHEDULES:
-        raise ValueError(f'order is one of {", ".join(ORDERS)}, schedule one of {", ".join(SCHEDULES)}')
+    if order not in ORDERS or schedule not in SCHEDULES or choice_temperature < 0:
+        raise ValueError(f'order is one of {", ".join(ORDERS)}, schedule one of {", ".join(SCHEDULES)}; choice_temperature at least 0')
     if not 1 <= steps <= most:
         raise ValueError(f'steps={steps}: there are {most} tokens to fill, and each step fills at least one' if most else
                          'nothing to fill: all tokens are given')

@@ -28,14 +28,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import gpt
-from gpt import GPT, Block, KVCache, Recorded, cross_entropy, norm, rotary, sample_token
+from gpt import GPT, Block, KVCache, cross_entropy, decode, norm, rotary
 
 
 @dataclass
 class Config(gpt.Config):
     """All settings of chapter 1, for the language model, and those of the eyes. block_size is that of the text alone."""
-    n_layer: int = 4
-    n_embd: int = 128
+    n_layer: int = 4        # of the language model
+    n_embd: int = 128       # its width
     image_token: int = 0    # the id that stands for a picture; set by the data set, as are the next three
     n_images: int = 1       # m, pictures a conversation
     image_size: int = 64    # H = W, pixels
@@ -43,18 +43,18 @@ class Config(gpt.Config):
     patch: int = 8          # side of a patch in pixels; the eyes see (image_size / patch)^2 of them
     pool: int = 1           # side of the square of patches that makes one token: P = (image_size / patch / pool)^2
     eyes_layer: int = 4     # blocks
-    eyes_head: int = 4
-    eyes_embd: int = 128
+    eyes_head: int = 4      # attention heads a block
+    eyes_embd: int = 128    # width
     n_named: int = 0        # P where the data set names what each of a picture's tokens shows, else 0
     n_names: int = 0        # the most words that a name has
     blind: bool = False     # never look: what can be known from the questions alone
     # what real weights need (prepare/siglip.py)
-    eyes_mlp: str = 'relu2'
-    eyes_mlp_width: int = 0
-    eyes_bias: bool = False
-    eyes_qk_norm: bool = True
-    eyes_rope_theta: float = 100.0
-    eyes_norm_eps: float = 1e-6
+    eyes_mlp: str = 'relu2'         # as chapter 1's settings without `eyes_`, for the vision encoder
+    eyes_mlp_width: int = 0         # the same
+    eyes_bias: bool = False         # the same
+    eyes_qk_norm: bool = True       # the same
+    eyes_rope_theta: float = 100.0  # the same
+    eyes_norm_eps: float = 1e-6     # the same
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,33 +174,27 @@ class VLM(nn.Module):
     def read(self, tokens, images=None, n=1):
         """Prompts (B, L), -1 in front of shorter ones, with their pictures (B, m, H, W, C), into a cache that `stream` goes on
         from; each row n times, so that n questions can be asked after one look."""
-        cache = KVCache(self.length, ragged=True)
         if images is not None:
             tokens = tokens.gather(1, make_room(tokens, self.config.image_token, self.P, images.size(1)))
         seen = None if images is None or self.config.blind else self.look(images)
+        cache = KVCache(tokens.size(1), ragged=True)
         self.trunk(tokens, seen, cache)
         cache.repeat(n)
         return cache
 
-    @torch.no_grad()
+    def step(self, tokens, cache):
+        """Logits (B, V) of the token after tokens (B, T), which follow what is in the cache; a picture cannot be said."""
+        logits = self.language.step(tokens, cache)
+        logits[:, self.config.image_token] = -torch.inf
+        return logits
+
     def stream(self, tokens, cache, max_new_tokens=16, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None):
         """Goes on with tokens (B, T0), -1 in front of shorter ones, behind what the cache holds; yields the next token of each
-        row, (B,), up to max_new_tokens times and while there is room in the context. A row that has drawn the token `end` gets -1
-        from then on; when all have, it stops. The last token drawn is not in the cache yet: a next turn begins with it."""
-        read, ended = Recorded(self.trunk, cache), tokens.new_zeros(len(tokens), dtype=torch.bool)
-        for _ in range(max_new_tokens):
-            if cache.filled + tokens.size(1) > self.length:
-                return
-            x = read(tokens)
-            logits = self.language.logits(x[:, -1])
-            logits[:, self.config.image_token] = -torch.inf  # a picture cannot be said
-            drawn = sample_token(logits, temperature, top_k, top_p, min_p, generator)  # (B,)
-            drawn = drawn.masked_fill(ended, -1)
-            yield drawn
-            ended |= drawn == end
-            if end >= 0 and ended.all():
-                return
-            tokens = drawn[:, None]
+        row, (B,), up to max_new_tokens times and while there is room in the context, see gpt.decode. The last token drawn is not
+        in the cache yet: a next turn begins with it."""
+        n = min(max_new_tokens, self.length - cache.filled - tokens.size(1) + 1)
+        cache.length, ended = cache.filled + tokens.size(1) + n - 1, tokens.new_zeros(len(tokens), dtype=torch.bool)
+        return decode(self, tokens, cache, ended, n, temperature, top_k, top_p, min_p, end, generator)
 
     def generate(self, tokens, cache, max_new_tokens=16, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None):
         """All that `stream` yields: (B, n), n <= max_new_tokens."""

@@ -15,11 +15,14 @@ import numpy as np
 
 import config
 from config import UserError
-from prepare import judge
+from prepare import arrays, judge
 from prepare.download import download
-from prepare.meta import save_meta
 
-SETTINGS = dict(seed=0, out='data/cifar10')
+MAKES = 'data/cifar10'
+SETTINGS = dict(
+    seed=0,     # of the judge
+    out=MAKES,  # the data folder
+)
 URL, ARCHIVE = 'https://www.cs.toronto.edu/~kriz/', 'cifar-10-binary.tar.gz'
 MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
 FILES = dict(train=[f'data_batch_{i}.bin' for i in range(1, 6)], val=['test_batch.bin'])
@@ -67,11 +70,7 @@ class Fields:
         self.folder, self.classes = Path(folder), CLASSES
 
     def load(self, split, name):
-        path = self.folder / split / f'{name}.npy'
-        try:
-            return np.load(path, mmap_mode='r')
-        except (OSError, ValueError) as error:
-            raise UserError(f'{path}: missing or damaged ({error}); delete {self.folder} to make it anew')
+        return arrays.load(self.folder / split / f'{name}.npy')
 
     def score(self, images, labels, split='val'):
         """{metric: dict} of pictures (n, 32, 32, 3) uint8 made for labels (n,), as judge.score returns it."""
@@ -100,7 +99,7 @@ def main(*arguments, **overrides):
     print(f'judge of 32x32 pictures: {right:.1%} of {len(truth):,} held-out ones right')
     meta = dict(kind='rows', fields=dict(image=256, label=10), views=dict(image=2), prepare='cifar10', classes=CLASSES,
                 config=dict(image_size=32, channels=3, n_classes=10), quality=dict(judge=right), settings=settings)
-    save_meta(folder, meta)
+    arrays.save_meta(folder, meta)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,14 @@ from config import UserError
 from prepare.cifar10 import CLASSES, fetch, views
 from prepare.folder import make
 
-SETTINGS = dict(out='data/cifar10_modalities', steps=800, vocab_size=512, caption_tokens=8, seed=0)
+MAKES = 'data/cifar10_modalities'
+SETTINGS = dict(
+    out=MAKES,         # the data folder
+    steps=800,         # of the training of each image tokenizer
+    vocab_size=512,    # of the captions' encoding
+    caption_tokens=8,  # longest caption
+    seed=0,
+)
 
 
 def main(*arguments, **overrides):

@@ -6,5 +6,7 @@ FashionMNIST (Xiao et al., 1708.07747): ten kinds of clothes, made like MNIST's 
 import config
 from prepare import mnist
 
+MAKES = 'data/fashion_mnist'
+
 if __name__ == '__main__':
     config.run(mnist.main, fashion=True)

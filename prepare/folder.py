@@ -26,13 +26,34 @@ from tqdm import tqdm
 
 import config
 from config import UserError
+from prepare import arrays
 from prepare.image_tokenizers import ImageTokenizer
-from prepare.meta import save_meta
-from prepare.pictures import (MAKE, SIDE, TOKENIZED, enlarged, entry, from_tokens, pixel_error, read_picture, tokenize,
-                              to_tokens, train_tokenizer)
+from prepare.pictures import (
+    MAKE,
+    SIDE,
+    TOKENIZED,
+    enlarged,
+    entry,
+    from_tokens,
+    pixel_error,
+    read_picture,
+    to_tokens,
+    tokenize,
+    train_tokenizer,
+)
 from prepare.text_tokenizers import decode_row, encode_rows, load_encoding, save_encoding, train_bpe
 
-SETTINGS = dict(source='', out='data/folder', size=64, views=4, steps=400, vocab_size=1024, caption_tokens=64, seed=0)
+MAKES = 'data/folder'
+SETTINGS = dict(
+    source='',          # your folder of images and captions
+    out=MAKES,          # the data folder
+    size=64,            # pixels of a side
+    views=4,            # crops of each training image; 1 is the image alone
+    steps=400,          # of the training of each image tokenizer
+    vocab_size=1024,    # of the captions' encoding
+    caption_tokens=64,  # longest caption
+    seed=0,
+)
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff')
 
 
@@ -98,11 +119,7 @@ class Fields:
         self.size = self.tokenizers['rgb'].config.size
 
     def load(self, split, name):
-        path = self.folder / split / f'{name}.npy'
-        try:
-            array = np.load(path, mmap_mode='r')
-        except (OSError, ValueError) as error:
-            raise UserError(f'{path}: missing or damaged ({error}); delete {self.folder} to make it anew')
+        array = arrays.load(self.folder / split / f'{name}.npy')
         return array if name == 'caption' else array[:, 0]
 
     def truth(self, split, name, index):
@@ -189,7 +206,7 @@ def make(folder, splits, settings):
     meta = dict(kind='rows', prepare='folder', fields=vocabularies | dict(caption=encoding.n_vocab), config=facts,
                 views=dict.fromkeys(vocabularies, train.shape[1]), files=dict(tokens='rgb', image='raw_rgb'), quality=quality,
                 settings=settings)
-    save_meta(folder, meta)
+    arrays.save_meta(folder, meta)
 
 
 def main(*arguments, **overrides):

@@ -18,9 +18,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import UserError
+from engine.checkpoints import load_network
+from engine.optimizers import fit
 from gpt import MLP, Attention, norm, rotary
-from train import SETTINGS, advance, autocast, find_device, find_dtype, make_optimizers, set_rates, set_up
+from prepare.arrays import load
 
 
 @dataclass
@@ -136,14 +137,7 @@ class ImageTokenizer(nn.Module):
 
     @classmethod
     def load(cls, path):
-        try:
-            saved = torch.load(path, map_location='cpu', weights_only=True)
-            tokenizer = cls(Config(**saved['config']))
-            tokenizer.load_state_dict(saved['weights'])
-        except Exception as error:  # the unpickler fails in many ways
-            raise UserError(f'{path}: missing, truncated or not an image tokenizer ({type(error).__name__}); '
-                            'delete the data set\'s folder to make it anew')
-        return tokenizer.eval()
+        return load_network(path, lambda saved: cls(Config(**saved['config'])), 'an image tokenizer')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,34 +186,12 @@ def reconstruction_loss(tokenizer, images, weight):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-def fit(model, loss_of, batch_of, steps, name, rates=''):
-    """Trains one of this folder's small networks by loss_of(model, *batch_of()), with train.py's optimizers and its choices
-    for the machine; the rates fall linearly to zero. Not compiled: that takes longer than it saves in so short a run."""
-    settings = SETTINGS | dict(max_iters=steps, warmup_iters=30, decay=1.0, rates=rates)
-    device = find_device()
-    dtype = find_dtype('auto', device)
-    set_up(device)
-    model.to(device).train()
-    optimizers = make_optimizers(model, settings)
-    bar = tqdm(range(steps), desc=f'train {name}', unit='step')
-    for step in bar:
-        batch = [tensor.to(device) for tensor in batch_of()]
-        with autocast(device, dtype):
-            loss = loss_of(model, *batch)
-        loss.backward()
-        set_rates(optimizers, settings, step)
-        advance(optimizers)
-        if step % 20 == 0:
-            bar.set_postfix(loss=f'{loss.item():.4f}')
-    return model.cpu().eval()
-
-
 def train_field(folder, name, size, seed=0, batch_size=64):
     """Trains the tokenizer of one image field of a data folder; returns it and its quality on the validation scenes."""
     channels, levels, object_weight, steps = SPECS[name]
     torch.manual_seed(seed)
     random = np.random.default_rng((seed, 5))
-    raw, instance = (np.load(folder / 'train' / f'raw_{part}.npy', mmap_mode='r') for part in (name, 'instance'))
+    raw, instance = (load(folder / 'train' / f'raw_{part}.npy') for part in (name, 'instance'))
 
     def batch_of():
         ids = random.integers(0, len(raw), batch_size)
@@ -231,7 +203,7 @@ def train_field(folder, name, size, seed=0, batch_size=64):
 
 def encode_all(tokenizer, name, folder):
     """The token ids (n, N) int32 of all pictures of one field in a split's folder."""
-    raw = np.load(folder / f'raw_{name}.npy', mmap_mode='r')
+    raw = load(folder / f'raw_{name}.npy')
     parts = [tokenizer.encode(to_network(name, raw[i:i + 100]))
              for i in tqdm(range(0, len(raw), 100), desc=f'encode {name}', unit='x100', leave=False)]
     return torch.cat(parts).int().numpy()
@@ -240,9 +212,9 @@ def encode_all(tokenizer, name, folder):
 def quality(tokenizer, name, folder):
     """Reconstruction of a split, on objects' pixels and on all: PSNR in dB, relative depth error, degrees, mIoU; and the
     number of different codes in use."""
-    raw, ids = np.load(folder / f'raw_{name}.npy'), torch.from_numpy(encode_all(tokenizer, name, folder)).long()
+    raw, ids = load(folder / f'raw_{name}.npy'), torch.from_numpy(encode_all(tokenizer, name, folder)).long()
     rebuilt = np.concatenate([from_network(name, tokenizer.decode(part)) for part in ids.split(100)])
-    objects = np.load(folder / 'raw_instance.npy') > 0
+    objects = load(folder / 'raw_instance.npy') > 0
     used = dict(codes_used=ids.unique().numel())
     if name == 'segmentation':
         classes = [(raw == c, rebuilt == c) for c in range(CLASSES)]

@@ -11,7 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from config import UserError
-from prepare.image_tokenizers import fit
+from engine.checkpoints import load_network
+from engine.optimizers import fit
 
 
 def convolution(inputs, outputs, stride=1):
@@ -53,14 +54,7 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, path):
-        try:
-            saved = torch.load(path, map_location='cpu', weights_only=True)
-            judge = cls(saved['size'], saved.get('channels', 1))
-            judge.load_state_dict(saved['weights'])
-        except Exception as error:  # the unpickler fails in many ways
-            raise UserError(f'{path}: missing, truncated or not a judge ({type(error).__name__}); delete {path.parent} '
-                            'to make it anew')
-        return judge.eval()
+        return load_network(path, lambda saved: cls(saved['size'], saved.get('channels', 1)), 'a judge')
 
 
 def train_judge(images, labels, seed=0, steps=1500, batch_size=128):

@@ -22,11 +22,17 @@ import torch.nn.functional as F
 
 import config
 from config import UserError
-from prepare import judge
+from prepare import arrays, judge
 from prepare.download import download
-from prepare.meta import save_meta
 
-SETTINGS = dict(subset='', fashion=False, views=8, seed=0, out='')  # out: '' is data/mnist or data/fashion_mnist
+MAKES = 'data/mnist'
+SETTINGS = dict(
+    subset='',      # 't10k': the small files alone, 9,000 digits to train on
+    fashion=False,  # FashionMNIST's clothes
+    views=8,        # of each training image: the image itself, then random crops
+    seed=0,
+    out='',         # the data folder; '' is data/mnist or data/fashion_mnist
+)
 MNIST = 'https://ossci-datasets.s3.amazonaws.com/mnist/'
 FASHION = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/'
 DIGESTS = {
@@ -138,11 +144,7 @@ class Fields:
         self.classes = json.loads((self.folder / 'meta.json').read_text())['classes']  # ten names
 
     def load(self, split, name):
-        path = self.folder / split / f'{name}.npy'
-        try:
-            return np.load(path, mmap_mode='r')
-        except (OSError, ValueError) as error:
-            raise UserError(f'{path}: missing or damaged ({error}); delete {self.folder} to make it anew')
+        return arrays.load(self.folder / split / f'{name}.npy')
 
     def decode(self, tokens):
         """Tokens (n, 50) or (n, 49), on the CPU -> binary pictures (n, 14, 14), see to_images."""
@@ -199,7 +201,7 @@ def main(*arguments, **overrides):
     facts = dict(vocab_size=26, block_size=49, grid='7x7', n_classes=10, image_size=28, channels=1)
     meta = dict(kind='rows', fields=dict(tokens=26, image=256, label=10), views=dict(tokens=settings['views']), config=facts,
                 prepare='mnist', classes=CLASSES[kind], quality=quality, settings=settings)
-    save_meta(folder, meta)
+    arrays.save_meta(folder, meta)
 
 
 if __name__ == '__main__':

@@ -34,13 +34,19 @@ from tqdm import tqdm
 
 import config
 from config import UserError
-from prepare.meta import save_meta
+from prepare import arrays
 from prepare.scenes import caption, drawing, parse_text, scene_desc, typical, words
 from prepare.scenes_render import open_pool
 from prepare.scenes_scores import score_objects
 from prepare.text_tokenizers import decode_row, encode_rows, frequent_words, load_words, save_words
 
-SETTINGS = dict(source='', out='data/multiclevr', decoder='', workers=0)  # workers: processes; 0 is one a core
+MAKES = 'data/multiclevr'
+SETTINGS = dict(
+    source='',   # the course's folder
+    out=MAKES,   # the data folder
+    decoder='',  # the course's image decoder, to draw images; '' for none
+    workers=0,   # processes; 0 is one a core
+)
 FOLDERS = dict(rgb='tok_rgb@256', depth='tok_depth@256', normal='tok_normal@256', scene_desc='scene_desc', caption='caption')
 IMAGES, TEXTS = ('rgb', 'depth', 'normal'), ('scene_desc', 'caption')
 CROPS, SIDE, LEVELS, CODES = 10, 16, '5*5*5*8*8*8', 64000
@@ -225,11 +231,7 @@ class Fields:
             raise UserError(f'{path}: not a TorchScript file ({str(error).splitlines()[0]}); delete it to draw without')
 
     def load(self, split, name):
-        path = self.folder / split / f'{name}.npy'
-        try:
-            return np.load(path, mmap_mode='r')[:, 0]
-        except (OSError, ValueError, IndexError) as error:
-            raise UserError(f'{path}: missing or damaged ({error}); delete {self.folder} to make it anew')
+        return arrays.load(self.folder / split / f'{name}.npy')[:, 0]
 
     def truth(self, split, name, index):
         return self.decode(name, torch.from_numpy(self.load(split, name)[index].astype(np.int64)))
@@ -319,7 +321,7 @@ def main(*arguments, **overrides):
         fields = {name: CODES for name in IMAGES} | {name: V for name, (V, _) in sizes.items()}
         meta = dict(kind='rows', prepare='multiclevr', fields=fields, views=dict.fromkeys(fields, CROPS),
                     config=dict(modalities=' '.join(entries)), settings=dict(source=source))
-        save_meta(folder, meta)
+        arrays.save_meta(folder, meta)
         for split in splits:
             (folder / split / 'texts.jsonl').unlink()
     if settings['decoder']:

@@ -8,7 +8,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from config import UserError
-from prepare.image_tokenizers import Config, ImageTokenizer, fit, from_network, reconstruction_loss, to_network
+from engine.optimizers import fit
+from prepare.image_tokenizers import Config, ImageTokenizer, from_network, reconstruction_loss, to_network
 
 SIDE = 8  # tokens of a picture's side; pixels, in low resolution
 LUMINANCE = np.array((0.299, 0.587, 0.114), np.float32)  # of red, green and blue (ITU-R BT.601)

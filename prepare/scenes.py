@@ -30,17 +30,25 @@ from PIL import Image, ImageDraw
 import config
 from config import UserError
 from prepare import image_tokenizers, pictures, scenes_numbers, scenes_parser
-from prepare.meta import save_meta
+from prepare.arrays import load, read_meta, save_meta, write
 from prepare.pictures import read_square
 from prepare.scenes_numbers import NUMBERS
 from prepare.scenes_render import COLORS, MATERIALS, SHAPES, SIZES, make
 from prepare.scenes_scores import score_boxes, score_depth, score_normal, score_numbers, score_objects, score_segmentation
 from prepare.text_tokenizers import decode_row, encode_rows, load_words, save_words
-from train import read_meta
 
 COLOR_NAMES = tuple(COLORS)
 NAMES = dict(shape=SHAPES, color=COLOR_NAMES, material=MATERIALS, size=SIZES)  # the columns of raw_objects, before x and y
-SETTINGS = dict(n_train=20000, n_val=1000, size=64, max_objects=5, seed=0, out='data/scenes', workers=0, extra='')
+MAKES = 'data/scenes'
+SETTINGS = dict(
+    n_train=20000, n_val=1000,  # scenes
+    size=64,        # pixels of a side
+    max_objects=5,  # in a scene; at least 2
+    seed=0,
+    out=MAKES,      # the data folder
+    workers=0,      # processes that render; 0 is one a core
+    extra='',       # more modalities: grey edges palette low boxes metadata layout
+)
 EXTRA_STEPS = 250  # of the tokenizer of a modality that --extra names
 IMAGES = ('rgb', 'depth', 'normal', 'segmentation')
 TEXTS = ('scene_desc', 'caption')
@@ -154,7 +162,7 @@ class Fields:
         return scenes_parser.Parser.load(path)
 
     def load(self, split, name):
-        return load(self.folder / split, name)
+        return load(self.folder / split / f'{name}.npy')
 
     def truth(self, split, name, index):
         """The raw values of the samples with these indices."""
@@ -259,12 +267,6 @@ class Fields:
 # ---------------------------------------------------------------------------------------------------------------------
 # Making it
 
-def write(folder, arrays):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        np.save(folder / f'{name}.npy', array)
-
-
 def raw_arrays(made):
     """The renderer's arrays as they are stored: class labels from instances, one table of objects."""
     objects = np.concatenate([made[name][..., None] for name in NAMES] + [made['pixel']], -1).astype(np.int16)  # (n, K, 6)
@@ -274,14 +276,6 @@ def raw_arrays(made):
     segmentation = np.take_along_axis(label[:, None, :], made['instance'].astype(np.int64).reshape(len(label), 1, -1), -1)
     return dict(raw_rgb=made['rgb'], raw_depth=made['depth'], raw_normal=made['normal'], raw_instance=made['instance'],
                 raw_segmentation=segmentation.reshape(made['instance'].shape).astype(np.uint8), raw_objects=objects)
-
-
-def load(folder, name):
-    path = folder / f'{name}.npy'
-    try:
-        return np.load(path, mmap_mode='r')
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path}: missing or damaged ({error}); delete {folder.parent} to make it anew')
 
 
 def add(meta, name, levels, size, vocabulary):
@@ -315,7 +309,7 @@ def add_numbers(folder, meta, name):
     measure, columns = NUMBERS[name]
     tables = {}
     for split in ('train', 'val'):
-        raw = {part: load(folder / split, f'raw_{part}') for part in (*IMAGES, 'instance', 'objects')}
+        raw = {part: load(folder / split / f'raw_{part}.npy') for part in (*IMAGES, 'instance', 'objects')}
         tables[split] = np.concatenate([measure({part: array[i:i + 500] for part, array in raw.items()})
                                         for i in range(0, len(raw['rgb']), 500)])
     texts = {split: [scenes_numbers.tell(name, table) for table in some.tolist()] for split, some in tables.items()}
@@ -324,7 +318,7 @@ def add_numbers(folder, meta, name):
 
 def add_picture(folder, meta, name, seed):
     """What can be made of any picture."""
-    rgb, tokenizer = {split: load(folder / split, 'raw_rgb') for split in ('train', 'val')}, None
+    rgb, tokenizer = {split: load(folder / split / 'raw_rgb.npy') for split in ('train', 'val')}, None
     if name in pictures.TOKENIZED:
         tokenizer = pictures.train_tokenizer(name, rgb['train'][:, None], EXTRA_STEPS, seed)
         tokenizer.save(folder / f'{name}.pt')
@@ -352,7 +346,7 @@ def make_scenes(settings):
     for name in IMAGES:
         add_image(folder, meta, name, size, settings['seed'])
     for name, tell in (('scene_desc', scene_desc), ('caption', caption)):
-        texts = {split: [tell(objects) for objects in load(folder / split, 'raw_objects').tolist()] for split in ('train', 'val')}
+        texts = {split: [tell(objects) for objects in load(folder / split / 'raw_objects.npy').tolist()] for split in ('train', 'val')}
         add_text(folder, meta, name, words(name, size, K), texts, text_length(name, K))
     # chapters that know one modality get rgb, as tokens or as the picture itself
     _, levels, grid = meta['config']['modalities'].split()[0].split(':')

@@ -15,11 +15,19 @@ that are held out, are those of prepare/scenes_qa.py.
 import numpy as np
 
 import config
+from prepare.arrays import load
 from prepare.scenes import COLOR_NAMES, MATERIALS, SHAPES, SIZES
-from prepare.scenes_qa import Scene, begin, cell, encoding_name, has_new_pair, link, load, place, where
+from prepare.scenes_qa import Scene, begin, cell, encoding_name, has_new_pair, link, place, where
 from prepare.vqa import Fields, write_meta, write_questions, write_rows  # noqa: F401  (Fields: for sample.py)
 
-SETTINGS = dict(scenes='data/scenes', out='data/scenes_align', n_where=8, length=104, seed=0)
+MAKES = 'data/scenes_align'
+SETTINGS = dict(
+    scenes='data/scenes',  # the scenes that are described
+    out=MAKES,             # the data folder
+    n_where=8,             # questions about positions beside each description
+    length=104,            # longest conversation, in tokens
+    seed=0,
+)
 QUESTION = 'Describe the picture.'
 
 
@@ -47,7 +55,7 @@ def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     out, scenes, way, size = begin(settings)
     for split, seed in (('val', 1), ('train', 0)):
-        objects, random = load(scenes, split, 'objects'), np.random.default_rng((settings['seed'], 2, seed))
+        objects, random = load(scenes / split / 'raw_objects.npy'), np.random.default_rng((settings['seed'], 2, seed))
         index, turns = (~has_new_pair(objects)).nonzero()[0], []
         for i in index:
             scene = Scene(objects[i], random, size)

@@ -15,12 +15,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import config
-from config import UserError
+from engine.checkpoints import load_network, save
+from engine.optimizers import fit
 from gpt import norm, rotary
-from prepare.image_tokenizers import Block, Config, ImageTokenizer, fit, ids_to_digits, to_network
-from train import save_checkpoint
+from prepare.arrays import load
+from prepare.image_tokenizers import Block, Config, ImageTokenizer, ids_to_digits, to_network
 
-SETTINGS = dict(data='data/scenes', steps=2000, seed=0)  # of the probe, see main
+SETTINGS = dict(
+    data='data/scenes',  # the scenes
+    steps=2000,          # of the probe's training
+    seed=0,
+)
 PATCH, CELL = 8, 4                                    # pixels: what the network reads as one vector, where it may see a centre
 CLASSES = dict(shape=3, color=8, material=2, size=2)  # the first columns of raw_objects
 RADIUS = 2.0                                          # pixels: how sharply a centre is to be located
@@ -65,18 +70,11 @@ class Parser(nn.Module):
         return found
 
     def save(self, path):
-        save_checkpoint(path, dict(size=self.size, weights=self.state_dict()))
+        save(path, dict(size=self.size, weights=self.state_dict()))
 
     @classmethod
     def load(cls, path):
-        try:
-            saved = torch.load(path, map_location='cpu', weights_only=True)
-            parser = cls(saved['size'])
-            parser.load_state_dict(saved['weights'])
-        except Exception as error:  # the unpickler fails in many ways
-            raise UserError(f'{path}: missing, truncated or not a parser ({type(error).__name__}); delete it to train it '
-                            'anew')
-        return parser.eval()
+        return load_network(path, lambda saved: cls(saved['size']), 'a parser', 'delete it to train it again')
 
 
 def pixel_patches(rgb):
@@ -119,7 +117,7 @@ def parser_loss(parser, patches, objects):
 def train_parser(folder, parser, field, patches_of, seed=0, steps=500, batch_size=64):
     """Trains a parser on a field of a data folder's training split, read as patches_of(rows of the field)."""
     random = np.random.default_rng((seed, 6))
-    rows, objects = (np.load(folder / 'train' / f'{name}.npy', mmap_mode='r') for name in (field, 'raw_objects'))
+    rows, objects = (load(folder / 'train' / f'{name}.npy') for name in (field, 'raw_objects'))
 
     def batch_of():
         ids = random.integers(0, len(rows), batch_size)
@@ -130,7 +128,7 @@ def train_parser(folder, parser, field, patches_of, seed=0, steps=500, batch_siz
 @torch.no_grad()
 def accuracy(parser, folder, field, patches_of):
     """Share of the objects of a split whose shape, color, material and size are read right at their centre."""
-    rows, objects = (np.load(folder / f'{name}.npy') for name in (field, 'raw_objects'))
+    rows, objects = (load(folder / f'{name}.npy') for name in (field, 'raw_objects'))
     right = []
     for start in range(0, len(rows), 100):
         truth = torch.from_numpy(objects[start:start + 100].astype(np.int64))

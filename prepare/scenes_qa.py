@@ -35,12 +35,19 @@ import numpy as np
 from tqdm import tqdm
 
 import config
-from config import UserError
+from prepare.arrays import load
 from prepare.scenes import COLOR_NAMES, MATERIALS, NAMES, SHAPES, SIZES
 from prepare.text_tokenizers import save_words
 from prepare.vqa import Fields, template, write_meta, write_questions, write_rows  # noqa: F401  (Fields: for sample.py)
 
-SETTINGS = dict(scenes='data/scenes', out='data/scenes_qa', n_turns=12, length=160, seed=0)
+MAKES = 'data/scenes_qa'
+SETTINGS = dict(
+    scenes='data/scenes',  # the scenes that are asked about
+    out=MAKES,             # the data folder
+    n_turns=12,            # questions about each training scene, at most
+    length=160,            # longest conversation, in tokens
+    seed=0,
+)
 HELD_OUT = (('purple', 'cube'), ('cyan', 'sphere'), ('yellow', 'cylinder'))
 SHAPE, COLOR, MATERIAL, SIZE = range(4)  # the columns of raw_objects, before x and y
 ATTRIBUTES = tuple(NAMES)
@@ -266,14 +273,6 @@ def link(scenes, out):
     return f'../../{os.path.relpath(scenes.resolve(), out.resolve().parent)}/{{split}}/raw_rgb'
 
 
-def load(folder, split, name):
-    path = Path(folder, split, f'raw_{name}.npy')
-    try:
-        return np.load(path, mmap_mode='r')
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path}: missing or damaged ({error}); run python -m prepare.scenes first')
-
-
 def write_split(out, way, objects, index, name, random, settings, size):
     """Conversations about the scenes with these numbers: NAME.jsonl, and the rows that train.py reads."""
     heard = {}
@@ -291,14 +290,14 @@ def begin(settings, thinks=False):
     out.mkdir(parents=True, exist_ok=True)
     (out / 'meta.json').unlink(missing_ok=True)
     save_words(out / 'words.json', vocabulary())
-    return out, scenes, template('', out, thinks), load(scenes, 'val', 'rgb').shape[1]
+    return out, scenes, template('', out, thinks), load(scenes / 'val' / 'raw_rgb.npy').shape[1]
 
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     out, scenes, way, size = begin(settings, thinks=True)
     for split, seed in (('val', 1), ('train', 0)):
-        objects, random = load(scenes, split, 'objects'), np.random.default_rng((settings['seed'], seed))
+        objects, random = load(scenes / split / 'raw_objects.npy'), np.random.default_rng((settings['seed'], seed))
         new = has_new_pair(objects)
         write_split(out / split, way, objects, (~new).nonzero()[0], 'questions', random, settings, size)
         if split == 'val':

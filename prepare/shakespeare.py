@@ -14,14 +14,14 @@ from prepare.text import Fields, make_encoding, write_split  # Fields: what samp
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-FOLDER = Path('data/shakespeare')
+MAKES = 'data/shakespeare'
 
 
 def main(*arguments, **overrides):
     config.apply(config.read(arguments, overrides), {})  # there is nothing to set
     text = download(URL, 'tinyshakespeare.txt', SHA256).read_text()
     meta = dict(prepare='shakespeare', encoding='characters')
-    write_split(FOLDER, make_encoding('characters', [text], 0), [text], 0.1, meta)
+    write_split(Path(MAKES), make_encoding('characters', [text], 0), [text], 0.1, meta)
 
 
 if __name__ == '__main__':

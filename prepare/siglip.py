@@ -16,11 +16,14 @@ import torch
 
 import config
 from config import UserError
+from engine import checkpoints
 from prepare.download import download
-from train import save_checkpoint
 from vlm import Config, Eyes
 
-SETTINGS = dict(out='out/siglip')
+MAKES = 'out/siglip'
+SETTINGS = dict(
+    out=MAKES,  # folder of the checkpoint
+)
 URL = 'https://huggingface.co/google/siglip-base-patch16-224/resolve/main/{}'
 DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3,
                 image_size=224, patch_size=16, layer_norm_eps=1e-6, hidden_act='gelu_pytorch_tanh')  # where config.json is silent
@@ -105,8 +108,8 @@ def main(*arguments, **overrides):
     model_config = read_config(files[0])
     weights = read_weights(files[1], model_config)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint = dict(settings=dict(model='vlm', dataset='siglip'), model_config=model_config, meta={}, step=0, weights=weights)
-    save_checkpoint(out / 'ckpt_last.pt', checkpoint)
+    checkpoint = dict(format=checkpoints.FORMAT, settings=dict(model='vlm', dataset='siglip'), model_config=model_config, meta={}, step=0, weights=weights)
+    checkpoints.save(out / 'ckpt_last.pt', checkpoint)
     print(f'{out}/ckpt_last.pt: SigLIP, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M weights')
 
 

@@ -19,10 +19,11 @@ import torch
 
 import config
 from config import UserError
+from engine import checkpoints
 from gpt import Config
 from prepare.download import download
-from train import save_checkpoint
 
+MAKES = 'out/smollm2'
 SETTINGS = dict(
     size='135M',  # or 360M
     out='',       # folder of the checkpoint; '' is out/smollm2, or out/smollm2-360m
@@ -163,9 +164,9 @@ def main(*arguments, **overrides):
     model_config, tokens = read_config(files[0]), encoding().n_vocab
     meta = dict(kind='stream', fields={'tokens': tokens}, config={'vocab_size': tokens}, prepare='smollm2', encoding='smollm2')
     weights = read_weights(files[1], model_config)
-    checkpoint = dict(settings=dict(model='gpt', dataset='smollm2'), model_config=asdict(model_config), meta=meta, step=0)
+    checkpoint = dict(format=checkpoints.FORMAT, settings=dict(model='gpt', dataset='smollm2'), model_config=asdict(model_config), meta=meta, step=0)
     out.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(out / 'ckpt_last.pt', checkpoint | dict(weights=weights))
+    checkpoints.save(out / 'ckpt_last.pt', checkpoint | dict(weights=weights))
     print(f'{out}/ckpt_last.pt: SmolLM2-{size}, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M weights')
 
 

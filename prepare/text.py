@@ -23,10 +23,17 @@ from tqdm import tqdm
 
 import config
 from config import UserError
-from prepare.meta import save_meta
+from prepare.arrays import save_meta
 from prepare.text_tokenizers import Characters, gpt2_encoding, load_encoding, save_encoding, train_bpe
 
-SETTINGS = dict(input='', encoding='characters', vocab_size=4096, out='data/text', val_share=0.1)
+MAKES = 'data/text'
+SETTINGS = dict(
+    input='',               # a text file, or a folder of them
+    encoding='characters',  # characters, bpe (trained on the text), gpt2, smollm2
+    vocab_size=4096,        # of bpe
+    out=MAKES,              # the data folder
+    val_share=0.1,          # fraction at the end of the text that is held out
+)
 SUFFIXES = ('.txt', '.md', '.rst', '.tex')  # of a folder; a file of your choice may have any
 ENCODINGS = ('characters', 'bpe', 'gpt2', 'smollm2')
 BPE_SAMPLE = 20_000_000  # characters

@@ -18,7 +18,13 @@ from prepare.text_tokenizers import END
 
 URL = 'https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/'
 FILES = dict(train='TinyStoriesV2-GPT4-train.txt', val='TinyStoriesV2-GPT4-valid.txt')
-SETTINGS = dict(encoding='bpe', vocab_size=4096, n_stories=0, out='data/tinystories')  # 0: all
+MAKES = 'data/tinystories'
+SETTINGS = dict(
+    encoding='bpe',   # characters, bpe (trained on the stories), gpt2, smollm2
+    vocab_size=4096,  # of bpe
+    n_stories=0,      # for training; 0 is all
+    out=MAKES,        # the data folder
+)
 
 
 def stories(path):

@@ -16,9 +16,15 @@ from PIL import Image, ImageDraw
 
 import config
 from config import UserError
-from prepare.meta import save_meta
+from prepare.arrays import save_meta
 
-SETTINGS = dict(name='gaussians', n_train=200_000, n_val=20_000, seed=0, out='data/toy2d')
+MAKES = 'data/toy2d'
+SETTINGS = dict(
+    name='gaussians',                # gaussians, moons or checkers
+    n_train=200_000, n_val=20_000,  # points
+    seed=0,
+    out=MAKES,                       # the data folder
+)
 RADIUS, WIDTH = 1.4, 0.1  # of the eight Gaussians
 EXTENT = 2.4              # pictures show -EXTENT .. EXTENT
 

@@ -23,11 +23,20 @@ from tqdm import tqdm
 
 import config
 from config import UserError
-from prepare.meta import save_meta
+from prepare import arrays
 from prepare.pictures import read_picture
 from prepare.text_tokenizers import load_words
 
-SETTINGS = dict(input='', images='', out='data/vqa', size=224, length=256, val_share=0.02, seed=0)
+MAKES = 'data/vqa'
+SETTINGS = dict(
+    input='',        # the file of conversations
+    images='',       # the folder of its images
+    out=MAKES,       # the data folder
+    size=224,        # pixels of a side
+    length=256,      # longest conversation, in tokens
+    val_share=0.02,  # fraction of the conversations that is held out
+    seed=0,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,11 +101,7 @@ class Fields:
 
     def pictures(self, split, index):
         """The pictures with these numbers: (n, H, W, 3) uint8, or (n, m, H, W, 3) for an index (n, m)."""
-        path = Path(self.folder, split, self.meta['files']['image'].format(split=split) + '.npy')
-        try:
-            return np.load(path, mmap_mode='r')[index]
-        except (OSError, ValueError) as error:
-            raise UserError(f'{path}: missing or damaged ({error}); make {self.folder} anew')
+        return arrays.load(Path(self.folder, split, self.meta['files']['image'].format(split=split) + '.npy'))[index]
 
     def read_image(self, path):
         return read_resized(path, self.size)
@@ -114,7 +119,7 @@ class Fields:
 def template(name, folder=None, thinks=False):
     """The Template of an encoding: SmolLM2's, or the closed vocabulary in the folder's words.json, then a picture."""
     if name == 'smollm2':
-        from prepare import smollm2
+        from prepare import smollm2  # tiktoken alone is needed for it
         encoding = smollm2.encoding()
         return Template(encoding, encoding.eot_token, encoding.encode_single_token('<filename>'), thinks)
     encoding = load_words(folder / 'words.json')
@@ -234,7 +239,7 @@ def write_meta(out, way, encoding, length, size, n_images, prepare, settings, pi
                         n_named=n_named, n_names=n_names)
     meta = dict(kind='rows', prepare=prepare, encoding=encoding, thinks=way.thinks, fields=fields, files=dict(image=pictures),
                 index=dict(image='scene'), settings=settings, config=model_config)
-    save_meta(out, meta)
+    arrays.save_meta(out, meta)
 
 
 if __name__ == '__main__':

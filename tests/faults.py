@@ -5,7 +5,7 @@ What is lost when runs are killed? Real processes, of a tiny model of each chapt
 
 A round starts a training run, sends it SIGKILL, SIGTERM, SIGINT or SIGUSR1 after a random time, and gives the same command
 again until it ends by itself, sometimes after further signals. It counts as right if every checkpoint found on the way could be
-read, at most one evaluation interval was done twice after each kill, and weights, their running mean and the log are, bit for
+read, at most one evaluation interval was done twice after each kill, and weights, their average and the log are, bit for
 bit, those of a run that nobody disturbed. Fuzzing reads damaged files and odd settings: each has to be understood, or refused by
 one UserError. tests/test_train.py plays a few rounds of both.
 """
@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,12 +29,17 @@ from PIL import Image
 
 import config
 import gpt
-import sample
 import train
 from config import UserError
-from prepare import pictures, text, text_tokenizers
+from engine import checkpoints, devices
+from lab.gpt import Text, read_prompts
+from prepare import arrays, pictures, text, text_tokenizers
 
-SETTINGS = dict(rounds=20, fuzz=2000, seed=0)
+SETTINGS = dict(
+    rounds=20,  # runs that are killed, chapter by chapter in turn
+    fuzz=2000,  # damaged files and settings
+    seed=0,
+)
 RUN = dict(batch_size=8, micro_batch_size=4, max_iters=60, eval_interval=15, log_interval=3, warmup_iters=2, device='cpu',
            dtype='float32', compile=False, pictures=False, threads=1)
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -81,7 +87,7 @@ def start(chapter, out_dir, environment={}, **changes):
 def as_a_program(chapter, out_dir, environment, changes):
     sys.stdout = sys.stderr = open(os.devnull, 'w')
     os.environ |= environment
-    train.matmul_rate = lambda device, dtype: 1e9  # half a second of each start
+    devices.matmul_rate = lambda device, dtype: 1e9  # half a second of each start
     settings = RUN | CASES[chapter][1] | dict(model=chapter, dataset=chapter, out_dir=out_dir) | changes
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -93,7 +99,7 @@ def as_a_program(chapter, out_dir, environment, changes):
 
 def result(out_dir):
     """What two equal runs have in common: the checkpoints' contents, and the log without times."""
-    kept = [train.read_checkpoint(Path(out_dir, f'ckpt_{name}.pt')) for name in ('last', 'best')]
+    kept = [checkpoints.read(Path(out_dir, f'ckpt_{name}.pt')) for name in ('last', 'best')]
     lines = [json.loads(line) for line in Path(out_dir, 'log.jsonl').read_text().splitlines()]
     state = ('step', 'best', 'tokens', 'weights', 'ema', 'optimizers')
     timed = ('seconds', 'tokens_per_second', 'mfu', 'data_wait')
@@ -125,7 +131,7 @@ def play(chapter, out_dir, whole, seconds, draw):
             return signals, repeated, 'a process hung'
         for path in Path(out_dir).glob('ckpt_*.pt'):
             try:
-                train.read_checkpoint(path)
+                checkpoints.read(path)
             except UserError as error:
                 return signals, repeated, str(error)
         if process.exitcode == 0:
@@ -133,7 +139,7 @@ def play(chapter, out_dir, whole, seconds, draw):
         if process.exitcode not in (-number, 128 + number, 99):
             return signals, repeated, f'exit code {process.exitcode} after {number.name}'
         last, log = Path(out_dir, 'ckpt_last.pt'), Path(out_dir, 'log.jsonl')
-        saved = train.read_checkpoint(last)['step'] if last.exists() else 0
+        saved = checkpoints.read(last)['step'] if last.exists() else 0
         lines = log.read_text().splitlines(True) if log.exists() else []
         done = max((json.loads(line)['step'] for line in lines if line.endswith('\n')), default=0)
         repeated += done - saved
@@ -163,16 +169,16 @@ def readers():
     meta = json.dumps(CASES['gpt'][0] | dict(prepare='none'))
     Path('encoding').mkdir()
     text_tokenizers.save_encoding(Path('encoding/encoding.json'), text_tokenizers.Characters(list('abc é')))
-    model, fields = gpt.GPT(gpt.Config(block_size=8)), text.Fields('encoding')
+    trained = SimpleNamespace(model=gpt.GPT(gpt.Config(block_size=8)), fields=text.Fields('encoding'))
     return dict(
         setting=(b'--learning_rate=3e-3', lambda path: config.apply(config.read([path.read_bytes().decode(errors='replace')]),
                                                                     train.SETTINGS) if path.read_bytes()[:2] == b'--' else None),
-        meta=(meta.encode(), lambda path: train.read_meta(path.parent)),
-        array=(Path('good/a.npy').read_bytes(), lambda path: train.Data.read(path, 60)),
-        checkpoint=(Path('out/gpt/ckpt_last.pt').read_bytes(), train.read_checkpoint),
+        meta=(meta.encode(), lambda path: arrays.read_meta(path.parent)),
+        array=(Path('good/a.npy').read_bytes(), lambda path: arrays.Data.read(path, 60)),
+        checkpoint=(Path('out/gpt/ckpt_last.pt').read_bytes(), checkpoints.read),
         png=(Path('good/a.png').read_bytes(), pictures.read_picture),
         jpeg=(Path('good/a.jpg').read_bytes(), pictures.read_picture),
-        prompts=('ab c\né\n'.encode(), lambda path: sample.read_prompts(model, fields, dict(n=0, prompt='', prompts=str(path)))),
+        prompts=('ab c\né\n'.encode(), lambda path: read_prompts(trained, Text(prompts=str(path)))),
         encoding=(Path('encoding/encoding.json').read_bytes(), text_tokenizers.load_encoding))
 
 
@@ -229,4 +235,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    sys.exit(bool(main(*sys.argv[1:])))
+    sys.exit(bool(config.run(main)))

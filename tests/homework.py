@@ -33,11 +33,17 @@ import torch
 import config
 from config import UserError
 
-SETTINGS = dict(chapter='', exercises=False, out='', grade='', limit=30.0)  # limit: seconds that an exercise may take
+SETTINGS = dict(
+    chapter='',       # gpt, maskgit, fourm, flow or vlm; its name alone will do
+    exercises=False,  # list the exercises
+    out='',           # a new folder that receives the homework
+    grade='',         # a folder, or a chapter's file, to grade
+    limit=30.0,       # seconds that an exercise may take
+)
 ROOT = Path(__file__).parent.parent
 CHAPTERS = dict(gpt='nanoGPT', maskgit='nanoMaskGIT', fourm='nano4M', flow='nanoFlow', vlm='nanoVLM')
-NEEDED = ('*.py', '*.md', '*.txt', '*.toml', 'LICENSE', '.gitignore', 'assets/*', 'config/*', 'docs/*', 'logs/*', 'prepare/*.py',
-          'tests/*.py', 'tests/exercises/*.py')  # what a student gets; tests/test_homework.py, which knows the answers, not
+NEEDED = ('*.py', '*.md', '*.txt', '*.toml', 'LICENSE', '.gitignore', 'config/*', 'docs/*', 'docs/*/*', 'engine/*.py', 'lab/*.py',
+          'prepare/*.py', 'tests/*.py', 'tests/exercises/*.py')  # what a student gets; tests/test_homework.py, which knows the answers, not
 BLANK = 'not attempted'
 BEYOND = 10 ** 6  # is added to the line numbers of solutions
 
@@ -247,7 +253,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(bool(main(*sys.argv[1:])))
-    except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+    sys.exit(bool(config.run(main)))

@@ -5,7 +5,7 @@ the CPU's tensors or random generators, and notes each time that the host would 
     with pretend.device() as waits:
         train.main(..., device='meta')
 
-And `record`, CUDA graphs without a GPU: operators are noted and done again on the same memory, without Python.
+And `capture_cuda_graph`, CUDA graphs without a GPU: operators are noted and done again on the same memory, without Python.
 
 What no CPU can show: kernels, their speed, number formats, memory.
 """
@@ -19,8 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import sample
-import train
+from engine import checkpoints, devices
 
 ROOT = str(Path(__file__).parent.parent)
 MIXES = {'_to_copy', 'copy_'}  # operators that lead from one device to another
@@ -124,8 +123,8 @@ def storages(tree):
     return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
-def record(run, pool=None, device=None):
-    """gpt.record without a GPU."""
+def capture_cuda_graph(run, pool=None, device=None):
+    """engine.graphs.capture_cuda_graph without a GPU."""
     now, state = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, run()), torch.get_rng_state()
     with Tape() as tape:
         later = run()
@@ -133,6 +132,10 @@ def record(run, pool=None, device=None):
     for storage, before in tape.memory.values():  # a GPU computes nothing while it notes
         storage.copy_(before)
     return now, tape.replay, later
+
+
+def inner(tree):
+    return tree_map(lambda x: x.inner if isinstance(x, Tensor) else x, tree)
 
 
 @contextlib.contextmanager
@@ -143,9 +146,9 @@ def device():
         (torch, 'tensor'): lambda *args, device=None, **kwargs: tensor(*args, **kwargs).to(device or 'cpu'),
         (torch, 'Generator'): lambda device='cpu': Generator() if away(device) else generator(),
         (torch.optim, 'AdamW'): lambda *args, fused, **kwargs: adamw(*args, **kwargs),
-        (train, 'autocast'): lambda *_: contextlib.nullcontext(), (sample, 'autocast'): lambda *_: contextlib.nullcontext(),
-        (train, 'synchronize'): lambda device: None,
-        (train, 'whole'): lambda value: tree_map(lambda x: x.inner if isinstance(x, Tensor) else x, value),
+        (devices, 'autocast'): lambda *_: contextlib.nullcontext(), (devices, 'synchronize'): lambda device: None,
+        (checkpoints, 'get_model_state_dict'): lambda model, options: inner(model.state_dict()),
+        (checkpoints, 'get_optimizer_state_dict'): lambda model, optimizers, options: [inner(o.state_dict()) for o in optimizers],
     }
     with contextlib.ExitStack() as stack:
         for (module, name), value in patches.items():

@@ -1,8 +1,11 @@
-"""Settings: what is known is applied, what is not is named."""
+"""Settings: what is known is applied, what is not is named; --help of every program."""
+import dataclasses
 import importlib
 import math
 import re
+import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,17 +13,26 @@ import pytest
 
 import bench
 import config
+import lab
+import sample
 import train
 from config import UserError
+from lab import options
+from lab import speed
 from tests import homework
 
 ROOT = Path(__file__).parent.parent
 PAGES = '\n'.join(path.read_text() for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))
                   if path.stem != 'yours')  # about code that is not there yet: see tests/test_docs.py
+CHAPTERS = ('gpt', 'maskgit', 'fourm', 'flow', 'vlm')
+
+
+def resolve(arguments):
+    return config.resolve(config.read(arguments), train.SETTINGS)[0]
 
 
 def settings_of(*arguments, **overrides):
-    return train.resolve(config.read(arguments, overrides))[0]
+    return config.resolve(config.read(arguments, overrides), train.SETTINGS)[0]
 
 
 def write(tmp_path, text):
@@ -49,8 +61,11 @@ def test_model_fields_are_settings():
     (['--max_iters=many'], 'not of type int'),
     (['--compile=1'], 'not True or False'),
     (['--max_iters'], '--name=value'),
+    (['-n=3'], '--name=value'),
     (['--max_iters=0'], 'at least 1'),
     (['--model=gtp'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
+    (['--model=os'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
+    (['--model=train'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
     (['no_such.py'], 'no such config file'),
 ])
 def test_faults_from_the_shell(arguments, message):
@@ -78,6 +93,20 @@ def test_paths_from_a_notebook(tmp_path):
     assert settings['out_dir'] == str(Path('out/mine')) and settings['batch_size'] == 3
 
 
+def test_shipped_configs_are_valid(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert len(config.files()) > 20 and 'config/__init__.py' not in config.files()
+    for path in config.files():
+        settings_of(path)
+
+
+def test_defaults_without_an_import():
+    assert config.defaults('train.py') == train.SETTINGS and config.defaults('sample.py') == sample.SETTINGS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs
+
 @pytest.mark.parametrize('error, code, line', [
     (UserError('what, where'), 'error: what, where', ''), (FileNotFoundError('x.npy'), 'error: x.npy', ''),
     (KeyboardInterrupt(), 130, '\nstopped\n')])
@@ -91,41 +120,205 @@ def test_programs_end_with_a_line(monkeypatch, capsys, error, code, line):
     assert end.value.code == code and capsys.readouterr().err == line
 
 
-def test_all_programs_do():
-    programs = [path for path in (ROOT / 'sample.py', *ROOT.glob('prepare/*.py')) if '__main__' in path.read_text()]
-    assert len(programs) > 15 and all('\n    config.run(' in path.read_text() for path in programs)
+PROGRAMS = [path.relative_to(ROOT).as_posix() for folder in ('', 'engine/', 'prepare/', 'lab/', 'tests/')
+            for path in sorted(ROOT.glob(f'{folder}*.py'))
+            if not path.stem.startswith('test_') and "\nif __name__ == '__main__':" in path.read_text()]
 
 
-def test_shipped_configs_are_valid():
-    for path in train.Path(config.__file__).parent.glob('*.py'):
-        if path.stem != '__init__':
-            settings_of(str(path))
+def test_all_programs_are_found():
+    assert {'train.py', 'sample.py', 'bench.py', 'prepare/mnist.py', 'lab/score.py', 'lab/report.py', 'lab/retrieval.py',
+            'lab/transfer.py', 'lab/speed.py', 'tests/homework.py', 'tests/comparisons.py', 'tests/faults.py'} <= set(PROGRAMS)
+    assert len([path for path in PROGRAMS if path.startswith('prepare/')]) >= 17
 
+
+@pytest.mark.parametrize('path', PROGRAMS)
+def test_every_program_ends_with_a_line(path):
+    """Its main is run by config.run, which turns a UserError into one line and knows --help."""
+    text = (ROOT / path).read_text()
+    assert re.search(r"\nif __name__ == '__main__':\n(    .*\n)*.*\bconfig\.run\(", text), path
+
+
+def help_of(monkeypatch, capsys, path, *arguments):
+    """What a program prints for these arguments; it runs as from the shell, in this process."""
+    monkeypatch.setattr(sys, 'argv', [path, *arguments])
+    with pytest.raises(SystemExit) as end:
+        if '/' in path:
+            runpy.run_module(path.removesuffix('.py').replace('/', '.'), run_name='__main__', alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / path), run_name='__main__')
+    printed = capsys.readouterr()
+    assert end.value.code in (0, None), printed.err or end.value.code
+    return printed.out
+
+
+def settings_in(path):
+    """The SETTINGS of a program."""
+    if path == 'prepare/fashion_mnist.py':  # runs mnist's
+        path = 'prepare/mnist.py'
+    return getattr(importlib.import_module(path.removesuffix('.py').replace('/', '.')), 'SETTINGS', {})
+
+
+@pytest.mark.filterwarnings('ignore:.*found in sys.modules after import of package')
+@pytest.mark.parametrize('path', PROGRAMS)
+def test_help(monkeypatch, capsys, path):
+    """Usage, the commands of the docstring, and each setting with its default."""
+    monkeypatch.chdir(ROOT)
+    printed = help_of(monkeypatch, capsys, path, '--help')
+    program = f'-m {path.removesuffix(".py").replace("/", ".")}' if '/' in path else path
+    assert printed.startswith(f'usage: python {program} [')
+    commands = re.findall(r'^ +((?:python|torchrun) .*)$', (ROOT / path).read_text().split('"""')[1], re.M)
+    assert commands and all(command in printed for command in commands)
+    for setting, value in settings_in(path).items():
+        assert re.search(rf'^  --{setting}={re.escape(repr(value))}( |$)', printed, re.M), setting
+    assert help_of(monkeypatch, capsys, path, '-h') == printed
+
+
+def bare(path, name):
+    """The settings of a file that have no remark."""
+    source, settings = config.definition(path, name)
+    said = config.remarks(source)
+    return [setting for setting, node in settings if setting != 'seed' and not said.get(node.end_lineno)]
+
+
+@pytest.mark.parametrize('path', PROGRAMS)
+def test_every_setting_has_a_remark(path):
+    if path not in ('prepare/fashion_mnist.py', 'prepare/shakespeare.py'):  # mnist's settings, and none
+        assert config.definition(path, 'SETTINGS')[1]
+    assert not bare(path, 'SETTINGS')
+
+
+@pytest.mark.parametrize('chapter', CHAPTERS)
+def test_every_setting_of_a_chapter_has_a_remark(chapter):
+    """Of its model, and of how it generates."""
+    assert config.definition(f'{chapter}.py', 'Config')[1] and not bare(f'{chapter}.py', 'Config')
+    for kind in kinds(chapter):
+        assert not bare(f'lab/{chapter}.py', kind.__name__), kind
+
+
+def test_a_remark_may_go_on_below(tmp_path):
+    path = tmp_path / 'my.py'
+    path.write_text('one, two = 1, 2\none.more = 3\nSETTINGS = dict(\n    # a heading\n    one=1,  # the first,\n'
+                    "            # in two lines\n    # another heading\n    two='#',  # with a sharp\n    three=3,\n)\n")
+    assert config.remarks(path.read_text()) == {5: 'the first, in two lines', 8: 'with a sharp'}
+    lines = [' '.join(line.split()) for line in config.describe(path, 'SETTINGS', dict(one=7))]
+    assert lines == ['--one=7 the first, in two lines', "--two='#' with a sharp", '--three=3']
+
+
+@pytest.mark.parametrize('name', ['gpt_mnist', 'maskgit_mnist', 'nano4m', 'flow_mnist', 'vlm_scenes'])
+def test_help_shows_the_values_after_the_config(monkeypatch, capsys, name):
+    """Those of train.py and of the chapter's Config, what it inherits included, each once."""
+    monkeypatch.chdir(ROOT)
+    printed = help_of(monkeypatch, capsys, 'train.py', f'config/{name}.py', '--batch_size=77', '--help')
+    settings, chapter = config.resolve(config.read([f'config/{name}.py', '--batch_size=77']), train.SETTINGS)
+    del settings['micro_batch_size']  # at most batch_size
+    for setting, value in settings.items():
+        assert len(re.findall(rf'^  --{setting}={re.escape(repr(value))}( |$)', printed, re.M)) == 1, setting
+    assert {field.name for field in dataclasses.fields(chapter.Config)} < settings.keys()
+
+
+@pytest.mark.filterwarnings('ignore:.*found in sys.modules after import of package')
+def test_help_after_half_a_command(monkeypatch, capsys):
+    """What cannot be read yet is passed over."""
+    monkeypatch.chdir(ROOT)
+    for command in ('tests/homework.py gpt --help', 'sample.py --prompt -h', 'train.py -h --compile'):
+        assert help_of(monkeypatch, capsys, *command.split()).startswith('usage: ')
+
+
+@pytest.mark.parametrize('command', ['train.py --help', '-m prepare.fashion_mnist -h', '-m tests.homework --help'])
+def test_help_from_the_shell(command):
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.startswith(f'usage: python {command.rpartition(" ")[0]} [')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pages
 
 COMMANDS = sorted(set(re.findall(r'^(?:\$ |.* && )?((?:python|torchrun) .*?)(?:  #.*)?(?:   .*)?$(?!\nerror: )', PAGES, re.M)
                       + re.findall(r'`(python [^`]*)`', PAGES)))
+
+
+def kinds(chapter):
+    """The dataclasses of lab/CHAPTER.py: how its models generate, and `Scores`."""
+    module = lab.module_of(chapter)
+    return [kind for kind in vars(module).values() if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__]
+
+
+def chapters_of(assigned):
+    """The chapter of the run that a command names, if it has a config's name; otherwise all."""
+    name = Path(str(assigned.get('init_from', assigned.get('out_dir', ('out/nano4m',)))[0])).name
+    if (ROOT / f'config/{name}.py').is_file():
+        return [settings_of(str(ROOT / f'config/{name}.py'))['model']]
+    return ['gpt'] if name.startswith('smollm2') else CHAPTERS
+
+
+def check_generation(assigned, settings, scores):
+    """One of the dataclasses of the run's chapter has all that the program itself does not know."""
+    refused = []
+    for kind in [kind for chapter in chapters_of(assigned) for kind in kinds(chapter) if (kind.__name__ == 'Scores') == scores]:
+        try:
+            return options.apply(assigned, settings, kind())
+        except UserError as error:
+            refused.append(str(error))
+    pytest.fail(', '.join(refused))
+
+
+def check(program, arguments):
+    """Raises UserError if a command has a setting that its program does not know, or a value of another type."""
+    if program == 'train.py':
+        resolve(arguments)
+    elif program == 'bench.py' and not speed.wanted(arguments, {}):
+        config.apply(config.read(arguments), bench.SETTINGS)
+    elif program in ('bench.py', 'lab.speed'):
+        speed.read(arguments, {})
+    elif program in ('sample.py', 'lab.score'):
+        module = importlib.import_module(program.removesuffix('.py'))
+        check_generation(config.read(arguments), module.SETTINGS, program == 'lab.score')
+    elif program == 'tests.homework':
+        homework.settings_of(arguments)
+    else:
+        config.apply(config.read(arguments), settings_in(f'{program.replace(".", "/")}.py'))
 
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_the_pages_commands_use_settings_that_exist(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
-    program = next(word for word in words if word.endswith('.py') or word.startswith(('prepare.', 'tests.')))
+    program = next(word for word in words if word.endswith('.py') or word.startswith(('prepare.', 'lab.', 'tests.')))
     arguments = words[words.index(program) + 1:]
-    if program == 'train.py':
-        train.resolve(config.read(arguments))
-    elif program == 'bench.py':  # its own settings, and those of what it measures
-        assigned = config.read(arguments)
-        config.apply({name: assigned.pop(name) for name in bench.SETTINGS if name in assigned}, bench.SETTINGS)
-        bench.resolve(assigned) if 'model' in assigned else config.apply(assigned, bench.SIZES)
-    elif program == 'tests.homework':
-        homework.settings_of(arguments)
-    else:
-        config.apply(config.read(arguments), importlib.import_module(program.removesuffix('.py')).SETTINGS)
+    assert program.removesuffix('.py').replace('.', '/') + '.py' in PROGRAMS
+    if arguments[-1:] != ['--help']:
+        check(program, arguments)
+
+
+DOCSTRINGS = [(path, command) for path in PROGRAMS
+              for command in re.findall(r'^ +(python .*)$', (ROOT / path).read_text().split('"""')[1], re.M)]
+
+
+@pytest.mark.parametrize('path, command', DOCSTRINGS, ids=[command for _, command in DOCSTRINGS])
+def test_the_docstrings_commands_use_settings_that_exist(path, command, monkeypatch):
+    """What --help shows can be typed. A remark stands after three spaces, what may be left out in brackets."""
+    test_the_pages_commands_use_settings_that_exist(re.sub(r'   .*|[][]', '', command), monkeypatch)
+
+
+@pytest.mark.parametrize('command, message', [
+    ('python -m prepare.scenes --n_trian=3', "unknown setting 'n_trian'; did you mean 'n_train'"),
+    ('python -m lab.report --out_dr=out/a', "did you mean 'out_dir'"),
+    ('python bench.py --backend=flash --configs=True', 'unknown setting')])
+def test_a_page_with_a_wrong_setting_is_found(command, message, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        test_the_pages_commands_use_settings_that_exist(command, monkeypatch)
+
+
+def test_a_page_with_another_chapters_setting_is_found(monkeypatch):
+    for command in ('python sample.py --out_dir=out/gpt_mnist --guidance=2',
+                    'python -m lab.score --out_dir=out/nano4m --blind=out/a'):
+        with pytest.raises(pytest.fail.Exception, match='is a setting of|unknown setting'):
+            test_the_pages_commands_use_settings_that_exist(command, monkeypatch)
 
 
 def test_the_pages_have_commands():
-    assert len(COMMANDS) > 30
+    assert len(COMMANDS) > 30 and len(DOCSTRINGS) > 50
 
 
 def test_the_table_of_chapters_counts_lines_right():
@@ -140,6 +333,6 @@ def test_processes_of_the_pages_commands_share_the_batch(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
     processes = math.prod(int(n) for n in re.findall(r'--(?:nnodes|nproc_per_node)=(\d+)', command))
-    settings, _ = train.resolve(config.read(words[words.index('train.py') + 1:]))
+    settings = resolve(words[words.index('train.py') + 1:])
     assert settings['batch_size'] % settings['micro_batch_size'] == 0
     assert settings['batch_size'] // settings['micro_batch_size'] % processes == 0

@@ -1,5 +1,6 @@
 """The documentation runs: snippets print what stands behind them, commands do something, names exist, changes apply."""
 import contextlib
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -15,8 +16,10 @@ from PIL import Image
 
 import config
 import maskgit
+import lab
 import sample
 import train
+from engine import checkpoints, devices
 from prepare import judge, mnist, text, toy2d
 from tests.conftest import ROOT
 from tests.test_config import COMMANDS, PAGES
@@ -33,7 +36,7 @@ def snippets(page):
 def find(name):
     """What a name such as prepare.judge.Judge stands for; AttributeError or ModuleNotFoundError where there is no such thing."""
     parts = name.split('.')
-    cut = 2 if parts[0] == 'prepare' else 1
+    cut = 2 if parts[0] in ('engine', 'lab', 'prepare') else 1
     thing = importlib.import_module('.'.join(parts[:cut]))
     for part in parts[cut:]:
         thing = getattr(thing, part)
@@ -64,7 +67,7 @@ def test_chapter_0_prints_what_it_says(digits, capsys):
 
 
 def test_no_other_page_has_snippets_of_python():
-    tested = {'pytorch': len(snippets(CHAPTER_0)), 'cluster': 1, 'homework': 1, 'yours': 2}  # homework's: tests/test_homework.py
+    tested = {'pytorch': len(snippets(CHAPTER_0)), 'cluster': 1, 'homework': 1, 'yours': 3}  # homework's: tests/test_homework.py
     for path in Path(ROOT, 'docs').glob('*.md'):
         assert path.read_text().count('```python') == tested.get(path.stem, 0), path
     assert len(snippets(README)) == 1
@@ -83,7 +86,7 @@ def test_from_a_notebook_on_a_server(toys):
     (code, _), = snippets(Path(ROOT, 'docs/cluster.md').read_text())
     code = re.sub(r'max_iters=(\d)00', r'max_iters=\1, batch_size=2, n_embd=32, n_head=2, n_layer=1, compile=False, pictures=False', code)
     exec(code, {})
-    assert train.read_checkpoint(Path('out/server/ckpt_last.pt'))['step'] == 2 and list(Path('out/server').glob('sample_*.png'))
+    assert checkpoints.read(Path('out/server/ckpt_last.pt'))['step'] == 2 and list(Path('out/server').glob('sample_*.png'))
 
 
 def test_from_a_notebook_as_the_setting_up_says(toys):
@@ -97,7 +100,7 @@ def test_from_a_notebook_as_the_setting_up_says(toys):
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 
-FILES = 'gpt|maskgit|fourm|flow|vlm|train|sample|bench|config|prepare'
+FILES = 'gpt|maskgit|fourm|flow|vlm|train|sample|bench|config|engine|lab|prepare'
 
 
 def test_names_of_the_code_exist():
@@ -121,7 +124,7 @@ def test_equations_have_a_place_in_the_file(chapter):
         names = re.findall(r'`([\w.]+)`', place)
         assert names, place
         for name in names:
-            find(f'{chapter}.{name}')
+            find(name if name.startswith('lab.') else f'{chapter}.{name}')
 
 
 def test_each_chapter_has_such_a_table():
@@ -138,7 +141,7 @@ TOYS = ('shakespeare', 'mnist', 'toy2d', 'scenes')
 
 def arguments_of(command):
     words = shlex.split(command)
-    program = next(i for i, word in enumerate(words) if word.endswith('.py') or word.startswith(('prepare.', 'tests.')))
+    program = next(i for i, word in enumerate(words) if word.endswith('.py') or word.startswith(('lab.', 'prepare.', 'tests.')))
     return words[program], words[program + 1:]
 
 
@@ -154,7 +157,7 @@ def folder_of(arguments):
 
 with contextlib.chdir(ROOT):  # where the config files are
     TRAIN = {folder_of(arguments_of(command)[1]): command for command in COMMANDS if trains_on(command) in TOYS}
-SAMPLE = [command for command in COMMANDS if 'sample.py' in command and not re.search('--score|--retrieve', command) and any(
+SAMPLE = [command for command in COMMANDS if 'sample.py' in command and not re.search('--retrieve|--help', command) and any(
     f'--out_dir={folder}' in shlex.split(command) for folder in TRAIN)]
 
 
@@ -175,12 +178,12 @@ def toys(work):
 @pytest.fixture
 def trained(toys, monkeypatch):
     """A function that trains a run of the pages for one step, in its own folder."""
-    monkeypatch.setattr(train, 'matmul_rate', lambda *_: 1e9)
+    monkeypatch.setattr(devices, 'matmul_rate', lambda *_: 1e9)
 
     def run(folder):
         if not Path(folder, 'ckpt_last.pt').exists():
             arguments = arguments_of(TRAIN[folder])[1]
-            known = train.resolve(config.read(arguments))[0]
+            known = config.resolve(config.read(arguments), train.SETTINGS)[0]
             train.main(*arguments, **{name: value for name, value in SHORT.items() if name in known}, out_dir=folder)
     return run
 
@@ -198,8 +201,9 @@ def test_sample_commands_run(command, trained, capsys):
         trained(f'out/{draft}')
     trained(folder := folder_of(arguments))
     capsys.readouterr()
-    model = train.read_checkpoint(Path(folder, 'ckpt_last.pt'))['settings']['model']
-    known = ['n', *sample.BELONGS[model].split()]
+    model = checkpoints.read(Path(folder, 'ckpt_last.pt'))['settings']['model']
+    run = lab.open_run(Path(folder, 'ckpt_last.pt'))
+    known = ['n', *(field.name for field in dataclasses.fields(lab.module_of(model).settings_of(run)))]
     sample.main(*arguments, **{name: value for name, value in dict(n=1, max_new_tokens=4, steps=2).items() if name in known})
     assert capsys.readouterr().out
 
@@ -239,7 +243,7 @@ def mine(tmp_path):
     """A copy of the repository's code with the changes of docs/yours.md."""
     for path in ROOT.glob('*.py'):
         shutil.copy(path, tmp_path)
-    for name in ('config', 'prepare'):
+    for name in ('config', 'engine', 'lab', 'prepare'):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns('__pycache__'))
     for kind, name, body in re.findall(r'^```(python|diff) (\S+)\n(.*?)^```', YOURS, re.S | re.M):
         path = tmp_path / name
@@ -286,13 +290,14 @@ def test_a_new_data_set_and_a_new_model(mine, toys):
     (mine / 'data' / 'mnist').symlink_to(Path('data', 'mnist').resolve())
     printed = python(mine, '-c', '''
 import torch, train, sample
+from lab import report
 short = dict(device='cpu', compile=False, batch_size=8, max_iters=60, warmup_iters=1, n_embd=32)
 train.main(model='gpt', dataset='sorting', n_layer=1, n_head=2, **short)
 sample.main('--out_dir=out/gpt', '--prompt=47193028>', '--max_new_tokens=8', '--temperature=0')
 values = train.main(model='vae', dataset='mnist', **short)
 assert 50 < values['loss'] < 480, values  # 784 ln 2 = 543 before training
 sample.main(out_dir='out/vae', n=20)
-sample.main(out_dir='out/vae', report=True)
+report.main(out_dir='out/vae')
 ''')
     assert re.search(r'^47193028>[0-9>]{8}$', printed, re.M)
     assert (mine / 'out' / 'vae' / 'report.md').is_file() and list((mine / 'out' / 'vae').glob('sample_*.png'))

@@ -1,6 +1,5 @@
-"""Flow matching: solvers against equations with known solutions, guidance, likelihoods, the network, and the commands."""
+"""Flow matching: solvers against equations with known solutions, guidance, likelihoods, the network, the data."""
 import io
-import json
 import math
 import tarfile
 from itertools import permutations
@@ -9,17 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import flow
 import sample
 import train
 from config import UserError
-from prepare import cifar10, cifar10_modalities, folder, judge, mnist, pictures, toy2d, transfer
+from lab import score, transfer
+from lab.statistics import read_scores
+from prepare import cifar10, cifar10_modalities, folder, judge, pictures, toy2d
 from tests.test_download import server  # noqa: F401, a fixture
-from tests.test_mnist import toy_digits
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, mlp_width=16, patch=4, image_size=8)
+RUN = dict(model='flow', n_layer=1, n_head=2, n_embd=16, mlp_width=16, batch_size=8, micro_batch_size=8, max_iters=2,
+           eval_iters=1, ema=0.9, device='cpu', dtype='float32', compile=False, pictures=False)
 
 
 def random_model(**changes):
@@ -325,8 +326,7 @@ def test_cifar10_end_to_end(cifar, capsys):
     assert images.shape == (100, 2, 32, 32, 3) and (images[0, 0].transpose(2, 0, 1) == first).all()
     assert (images[:, 1] == images[:, 0, :, ::-1]).all() and np.load('data/toy_cifar/val/label.npy').shape == (20,)
     train.main(**RUN, dataset='toy_cifar', out_dir='out/flow_cifar', patch=8)
-    sample.main('--out_dir=out/flow_cifar', '--score=True', '--n_score=20', '--steps=2')
-    scores = json.loads(Path('out/flow_cifar/scores.json').read_text())
+    scores = score.main('--out_dir=out/flow_cifar', '--n_score=20', '--steps=2')
     assert {'squared error', 'bits/dim given the class', '2 steps: accuracy', '2 steps: frechet'} <= scores.keys()
 
 
@@ -341,8 +341,8 @@ def test_cifar10_in_six_modalities(cifar, monkeypatch):
                device='cpu', dtype='float32', compile=False, out_dir='out/photos')
     assert Path('out/photos/sample_000001.png').is_file()
     sample.main('--out_dir=out/photos', '--given=caption', '--text=a photo of a cat', '--target=low', '--n=1')
-    transfer.main('--run=out/photos', '--task=label', '--labels=20', '--steps=1', '--n_val=20')
-    assert 'scratch, 20 labels' in json.loads(Path('out/photos/transfer_label.json').read_text())
+    transfer.main('--out_dir=out/photos', '--task=label', '--labels=20', '--steps=1', '--n_val=20')
+    assert 'scratch, 20 labels' in read_scores(Path('out/photos/transfer_label.json'))
     with pytest.raises(UserError, match='data/photos exists already'):
         cifar(toy_cifar(), cifar10_modalities, 'data/photos')
 
@@ -359,95 +359,12 @@ def test_damaged_archives(cifar, damage, message):
     assert '\n' not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The commands
-
-RUN = dict(model='flow', n_layer=1, n_head=2, n_embd=16, mlp_width=16, batch_size=8, micro_batch_size=8, max_iters=2,
-           eval_iters=1, ema=0.9, device='cpu', dtype='float32', compile=False, pictures=False)
-
-
-@pytest.fixture(scope='module')
-def digits(work):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mnist, 'read_part', lambda part, fashion: toy_digits(200 if part == 'train' else 60, len(part)))
-        patch.setattr(judge.train_judge, '__defaults__', (0, 5, 32))
-        mnist.main(views=2, out='data/flow_digits')
-    train.main(**RUN | dict(pictures=True), dataset='flow_digits', out_dir='out/flow_digits', patch=14)
-    return 'out/flow_digits'
-
-
-def newest(out_dir, before, kind='png'):
-    new, = set(Path(out_dir).glob(f'sample_*.{kind}')) - before
-    image = Image.open(new)
-    image.load()
-    new.unlink()
-    return image
-
-
-def draw(out_dir, *arguments, kind='png'):
-    before = set(Path(out_dir).glob('sample_*'))
-    sample.main(f'--out_dir={out_dir}', *arguments)
-    return newest(out_dir, before, kind)
-
-
-def test_pictures_of_digits(digits):
-    assert Path(digits, 'sample_000002.png').exists()
-    assert draw(digits, '--n=2', '--steps=2').size == (10 * 60 - 4, 18 + 2 * 60 - 4)
-    assert draw(digits, '--n=2', '--steps=2', '--labels=3,5', '--guidance=2', '--interval=0.2,0.8').size[0] == 2 * 60 - 4
-    assert draw(digits, '--n=2', '--show=guidance', '--steps=1').size[0] == 7 * 60 - 4
-    assert draw(digits, '--n=2', '--show=path', '--steps=4').size[0] == 5 * 60 - 4
-    gif, *_ = Path(digits).glob('sample_*.gif')
-    assert Image.open(gif).n_frames > 1
-
-
-def test_which_generator(digits, capsys):
-    train.main(model='gpt', dataset='flow_digits', out_dir='out/gpt_digits', n_layer=1, n_head=2, n_embd=16, batch_size=4,
-               max_iters=1, device='cpu', dtype='float32', compile=False, pictures=False)
-    train.main(model='maskgit', dataset='flow_digits', out_dir='out/maskgit_digits', n_layer=1, n_head=2, n_embd=16, batch_size=4,
-               max_iters=1, eval_iters=1, device='cpu', dtype='float32', compile=False, pictures=False)
-    sample.main(f'--compare=out/gpt_digits,out/maskgit_digits,{digits}', '--n_score=100')
-    table = capsys.readouterr().out
-    assert all(f'| {name} |' in table for name in ('gpt_digits', 'maskgit_digits', Path(digits).name, 'real digits'))
-    assert Image.open('out/compare.png').size[0] == 4 * 302 - 4
-
-
-def test_scores_of_points(work, capsys):
-    toy2d.main(n_train=300, n_val=300, out='data/points')
-    train.main(**RUN, dataset='points', out_dir='out/points', label_drop=0.0)
-    sample.main('--out_dir=out/points', '--score=True', '--n_score=20')
-    scores = json.loads(Path('out/points/scores.json').read_text())
-    assert {'squared error', 'KL(data || model), nats', 'W2, 1 steps', 'W2, 20 steps'} <= scores.keys()
-    assert scores['W2, 1 steps']['floor'] > 0 and scores['KL(data || model), nats']['value'] > 0
-    assert draw('out/points', '--n=50', '--steps=4').size == (6 * 204 - 4, 18 + 2 * 204 - 4)
-    with pytest.raises(UserError, match='this model is none'):
-        sample.main('--out_dir=out/points', '--compile=True')
-
-
-def test_scenes(work):
-    train.main(**RUN | dict(pictures=True), dataset='scenes', out_dir='out/flow_scenes_test', patch=8)
-    assert Path('out/flow_scenes_test/sample_000002.png').exists()
-
-
-@pytest.mark.parametrize('arguments, message', [
-    (['--steps=-1'], 'n, steps and top_k must be at least 0'), (['--labels=3,12'], "there is no class '12'"),
-    (['--interval=1'], 'write two times from 0 to 1'),
-    (['--interval=0.8,0.1'], 'the lower first'), (['--method=rk4'], 'choose one of euler'),
-    (['--show=all'], 'show is one of grid'), (['--labels=x'], 'labels'), (['--labels=10'], 'labels'),
-    (['--order=raster'], 'order is a setting of'),
-    (['--temperature=0.5'], 'temperature is a setting of gpt, maskgit, fourm, vlm'),
-    (['--compare=out/points_not'], 'no such checkpoint')])
-def test_faults(digits, arguments, message):
-    with pytest.raises(UserError, match=message) as error:
-        sample.main(f'--out_dir={digits}', *arguments)
-    assert '\n' not in str(error.value)
-
-
 def test_data_that_is_not_a_number(work):
     toy2d.main(n_train=20, n_val=20, out='data/nan')
     points = np.load('data/nan/train/point.npy')
     points[3, 1] = np.nan
     np.save('data/nan/train/point.npy', points)
-    with pytest.raises(UserError, match='holds numbers that are not finite'):
+    with pytest.raises(UserError, match='holds values that are not finite'):
         train.main(**RUN, dataset='nan', out_dir='out/nan')
     with pytest.raises(UserError, match='choose one of gaussians'):
         toy2d.main(name='circle')

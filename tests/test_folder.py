@@ -11,6 +11,7 @@ from PIL import Image
 import sample
 import train
 from config import UserError
+from lab import score
 from prepare import folder, pictures
 from prepare.folder import shorten, squares
 from prepare.pictures import COLORS, MAKE, color_tokens, edges, grey, low, palette, token_colors
@@ -126,8 +127,7 @@ def test_a_run(work, capsys):
     assert 'caption: a picture\n' in capsys.readouterr().out
     sample.main('--out_dir=out/mine', '--n=2', '--chain=rgb>grey:mean2,low:mean2')
     sample.main('--out_dir=out/mine', '--n=2', '--retrieve=rgb', '--given=caption')
-    sample.main('--out_dir=out/mine', '--score=True', '--n_score=2', '--given=rgb', '--target=caption,palette')
-    scores = json.loads(Path('out/mine/scores.json').read_text())
+    scores = score.main('--out_dir=out/mine', '--n_score=2', '--given=rgb', '--target=caption,palette')
     assert scores['rgb>caption/words']['ceiling'] == 1 and scores['rgb>palette/error']['ceiling'] < 16
     train.main(model='gpt', dataset='folder', n_layer=1, n_embd=32, n_head=2, batch_size=4, max_iters=1, device='cpu',
                dtype='float32', compile=False, out_dir='out/gpt')  # other chapters read tokens, or pixels

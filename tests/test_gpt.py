@@ -1,13 +1,12 @@
 """The attention core against softmax written out in float64, and GPT's generation against one without a cache."""
-import itertools
 import math
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt import GPT, MLP, Attention, Config, Dropout, KVCache, accept, cross_entropy, filter_logits, rotary, rotate, sample_token
+import gpt
+from gpt import GPT, MLP, Attention, Config, Dropout, KVCache, cross_entropy, filter_logits, rotary, rotate, sample_token
 
 
 def written_out(layer, x, turn, context=None, context_turn=None, causal=False):
@@ -103,12 +102,11 @@ def test_no_position_sees_its_future():
 def reference(model, start, n, end=-1):
     """Greedy generation without a cache, each row by itself, its padding cut off; and the logits of the first new tokens."""
     T, rows, first = model.config.block_size, [], []
-    fresh = start if start.size(1) <= T else start[:, -(T // 2):]
-    for tokens in fresh:
+    for tokens in start[:, -T:]:
         context, new, room = tokens, [], T - len(tokens)
         for _ in range(n):
             if room < 0:  # all rows of a batch start anew together, from what fills the last half of the context
-                context = torch.cat((tokens, torch.tensor(new)))[-(T // 2):]
+                context = torch.cat((tokens, torch.tensor(new)))[-max(1, T // 2):]
                 room = T - len(context)
             if end in new:
                 new.append(-1)
@@ -122,11 +120,16 @@ def reference(model, start, n, end=-1):
 
 
 @pytest.mark.parametrize('changes', [{}, dict(n_kv_head=1), dict(mlp='swiglu', qk_norm=False, tied=True, token_shift=False)])
-@pytest.mark.parametrize('length', [1, 5, 12, 20])
+@pytest.mark.parametrize('length', [1, 5, 12, 13, 20])
 def test_generate_equals_the_uncached_reference(length, changes):
-    """Also far beyond block_size, where the cache is refilled from the last half of the context."""
+    """Also far beyond block_size, where a new cache starts from the last half of the context; of a longer prompt the last
+    block_size tokens are read."""
     model, start = small(**changes), torch.randint(11, (3, length))
     assert torch.equal(model.generate(start, 30, temperature=0)[:, length:], reference(model, start, 30)[0])
+
+
+def in_chunks(model, tokens, chunk):
+    return torch.stack(list(model.stream(tokens, 25, temperature=0, chunk=chunk)), 1)
 
 
 @torch.no_grad()
@@ -136,14 +139,14 @@ def test_prompts_of_different_lengths_and_chunks():
     expected, logits = reference(model, start, 25)
     assert torch.equal(model.generate(start, 25, temperature=0)[:, 9:], expected)
     for chunk in (1, 2, 4, 9):
-        assert torch.equal(model.generate(start, 25, temperature=0, chunk=chunk)[:, 9:], expected)
+        assert torch.equal(in_chunks(model, start, chunk), expected)
         cache = KVCache(12, ragged=True)
         for part in start.split(chunk, 1):
             x = model.trunk(part, cache)
         torch.testing.assert_close(model.logits(x[:, -1]), logits, rtol=1e-4, atol=1e-4)
     full = start.clamp(min=0)
     for chunk in (2, 5):  # without padding no row needs a mask of its own
-        assert torch.equal(model.generate(full, 25, temperature=0, chunk=chunk), model.generate(full, 25, temperature=0))
+        assert torch.equal(in_chunks(model, full, chunk), model.generate(full, 25, temperature=0)[:, 9:])
 
 
 def test_rows_end_by_themselves():
@@ -160,84 +163,46 @@ def test_rows_end_by_themselves():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('ahead', [1, 3, 7])
-def test_speculation_at_temperature_0_changes_no_token(ahead):
-    """Whatever the draft: one of its own, the model itself, or one without token shift; beyond block_size too."""
-    model, other = small(), small(n_layer=1, token_shift=False, block_size=20)
-    torch.nn.init.normal_(other.embedding.weight, std=0.5)
-    for length in (1, 5, 12, 20):
-        start = torch.randint(11, (1, length))
-        expected = model.generate(start, 40, temperature=0)[0, length:]
-        for draft in (other, model):
-            assert torch.equal(torch.cat(list(model.speculate(draft, start, 40, temperature=0, ahead=ahead))), expected)
-        end = expected[7].item()
-        until = expected[:expected.tolist().index(end) + 1]
-        assert torch.equal(torch.cat(list(model.speculate(other, start, 40, temperature=0, end=end, ahead=ahead))), until)
+def test_rows_that_have_ended_stay_so_in_a_new_cache():
+    """Also a row whose `end` is the last token before the new cache; and in the shortest context."""
+    for T in (12, 1):
+        model, start = small(block_size=T), torch.randint(11, (4, T))
+        for end in model.generate(start, 1, temperature=0)[:, -1].tolist():
+            new = model.generate(start, 30, temperature=0, end=end)[:, T:]
+            assert torch.equal(new, reference(model, start, 30, end)[0][:, :new.size(1)])
 
 
-def accepted_law(p, q):
-    """The law of what `accept` returns, {tokens: probability}, over all guesses, each kept or not, and all draws that replace one."""
-    law, V = {}, p.size(-1)
+def test_a_cache_is_as_long_as_the_text(monkeypatch):
+    """min(T, prompt + new tokens), the last of which is not read, rounded up to 64. What is not written is not read: nan
+    here."""
+    model, start, lengths = small(block_size=300, n_layer=1), torch.randint(11, (2, 60)), []
+    ragged = start.clone()
+    ragged[0, :9] = -1
 
-    def go_on(before, chance):
-        i = len(before)
-        for x in range(V):  # a guess, or behind all guesses the last draw
-            if i == len(q):
-                law[before + (x,)] = law.get(before + (x,), 0) + chance * p[i, x].item()
-                continue
-            keep = min(1, (p[i, x] / q[i, x]).item())
-            go_on(before + (x,), chance * q[i, x].item() * keep)
-            rest = (p[i] - q[i]).clamp(min=0)
-            for y in range(V if keep < 1 else 0):
-                law[before + (y,)] = law.get(before + (y,), 0) + chance * q[i, x].item() * (1 - keep) * (rest[y] / rest.sum()).item()
-    go_on((), 1.0)
-    return {key: chance for key, chance in law.items() if chance}
-
-
-def chi_square(counts, law):
-    """Of counts {outcome: n} against {outcome: probability}, in standard deviations of its own law."""
-    n = sum(counts.values())
-    assert set(counts) <= set(law)
-    value = sum((counts.get(key, 0) - n * chance) ** 2 / (n * chance) for key, chance in law.items())
-    return (value - (len(law) - 1)) / math.sqrt(2 * (len(law) - 1))
-
-
-def test_accepted_tokens_follow_p():
-    """As the formula says, in which the first token has exactly the law p; and as the function draws."""
-    p, q = torch.randn(3, 4).mul(1.5).softmax(-1), torch.randn(2, 4).mul(1.5).softmax(-1)
-    law = accepted_law(p, q)
-    assert sum(law.values()) == pytest.approx(1, abs=1e-5)
-    for x in range(4):
-        assert sum(chance for key, chance in law.items() if key[0] == x) == pytest.approx(p[0, x].item(), abs=1e-5)
-        second = [chance for key, chance in law.items() if len(key) > 1 and key[1] == x]
-        kept = sum(chance for key, chance in law.items() if len(key) > 1)
-        assert sum(second) / kept == pytest.approx(p[1, x].item(), abs=1e-5)
-    generator, drawn = torch.Generator().manual_seed(0), Counter()
-    for _ in range(4000):
-        guesses = torch.multinomial(q, 1, generator=generator)[:, 0]
-        drawn[tuple(accept(p, q, guesses, generator).tolist())] += 1
-    assert chi_square(drawn, law) < 4
-    assert accept(p[:1], q[:0], torch.zeros(0).long()).shape == (1,)
-    same = torch.eye(4)[:2]
-    assert accept(same[[0, 1, 0]], same, torch.tensor([0, 1])).tolist() == [0, 1, 0]  # nothing is left of p - q
+    class Watched(KVCache):
+        def append(self, layer, k, v):
+            new, end = layer not in self.store, self.filled + k.size(2)
+            super().append(layer, k, v)
+            if new:
+                lengths.append(self.store[layer].size(3))
+                self.store[layer][:, :, :, end:] = torch.nan
+            return self.store[layer][:, :, :, :end]
+    for tokens, n, expected in ((start, 3, [64]), (start, 5, [64]), (start, 6, [128]), (ragged, 100, [192]), (start, 241, [320]),
+                                (start[:, :1], 1, [64]), (start, 250, [320, 192])):  # the last: 241, then 9 after the last 150
+        plain = model.generate(tokens, n, temperature=0)
+        lengths.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(gpt, 'KVCache', Watched)
+            assert torch.equal(model.generate(tokens, n, temperature=0), plain) and lengths == expected
 
 
 @torch.no_grad()
-def test_speculation_draws_from_the_models_law():
-    """The joint law of three tokens by chi-square against the product of their probabilities, in a context that overflows."""
-    model, draft = small(vocab_size=3, block_size=4, n_layer=1), small(vocab_size=3, block_size=4, n_layer=1, token_shift=False)
-    torch.nn.init.normal_(draft.head.weight, std=0.5)
-    start, law = torch.tensor([[1, 2, 0]]), {}
-    for new in itertools.product(range(3), repeat=3):
-        tokens, chance = torch.cat((start, torch.tensor([new])), 1), 1.0
-        for i in range(3, 6):
-            context = tokens[:, :i] if i <= 4 else tokens[:, i - 2:i]
-            chance *= filter_logits(model.logits(model.trunk(context)[0, -1]), 0.9, 2).softmax(-1)[tokens[0, i]].item()
-        law[new] = law.get(new, 0) + chance
-    law, drawn, generator = {new: chance for new, chance in law.items() if chance}, Counter(), torch.Generator().manual_seed(0)
-    for _ in range(600):
-        drawn[tuple(torch.cat(list(model.speculate(draft, start, 3, 0.9, 2, generator=generator, ahead=2))).tolist())] += 1
-    assert len(law) == 8 and chi_square(drawn, law) < 4
+@pytest.mark.parametrize('ragged', (False, True))
+def test_a_cache_grows(ragged):
+    model, tokens, cache = small(block_size=200), torch.randint(11, (2, 150)), KVCache(1, ragged)
+    parts = [model.trunk(part, cache) for part in tokens.split([60, 4, 1, 63, 1, 21], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model.trunk(tokens), rtol=1e-4, atol=1e-4)
+    assert {store.size(3) for store in cache.store.values()} == {192}
 
 
 def test_chunked_cross_entropy_has_the_same_gradient():
@@ -273,9 +238,27 @@ def test_filters():
     assert filter_logits(logits, min_p=0.6).isfinite().tolist() == [[False, True, True, False]]
     assert filter_logits(logits, temperature=0.1, top_p=0.9).isfinite().sum() == 1  # temperature first
     assert filter_logits(logits, temperature=9.0, min_p=0.6).isfinite().all()
+    assert torch.equal(filter_logits(logits, top_k=99), logits)
+    for strict in (dict(top_k=1), dict(top_p=0), dict(top_p=1e-12), dict(min_p=1), dict(temperature=1e-6), dict(top_p=0, min_p=1)):
+        assert filter_logits(logits, **strict).softmax(-1).tolist() == [[0, 1, 0, 0]]  # one token stays
     assert sample_token(logits, temperature=0) == 1
     drawn = sample_token(logits.expand(20000, -1), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(drawn.bincount() / 20000, logits[0].exp(), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize('wrong', [
+    dict(temperature=-1.0), dict(temperature=1e-40), dict(temperature=math.nan), dict(temperature=math.inf), dict(top_k=-1),
+    dict(top_p=-0.1), dict(top_p=1.1), dict(top_p=math.nan), dict(min_p=-0.1), dict(min_p=1.5), dict(min_p=math.nan)])
+def test_arguments_out_of_range(wrong):
+    """Also those that temperature 0 has no use for."""
+    (name, value), logits = *wrong.items(), torch.zeros(1, 11)
+    for sample in (lambda: filter_logits(logits, **wrong), lambda: sample_token(logits, **wrong),
+                   lambda: sample_token(logits, **(dict(temperature=0) | wrong)),
+                   lambda: small().generate(torch.zeros(1, 3).long(), 2, **wrong)):
+        with pytest.raises(ValueError, match=f'{name}={value} '):
+            sample()
+    with pytest.raises(ValueError, match='temperature=0 '):
+        filter_logits(logits, temperature=0)
 
 
 def test_overfits_one_batch():

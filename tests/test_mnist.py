@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import train
 from config import UserError
-from prepare import judge, mnist
+from engine import processes
+from prepare import arrays, judge, mnist
 from prepare.download import cache_folder
 
 REAL = cache_folder() / 't10k-images-idx3-ubyte.gz'
@@ -112,12 +112,12 @@ def test_training_makes_fashion_mnist(cache, tmp_path, monkeypatch):
     for part, n in (('train', 200), ('t10k', 60)):
         put_part(cache, f'fashion/{part}', *toy_digits(n))
     monkeypatch.setattr(judge.train_judge, '__defaults__', (0, 5, 32))
-    monkeypatch.setattr(train.subprocess, 'run', lambda words: SimpleNamespace(
+    monkeypatch.setattr(processes.subprocess, 'run', lambda words: SimpleNamespace(
         returncode=not runpy.run_module(words[2], run_name='__main__')))
     monkeypatch.setattr(sys, 'argv', ['prepare/fashion_mnist.py'])
-    folder, meta = train.prepare('fashion_mnist')
+    folder, meta = arrays.find('fashion_mnist')
     assert str(folder) == 'data/fashion_mnist' and meta['classes'][0] == 't-shirt' and meta['prepare'] == 'mnist'
-    assert train.Data(folder, 'train', meta, ['tokens']).n == 200 and mnist.Fields(folder).load('val', 'label').shape == (60,)
+    assert arrays.Data(folder, 'train', meta, ['tokens']).n == 200 and mnist.Fields(folder).load('val', 'label').shape == (60,)
     monkeypatch.setattr(sys, 'argv', ['prepare/fashion_mnist.py', '--subset=t20k'])
     with pytest.raises(SystemExit, match="error: subset='t20k'"):
         runpy.run_module('prepare.fashion_mnist', run_name='__main__')

@@ -12,6 +12,7 @@ from PIL import Image
 import sample
 import train
 from config import UserError
+from lab import score
 from prepare import multiclevr
 from prepare.scenes import caption, scene_desc
 
@@ -182,8 +183,7 @@ def test_a_run(packed, capsys):
     sample.main('--out_dir=out/clevr', '--n=2', '--chain=rgb>depth:2,caption')
     sample.main('--out_dir=out/clevr', '--n=2', '--given=caption', '--text=a large red metal cube', '--target=scene_desc')
     assert 'caption: a large red metal cube\n' in capsys.readouterr().out
-    sample.main('--out_dir=out/clevr', '--score=True', '--n_score=4', '--given=scene_desc', '--target=rgb,caption')
-    scores = json.loads(Path('out/clevr/scores.json').read_text())
+    scores = score.main('--out_dir=out/clevr', '--n_score=4', '--given=scene_desc', '--target=rgb,caption')
     assert scores['scene_desc>caption/objects']['ceiling'] == scores['scene_desc>rgb/tokens']['ceiling'] == 1
     assert scores['scene_desc>rgb/digits']['baseline'] > scores['scene_desc>rgb/tokens']['baseline']
     with pytest.raises(UserError, match='own.png: pictures of your own need'):

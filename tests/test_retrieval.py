@@ -1,33 +1,46 @@
 """Retrieval, on a tiny run: against the slow way, and its index."""
-import json
+import copy
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import sample
 import train
 from config import UserError
-from prepare import retrieval
-from tests.test_train import TINY
+from engine import checkpoints
+from lab import retrieval
+
+RUN = dict(model='fourm', dataset='scenes', n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, input_slots='16,32',
+           target_slots='16', batch_size=8, micro_batch_size=4, max_iters=40, eval_interval=40, eval_iters=1, device='cpu',
+           dtype='float32', compile=False, pictures=False, out_dir='out/found')
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(retrieval.train_towers, '__defaults__', ('cpu', 20, 32, 0))
 
 
 @pytest.fixture(scope='module')
-def run(work):
-    train.main(**(TINY | dict(out_dir='out/found', max_iters=40, pictures=False)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval.train_towers, '__defaults__', (20, 32, 0))
-        path = Path('out/found/ckpt_last.pt')
-        model, _ = train.load_model(path)
-        return model, path, retrieval.open_index(model, 'data/scenes', path, 'caption', 'rgb', 'val')
+def path(work):
+    train.main(**RUN)
+    return Path('out/found/ckpt_last.pt')
 
 
-def test_nearness_is_the_likelihood_ratio(run):
-    """Pair by pair: ln p(caption | rgb) - ln p(caption), from both sides; the second lacks what is the same for all pictures."""
-    model, _, index = run
+@pytest.fixture(scope='module')
+def model(path):
+    return checkpoints.load_model(path)[0]
+
+
+@pytest.fixture
+def index(model, path):
+    return retrieval.open_index(model, 'data/scenes', path, 'caption', 'rgb', 'val')
+
+
+def test_nearness_is_the_likelihood_ratio(model, index):
+    """Pair by pair: ln p(caption | rgb) - ln p(caption), from both sides; the second lacks what is the same for all images."""
     assert index['names'] == ['rgb', 'caption'] and index['n'] == 32
     rgb, caption = (index['ids'][name] for name in ('rgb', 'caption'))
     from_rgb = retrieval.nearness(model, index, 'rgb', rgb[:3])
@@ -35,10 +48,10 @@ def test_nearness_is_the_likelihood_ratio(run):
     nothing = model.ask({'rgb': torch.full((1, 64), -1)}, 'caption')
     for i in range(3):
         for j in range(3):
-            told = model.log_prob(model.ask({'rgb': rgb[i:i + 1]}, 'caption'), 'caption', caption[j:j + 1])
-            ratio = told - model.log_prob(nothing, 'caption', caption[j:j + 1])
+            log_prob = model.log_prob(model.ask({'rgb': rgb[i:i + 1]}, 'caption'), 'caption', caption[j:j + 1])
+            ratio = log_prob - model.log_prob(nothing, 'caption', caption[j:j + 1])
             assert from_rgb[i, j].item() == pytest.approx(ratio.item(), abs=0.02)
-            assert from_caption[j, i].item() == pytest.approx(told.item(), abs=0.1)  # answers are kept in half precision
+            assert from_caption[j, i].item() == pytest.approx(log_prob.item(), abs=0.1)  # outputs are stored in half precision
 
 
 def test_recall_counts_equal_texts_as_the_same():
@@ -59,45 +72,60 @@ def test_towers_learn_which_belong_together():
     assert retrieval.hits(a @ b.T, torch.eye(200, dtype=torch.bool), 1).float().mean() > 0.3
 
 
-def test_commands(run, capsys):
-    retrieval.main(out_dir='out/found')
+def test_towers_change_no_global_state():
+    features = [torch.randn(40, 16) for _ in range(2)]
+    before, fused = torch.get_rng_state(), torch.backends.cuda.flash_sdp_enabled()
+    first = retrieval.train_towers(features)
+    assert torch.equal(torch.get_rng_state(), before) and torch.backends.cuda.flash_sdp_enabled() == fused
+    torch.manual_seed(5)
+    again = retrieval.train_towers(features)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
+
+
+def test_the_program(index, capsys):
+    retrieval.main('--out_dir=out/found', '--device=cpu')
     printed = capsys.readouterr().out
     assert 'caption>rgb/recall at 10 of 32' in printed and 'rgb>caption/recall at 1 of 32 by embedding' in printed
-    for arguments in (['--given=caption', '--text=two large red spheres'], ['--given=caption', '--by=embedding', '--n=2']):
-        before = set(Path('out/found').glob('sample_*.png'))
-        sample.main('--out_dir=out/found', '--retrieve=rgb', *arguments)
-        new, = set(Path('out/found').glob('sample_*.png')) - before
-        assert Image.open(new).size[0] == 11 * 132 - 4
-        new.unlink()
-    sample.main('--init_from=found', '--retrieve=rgb', '--given=caption', '--n=1')  # the index beside these weights, no other's
+    assert 'making it' not in printed  # the index is there
 
 
-def test_scores_hold_recalls(run, monkeypatch):
-    monkeypatch.setattr(sample, 'score_chain', lambda *_: ({}, 0.0))
-    sample.main('--out_dir=out/found', '--score=True', '--n_score=100')
-    scores = json.loads(Path('out/found/scores.json').read_text())
+def test_chance(model, index):
+    found = retrieval.recalls(model, index)
     ids = np.load('data/scenes/val/caption.npy')
     same = (ids[:, None] == ids[None]).all(-1).sum(1)  # captions that are equal are as right
-    assert scores['caption>rgb/recall at 1 of 32']['baseline'] == pytest.approx((same / 32).mean())
-    assert scores['caption>rgb/recall at 10 of 32']['baseline'] == pytest.approx(
+    assert found['caption>rgb/recall at 1 of 32']['baseline'] == pytest.approx((same / 32).mean())
+    assert found['caption>rgb/recall at 10 of 32']['baseline'] == pytest.approx(
         np.mean([1 - math.comb(32 - n, 10) / math.comb(32, 10) for n in same]), rel=1e-4)
 
 
-def test_faults(run):
-    model, path, _ = run
+def test_an_index_is_made_again(model, index, path, tmp_path, capsys):
+    """If it is of other weights, as after more training, or damaged; not for a copied run or another file of the same weights."""
+    def opened(model=model, name='ckpt_last.pt'):
+        found = retrieval.open_index(model, 'data/scenes', tmp_path / 'run' / name, 'rgb', 'caption', 'val')
+        assert found['weights'] == retrieval.digest(model)
+        return capsys.readouterr().out
+    shutil.copytree(path.parent, tmp_path / 'run', copy_function=shutil.copy)
+    assert opened() == '' and opened(name='ckpt_best.pt') == ''
+    other = copy.deepcopy(model)
+    next(other.parameters()).data[0, 0] += 1e-3
+    assert opened(other).splitlines() == [f'{tmp_path}/run/index_rgb_caption_val.pt is of other weights: making it']
+    assert opened(other) == '' and 'other weights' in opened()
+    file = tmp_path / 'run/index_rgb_caption_val.pt'
+    file.write_bytes(file.read_bytes()[:1000])
+    assert 'is damaged' in opened() and opened() == ''
+    torch.save([1], file)
+    assert 'is damaged' in opened()
+
+
+def test_faults(path):
     for pair in ('rgb', 'rgb,rgb', 'rgb,sound'):
         with pytest.raises(UserError, match='two modalities of a run of fourm'):
             retrieval.main(out_dir='out/found', pair=pair)
-    index = Path('out/found/index_rgb_caption_val.pt')
-    kept = index.read_bytes()
-    other = Path('out/found/ckpt_other.pt')
-    other.write_bytes(path.read_bytes() + b'0')
-    with pytest.raises(UserError, match='is the index of another checkpoint; delete it'):
-        retrieval.open_index(model, 'data/scenes', other, 'caption', 'rgb', 'val')
-    index.write_bytes(kept[:1000])
-    with pytest.raises(UserError, match='damaged'):
-        retrieval.open_index(model, 'data/scenes', path, 'caption', 'rgb', 'val')
-    index.write_bytes(kept)
+    with pytest.raises(UserError, match="split='none'"):
+        retrieval.main(out_dir='out/found', split='none')
+
+
+def test_an_empty_gallery(model, path):
     empty = Path('data/empty/val')
     empty.mkdir(parents=True)
     for name in ('rgb', 'caption'):

@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from config import UserError
 import sample
 import train
-from prepare import pictures, scenes, scenes_numbers, scenes_parser
+from config import UserError
+from engine import checkpoints
+from lab import score
+from prepare import arrays, pictures, scenes, scenes_numbers, scenes_parser
 from prepare.scenes import caption, parse_text, scene_desc, spell_out, text_length, words
 from prepare.scenes_scores import (match, score_boxes, score_depth, score_normal, score_numbers, score_objects,
                                    score_segmentation)
@@ -214,12 +216,11 @@ def test_more_modalities(work, tmp_path, monkeypatch, capsys):
         assert name not in scenes.NUMBERS or raw == truth
         assert all(fields.picture(name, one).shape == (64, 64, 3) for one in raw)
     train.main(**tiny, max_iters=2, pictures=False, out_dir='out/older')  # an older run's data, and more: it goes on
-    assert train.load_model(work / 'out/older/ckpt_last.pt')[0].fields == scenes.IMAGES + scenes.TEXTS
+    assert checkpoints.load_model(work / 'out/older/ckpt_last.pt')[0].fields == scenes.IMAGES + scenes.TEXTS
     with pytest.raises(UserError, match='is not the data that this run was trained on'):
-        train.check_data(out, before, dict(meta=meta))
+        arrays.agree(out, before, dict(meta=meta))
     train.main(**tiny, use='rgb palette boxes metadata', max_iters=1, out_dir='out/more')
-    sample.main('--out_dir=out/more', '--score=True', '--n_score=2', '--given=rgb', '--target=palette,boxes,metadata')
-    scores = json.loads((work / 'out/more/scores.json').read_text())
+    scores = score.main('--out_dir=out/more', '--n_score=2', '--given=rgb', '--target=palette,boxes,metadata')
     assert scores['rgb>boxes/found']['ceiling'] == 1 and scores['rgb>metadata/depth_error']['ceiling'] == 0
     Image.new('RGB', (64, 64)).save(tmp_path / 'x.png')
     sample.main('--out_dir=out/more', '--given=palette', f'--image={tmp_path}/x.png', '--target=metadata', '--n=1')

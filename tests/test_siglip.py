@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from config import UserError
+from engine import checkpoints
 from prepare import siglip
-from train import find_weights, read_sources
 from vlm import Config, Eyes
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
@@ -31,8 +31,8 @@ def test_features_agree(saved, monkeypatch):
     monkeypatch.setattr(siglip, 'download', lambda url, name: folder / name.split('/')[1])
     monkeypatch.chdir(folder)
     siglip.main()
-    checkpoint = read_sources('eyes:siglip,projector:out/siglip')['eyes']
-    assert find_weights('siglip').is_file()
+    checkpoint = checkpoints.read_sources(dict(init_from=('eyes:siglip,projector:out/siglip', 'call')))['eyes']
+    assert checkpoints.find('siglip').is_file()
     ours = Eyes(Config(**checkpoint['model_config'])).eval()
     ours.load_state_dict(checkpoint['weights'])
     images = torch.randint(256, (3, 32, 32, 3))

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from config import UserError
+from engine.checkpoints import load_model
 from prepare import smollm2
-from train import load_model
 
 SPECIAL = ['<|endoftext|>', *(f'<special {i}>' for i in range(16))]
 LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}

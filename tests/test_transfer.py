@@ -1,5 +1,5 @@
-"""Transfer of a nano4M's encoder to a task: the three ways to train, files, faults."""
-import json
+"""Transfer of a nano4M's encoder to a task: the four ways to train, files, faults."""
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +9,9 @@ from PIL import Image
 import train
 from config import UserError
 from fourm import Config, FourM
-from prepare import transfer
-from prepare.transfer import Classifier, read_split, train_all, train_probe
+from lab import transfer
+from lab.statistics import read_scores
+from lab.transfer import Classifier, read_split, train_all, train_probe
 
 
 @pytest.fixture(scope='module')
@@ -58,21 +59,38 @@ def test_classes(work):
     assert read_split(work / 'data/scenes', 'val', 'rgb', 'color')[1].tolist() == objects[:, 0, 1].tolist()
 
 
-def test_curves(tiny_run, capsys):
-    transfer.main(f'--run={tiny_run}', '--labels=8,40', '--steps=1', '--batch_size=4', '--n_val=20')
-    scores = json.loads((train.Path(tiny_run) / 'transfer_count.json').read_text())
-    assert list(scores) == [f'{way}, {n} labels' for way in ('probe', 'random', 'finetune', 'scratch') for n in (8, 40)]
+def test_the_program(tiny_run, capsys):
+    fused = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(True)  # as in generation
+    arguments = f'--out_dir={tiny_run}', '--labels=8,40', '--steps=1', '--batch_size=4', '--n_val=20', '--device=cpu'
+    transfer.main(*arguments)
+    assert torch.backends.cuda.flash_sdp_enabled()  # training changes nothing for later timings
+    torch.backends.cuda.enable_flash_sdp(fused)
+    scores = read_scores(Path(tiny_run, 'transfer_count.json'))
+    assert {*scores} == {f'{way}, {n} labels' for way in ('probe', 'random', 'finetune', 'scratch') for n in (8, 40)}
     assert all(0 <= score['low'] <= score['value'] <= score['high'] <= 1 and score['n'] == 20 for score in scores.values())
-    assert np.ptp(np.asarray(Image.open(f'{tiny_run}/transfer_count.png'))) > 200
-    assert 'probe, 8 labels: ' in capsys.readouterr().out
+    assert np.ptp(np.asarray(Image.open(f'{tiny_run}/transfer_count.png').convert('L'))) > 200
+    printed = capsys.readouterr().out
+    assert printed.startswith('  ') and printed.count(' labels  ') == 8 and 'transfer_count.png' in printed
+    transfer.main(*arguments)
+    assert read_scores(Path(tiny_run, 'transfer_count.json')) == scores  # the same seed
+
+
+def test_an_interruption_keeps_what_is_finished(tiny_run, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(transfer, 'train_all', stop)
+    with pytest.raises(KeyboardInterrupt):
+        transfer.main(f'--out_dir={tiny_run}', '--task=shape', '--labels=40', '--n_val=20')
+    assert [*read_scores(Path(tiny_run, 'transfer_shape.json'))] == ['probe, 40 labels', 'random, 40 labels']
 
 
 @pytest.mark.parametrize('setting, message', [
     ('--task=size', 'task is one of count, shape, color, label, given one of rgb, depth'),
     ('--given=caption', 'given one of rgb'), ('--task=label', 'label.npy: missing or damaged'),
     ('--labels=2', 'labels=2: numbers from 4 to 96'), ('--labels=50,1000', 'numbers from 4 to 96'),
-    ('--labels=many', 'not of type int'), ('--run=out/none', 'no such checkpoint')])
+    ('--labels=many', 'not of type int'), ('--steps=0', 'at least 1'), ('--out_dir=out/none', 'no such checkpoint')])
 def test_faults(tiny_run, setting, message):
     with pytest.raises(UserError, match=message) as error:
-        transfer.main(f'--run={tiny_run}', setting)
+        transfer.main(f'--out_dir={tiny_run}', setting)
     assert '\n' not in str(error.value)

@@ -1,5 +1,4 @@
 """nanoVLM: its parts against what they should be, answers with a cache against answers without, training in two stages."""
-import json
 import os
 from pathlib import Path
 from unittest import mock
@@ -10,11 +9,14 @@ import torch
 from PIL import Image
 
 import gpt
+import lab
 import sample
 import train
 import vlm
 from config import UserError
-from prepare import report, scenes, scenes_align, scenes_qa
+from engine import checkpoints
+from lab import figures, score
+from prepare import scenes, scenes_align, scenes_qa
 from prepare.scenes_render import make
 from tests.conftest import ROOT
 
@@ -213,7 +215,7 @@ def run(here):
 
 
 def weights(out_dir):
-    return train.read_checkpoint(Path(out_dir, 'ckpt_last.pt'))['weights']
+    return checkpoints.read(Path(out_dir, 'ckpt_last.pt'))['weights']
 
 
 def test_two_stages(run):
@@ -222,7 +224,7 @@ def test_two_stages(run):
     assert all(equal == name.startswith('eyes') for name, equal in same.items())
     assert len(list(Path(run).glob('sample_*.png'))) == 1
     torch.manual_seed(0)
-    fresh = vlm.VLM(vlm.Config(**train.read_checkpoint(Path('out/align/ckpt_last.pt'))['model_config'])).state_dict()
+    fresh = vlm.VLM(vlm.Config(**checkpoints.read(Path('out/align/ckpt_last.pt'))['model_config'])).state_dict()
     assert all(torch.equal(fresh[name], align[name]) for name in align if name.startswith('language'))
 
 
@@ -282,28 +284,32 @@ def test_chat_shows_no_half_characters(run, capsys, monkeypatch):
     said, answer = iter(['What is it?', '']), 'né 🙂.'.encode()  # a token a byte
     fields = mock.Mock(decode=lambda ids: bytes(ids).decode(errors='replace'))
     monkeypatch.setattr('builtins.input', lambda _: next(said))
-    monkeypatch.setattr(sample, 'look', mock.Mock())
-    monkeypatch.setattr(sample, 'ask', lambda *_: torch.tensor(list(answer)))
-    sample.chat(None, fields, None, {})
+    module = lab.module_of('vlm')
+    monkeypatch.setattr(module, 'look', mock.Mock())
+    monkeypatch.setattr(module, 'ask', lambda *_: torch.tensor(list(answer)))
+    module.chat(mock.Mock(fields=fields), None, module.Answers())
     assert capsys.readouterr().out.endswith('\nné 🙂.\n')
 
 
 def test_long_answers_stay_in_the_picture(tmp_path):
     talks = [[('What is there?', 'a large red metal sphere, ' * 40, 'nothing')] * 2, [('Is there a cube?', 'yes', 'yes')]]
-    report.save_answers(np.zeros((2, 64, 64, 3), np.uint8), talks, tmp_path / 'long.png')
+    figures.save_answers(np.zeros((2, 64, 64, 3), np.uint8), talks, tmp_path / 'long.png')
     picture = np.asarray(Image.open(tmp_path / 'long.png'))
     inked = (picture[:, 160:] < 255).any((1, 2))
     assert (picture[:, -20:] == 255).all() and 30 * 13 < inked[:-168].nonzero()[0].max() < len(inked) - 168  # 15 lines each
 
 
 def test_scores(run):
-    sample.main(f'--out_dir={run}', '--score=True', '--blind=out/blind')
-    scores = json.loads(Path(run, 'scores.json').read_text())
+    scores = score.main(f'--out_dir={run}', '--blind=out/blind')
     for kind in ('', 'another picture: ', 'no picture: ', 'new pairs: '):
         assert 0 <= scores[f'{kind}all']['low'] <= scores[f'{kind}all']['value'] <= scores[f'{kind}all']['high'] <= 1
     assert {'count', 'exist', 'hop', 'query', 'answers/s'} <= scores.keys() and 0 < scores['exist']['baseline'] < 1
-    sample.main('--out_dir=out/align', '--score=True', '--n_score=4')
-    assert json.loads(Path('out/align/scores.json').read_text())['all']['n'] == 4
+    assert score.main('--out_dir=out/align', '--n_score=4')['all']['n'] == 4
+    for folder, message in (('nothing', 'no such checkpoint; the nearest are out/'),
+                            ('words', 'must be a run of vlm with --blind=True on the same data'),
+                            ('qa', 'must be a run of vlm with --blind=True on the same data')):
+        with pytest.raises(UserError, match=message):
+            score.main(f'--out_dir={run}', f'--blind=out/{folder}')
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -312,13 +318,11 @@ def test_scores(run):
     (['--image=own.png', '--text=' + 'x' * 100], 'the question has 102 tokens, and the context has room for 59, the answer'),
     (['--image=own.png', '--prompts=latin.txt'], 'latin.txt: not UTF-8 text'),
     (['--image=own.png', '--prompts=empty.txt'], 'empty.txt: no prompts'),
-    (['--image=own.png', '--text=Is it?', '--n=2'], 'n is the number of held-out pictures'),
+    (['--image=own.png', '--text=Is it?', '--chat=True'], 'chat and text do not go together'),
+    (['--image=own.png', '--text=Is it?', '--prompts=asked.txt'], 'prompts and text do not go together'),
     (['--text=Is it?'], 'questions need --image=FILE'),
     (['--chat=True'], 'questions need --image=FILE'),
-    (['--given=rgb'], 'given is a setting of fourm, this run is of vlm'),
-    (['--score=True', '--blind=out/nothing'], 'no such checkpoint; the nearest are out/'),
-    (['--score=True', '--blind=out/words'], 'must be a run of vlm with --blind=True on the same data'),
-    (['--score=True', '--blind=out/qa'], 'must be a run of vlm with --blind=True on the same data'),
+    (['--given=rgb'], r'given is a setting of lab/fourm.py \(AnyToAny\); here are those of lab/vlm.py \(Answers\)'),
 ])
 def test_faults_of_answering(run, arguments, message):
     Image.new('RGB', (64, 64)).save('own.png')

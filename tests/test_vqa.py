@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import sample
 import train
 from config import UserError
-from prepare import scenes_align, scenes_qa, smollm2, vqa
+from lab.vlm import final
+from prepare import arrays, scenes_align, scenes_qa, smollm2, vqa
 from prepare.scenes import MATERIALS, SHAPES, SIZES, COLOR_NAMES
 from prepare.text_tokenizers import save_words, word_encoding
 from tests.test_smollm2 import TOKENIZER
@@ -159,8 +159,8 @@ def test_two_pictures_a_conversation(tmp_path, monkeypatch):
     lines = [dict(image=[f'{i}.png', f'{(i + 1) % 3}.png'], turns=[['Same?', 'No.']]) for i in (0, 1, 2, 0)]
     (tmp_path / 'two.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     vqa.main(input='two.jsonl', size=16, length=40, val_share=0.25)
-    meta = train.read_meta('data/vqa')
-    batch = train.Data('data/vqa', 'train', meta, ('image', 'tokens', 'counted')).rows(np.arange(3))
+    meta = arrays.read_meta('data/vqa')
+    batch = arrays.Data('data/vqa', 'train', meta, ('image', 'tokens', 'counted')).rows(np.arange(3))
     assert batch['image'].shape == (3, 2, 16, 16, 3) and meta['config']['n_images'] == 2
     assert len(np.load('data/vqa/train/pictures.npy')) == 3
     assert ((batch['tokens'] == meta['config']['image_token']).sum(1) == 2).all()
@@ -281,7 +281,7 @@ def test_a_thought_comes_before_its_answer(tmp_path):
         ' Question: Is the cube left of the blue thing? row 0 column 7 row 5 column 1 Answer: no<|end|>')
     learned = way.encoding.decode([i for i, flag in zip(tokens, counted) if flag])
     assert learned == ' row 0 column 7 row 5 column 1 Answer: no<|end|>'  # also when to answer
-    assert sample.final(learned.removesuffix('<|end|>')) == 'no' == sample.final(' no')
+    assert final(learned.removesuffix('<|end|>')) == 'no' == final(' no')
 
 
 def test_no_prior_helps(talks):

@@ -148,9 +148,8 @@ def trunk_by_hand(gpt, model, tokens):
 def GPT_trunk(gpt):
     """The causal model: from tokens to what the head reads. self.embed(tokens, cache, x), then the blocks, then `norm` with
     config.norm_eps. Without a cache all is causal and without a mask, and the T tokens stand at the first T places of
-    self.turn (2, block_size, hd / 2). With a cache, cache.mask(tokens) says causal and mask, then cache.places(T) which
-    places are theirs: (B, T) where rows differ, and then the angles need an axis for the heads, (2, B, 1, T, hd / 2). At
-    the end cache.filled grows by T."""
+    self.turn (2, block_size, hd / 2). With a cache, cache.prepare(tokens) gives causal, mask and their places, a slice or
+    (B, 1, T). At the end cache.filled grows by T."""
     model, tokens = small(gpt, norm_eps=0.1), torch.randint(11, (2, 6))
     y, changed = model.trunk(tokens), tokens.clone()
     changed[:, 3] = (changed[:, 3] + 1) % 11
@@ -197,9 +196,9 @@ def filter_logits(gpt):
     to -inf, in this order,
     top_k  all but the top_k largest (0, or V and more, hides none);
     top_p  all but the nucleus, the fewest likeliest tokens that together hold top_p or more
-           (1.0 hides none; one stays at least);
+           (1.0 hides none; one stays at least, also with 0.0);
     min_p  all whose probability is below min_p times that of the likeliest (0.0 hides none).
-    The V tokens stay where they are."""
+    The V tokens stay where they are. `check_sampling` raises ValueError for what is out of range."""
     known = '[0.05, 0.5, 0.15, 0.3] and [0.3, 0.05, 0.5, 0.15]'
     p = torch.tensor([[0.05, 0.5, 0.15, 0.3], [0.3, 0.05, 0.5, 0.15]])
 
@@ -209,21 +208,28 @@ def filter_logits(gpt):
     for settings, expected in (
             (dict(top_k=0), [[0, 1, 2, 3], [0, 1, 2, 3]]), (dict(top_k=2), [[1, 3], [0, 2]]), (dict(top_k=9), [[0, 1, 2, 3]] * 2),
             (dict(top_p=0.7), [[1, 3], [0, 2]]), (dict(top_p=0.9), [[1, 2, 3], [0, 2, 3]]), (dict(top_p=0.01), [[1], [2]]),
+            (dict(top_p=0), [[1], [2]]),
             (dict(min_p=0.2), [[1, 2, 3], [0, 2, 3]]), (dict(min_p=0.9), [[1], [2]]),
             (dict(temperature=0.5, top_p=0.7), [[1, 3], [0, 2]]), (dict(temperature=0.5, top_p=0.6), [[1], [2]]),
             (dict(temperature=2.0, top_p=0.7), [[1, 2, 3], [0, 2, 3]]), (dict(top_k=2, top_p=0.6), [[1], [2]])):
         got = kept(**settings)
         assert got == expected, f'probabilities {known} with {settings}: tokens {got} are kept, should be {expected}'
+    try:
+        gpt.filter_logits(p.log(), top_p=1.5)
+    except ValueError:
+        pass
+    else:
+        raise AssertionError('top_p=1.5 should raise a ValueError')
     equal(gpt.filter_logits(p.log(), top_k=2).softmax(-1), torch.tensor([[0, 0.625, 0, 0.375], [0.375, 0, 0.625, 0]]),
           'what is left of the probabilities with top_k=2')
     dtype = gpt.filter_logits(p.log().bfloat16()).dtype
     assert dtype == torch.float32, f'logits in bfloat16 come back as {dtype}, should be float32'
 
 
-def without_cache(gpt, model, tokens, n, end):
-    """Greedy, one row (T0,) at a time, all read anew for each token."""
+def without_cache(gpt, model, tokens, n, end=-1):
+    """Greedy, one row (T0,) at a time, all read again for each token."""
     T, new = model.config.block_size, []
-    context = tokens if len(tokens) <= T else tokens[-(T // 2):]
+    context = tokens[-T:]
     for _ in range(n):
         if len(context) > T:
             context = context[-(T // 2):]
@@ -233,47 +239,76 @@ def without_cache(gpt, model, tokens, n, end):
     return new
 
 
+def listed(steps, B):
+    """The tokens of a stream (B, n) as lists."""
+    steps = [*steps]
+    assert all(isinstance(step, torch.Tensor) and step.shape == (B,) for step in steps), (
+        f'for {B} rows each `yield` should give {B} tokens, shape ({B},)')
+    return torch.stack(steps, 1).tolist()
+
+
+@torch.no_grad()
+def decode(gpt):
+    """Generation: one token after the other. A generator function: each `yield` gives the next token of every row, (B,), up to
+    max_new_tokens times.
+    1. model.step(tokens, cache) reads the tokens (B, T0) and gives the logits of the next one (B, V): sample it with
+       `sample_token`. From then on read only the token just sampled, (B, 1).
+    2. ended (B,) is a tensor of the caller, to be changed in place: True for a row that has sampled `end`. Such a row yields -1
+       from the next token on. When all rows have ended, and end >= 0, stop."""
+    model, tokens = small(gpt, block_size=32), torch.randint(11, (2, 3))
+
+    def new(n, tokens=tokens, temperature=0, top_k=0, end=-1, generator=None, ended=None):
+        ended = torch.zeros(len(tokens), dtype=torch.bool) if ended is None else ended
+        return gpt.decode(model, tokens, gpt.KVCache(8), ended, n, temperature, top_k, 1.0, 0.0, end, generator)
+    expected, got = [without_cache(gpt, model, row, 5) for row in tokens], listed(new(5), 2)
+    assert [len(row) for row in got] == [5, 5], f'5 new tokens are asked for, {len(got[0])} come'
+    assert got == expected, f'after prompts {tokens.tolist()} the most probable tokens are {expected}, not {got}'
+    for row in range(2):
+        end = without_cache(gpt, model, tokens[row], 5)[1]
+        expected = [without_cache(gpt, model, prompt, 5, end) for prompt in tokens]
+        stop = max(new.index(end) + 1 if end in new else 5 for new in expected)  # then all have ended
+        ended = torch.zeros(2, dtype=torch.bool)
+        expected, got = [row[:stop] for row in expected], listed(new(5, end=end, ended=ended), 2)
+        assert got == expected, f'with end={end}, {expected} should come, not {got}'
+        assert ended.tolist() == [end in row for row in expected], f'with end={end}, `ended` should be changed in place'
+    got = listed(new(3, ended=torch.tensor([True, False])), 2)
+    assert got[0] == [-1] * 3 and -1 not in got[1], f'a row that has ended before yields -1, not {got[0]}'
+    got = listed(new(4, tokens[:1], 1.0, 1, generator=generator()), 1)
+    assert got == [without_cache(gpt, model, tokens[0], 4)], 'with top_k=1 the most probable tokens should come'
+    flat = [listed(new(5, temperature=2.0, generator=generator(seed)), 2) for seed in (1, 1, 2)]
+    assert flat[0] == flat[1] != flat[2], 'at temperature 2 the same generator should sample the same tokens, another seed others'
+
+
 @torch.no_grad()
 def GPT_stream(gpt):
-    """Generation: one token after the other, with a cache. A generator function: each `yield` gives the next token of every
-    row, (B,).
-    1. Read the prompts into a KVCache of length block_size (ragged where they hold -1), `chunk` tokens at a time.
-    2. Draw from the logits of the last place with `sample_token`; from then on read only the token just drawn.
-    3. A row that has drawn `end` yields -1 from the next token on. When all rows have, and end >= 0, stop.
-    4. When what is to be read no longer fits into the cache, begin a new one with the last block_size // 2 of all tokens
-       so far, prompt and drawn. So also with a prompt longer than block_size."""
-    def greedy(model, tokens, n, **settings):
-        steps = [*model.stream(tokens, n, temperature=0, **settings)]
-        assert all(isinstance(step, torch.Tensor) and step.shape == (len(tokens),) for step in steps), (
-            f'for {len(tokens)} rows each `yield` should give {len(tokens)} tokens, shape ({len(tokens)},)')
-        return torch.stack(steps, 1).tolist()
+    """Generation in a context of T = block_size tokens. A generator function that yields what `decode` yields, max_new_tokens
+    times. From the last T tokens of the prompt:
+    1. Make a KVCache for these and the new tokens, at most T, ragged if there is a -1. Read all but the last `chunk` or
+       fewer tokens by self.trunk, `chunk` at a time, and the last ones by `decode`.
+    2. T tokens are read and one more is sampled: the context is full. Go on with a new cache, which begins with the last
+       T // 2 of all tokens so far, prompt and new.
+    3. One `ended`, at first False for each row, serves all caches. Stop when all rows have ended."""
+    def greedy(tokens, n, **settings):
+        return listed(model.stream(tokens, n, temperature=0, **settings), len(tokens))
     model, tokens = small(gpt), torch.randint(11, (2, 3))
-    expected = [without_cache(gpt, model, row, 5, -1) for row in tokens]
-    got = greedy(model, tokens, 5)
-    assert [len(row) for row in got] == [5, 5], f'5 new tokens are asked for, {len(got[0])} come'
-    assert got == expected, f'after prompts {tokens.tolist()} the likeliest tokens are {expected}, not {got}'
-    got = greedy(model, tokens, 5, chunk=2)
+    expected, got = [without_cache(gpt, model, row, 5) for row in tokens], greedy(tokens, 5)
+    assert got == expected, f'after prompts {tokens.tolist()} the most probable tokens are {expected}, not {got}'
+    got = greedy(tokens, 5, chunk=2)
     assert got == expected, f'with chunk=2 the same tokens {expected} should come, not {got}'
-    for length, n in ((6, 14), (8, 2), (13, 3)):
+    for length, n in ((13, 1), (6, 14), (8, 2), (9, 12)):
         long = torch.randint(11, (1, length))
-        expected, got = [without_cache(gpt, model, long[0], n, -1)], greedy(model, long, n)
-        assert got == expected, (f'{n} tokens after a prompt of {length}, with room for 8: {expected[0]} should come, '
-                                 f'not {got[0]}; when the room is full, go on from the last 4')
+        expected, got = [without_cache(gpt, model, long[0], n)], greedy(long, n)
+        assert got == expected, (f'{n} tokens after a prompt of {length}, with room for 8: {expected[0]} should come, not {got[0]}; '
+                                 'the last 8 of the prompt are read, and when the room is full the last 4 of all')
     ragged = torch.tensor([[-1, -1, 5], [1, 2, 3]])
-    expected = [without_cache(gpt, model, row[row >= 0], 4, -1) for row in ragged]
-    got = greedy(model, ragged, 4)
-    assert got == expected, f'after prompts of 1 and 3 tokens the likeliest tokens are {expected}, not {got}'
-    for row in range(2):
-        end = without_cache(gpt, model, tokens[row], 6, -1)[1]
-        expected = [without_cache(gpt, model, prompt, 6, end) for prompt in tokens]
-        stop = max(new.index(end) + 1 if end in new else 6 for new in expected)  # then all have ended
-        expected, got = [new[:stop] for new in expected], greedy(model, tokens, 6, end=end)
-        assert got == expected, f'with end={end}, {expected} should come, not {got}'
-    got = [step.tolist() for step in model.stream(tokens[:1], 4, 1.0, 1, generator=generator())]
-    assert got == [[token] for token in without_cache(gpt, model, tokens[0], 4, -1)], (
-        'with top_k=1 the likeliest tokens should come')
-    flat = [[step.tolist() for step in model.stream(tokens, 6, 2.0, generator=generator(seed))] for seed in (1, 1, 2)]
-    assert flat[0] == flat[1] != flat[2], 'at temperature 2 the same generator should draw the same tokens, another seed others'
+    expected, got = [without_cache(gpt, model, row[row >= 0], 4) for row in ragged], greedy(ragged, 4)
+    assert got == expected, f'after prompts of 1 and 3 tokens the most probable tokens are {expected}, not {got}'
+    long = torch.randint(11, (2, 8))
+    end = without_cache(gpt, model, long[0], 1)[0]
+    expected, got = without_cache(gpt, model, long[0], 6, end), greedy(long, 6, end=end)[0]
+    assert got == expected[:len(got)], f'with end={end}, a row that ends with the old cache should yield -1 with the new one, not {got}'
+    flat = [listed(model.stream(tokens, 6, 2.0, generator=generator(seed)), 2) for seed in (1, 1, 2)]
+    assert flat[0] == flat[1] != flat[2], 'at temperature 2 the same generator should sample the same tokens, another seed others'
 
 
 EXERCISES = {
@@ -284,5 +319,6 @@ EXERCISES = {
     'GPT.trunk': (3, GPT_trunk),
     'GPT.forward': (3, GPT_forward),
     'filter_logits': (2, filter_logits),
-    'GPT.stream': (3, GPT_stream),
+    'decode': (2, decode),
+    'GPT.stream': (1, GPT_stream),
 }

@@ -5,7 +5,7 @@ The references are slow and obvious: one conversation at a time, without a cache
 """
 import torch
 
-from tests.exercises import equal, lively
+from tests.exercises import equal, generator, lively
 
 
 def small(vlm, **changes):
@@ -149,9 +149,9 @@ def next_logits(model, images, tokens):
 
 @torch.no_grad()
 def VLM_read(vlm):
-    """The cache: read pictures and prompt once, for many questions. One KVCache of length self.length, ragged, since
-    prompts (B, L) have -1 in front of shorter ones. With images (B, m, H, W, C): `make_room` in the tokens, and, unless
-    config.blind, `look`. The trunk reads all into the cache. Then cache.repeat(n), and return it."""
+    """The cache: read pictures and prompt once, for many questions. With images (B, m, H, W, C): `make_room` in the tokens,
+    and, unless config.blind, `look`. One KVCache for all of them, ragged, since prompts (B, L) have -1 in front of shorter
+    ones. The trunk reads all into the cache. Then cache.repeat(n), and return it."""
     model, images = small(vlm, n_images=1), pictures(2, 1)
     prompts, after = torch.tensor([[-1, 10, 1], [10, 2, 3]]), torch.tensor([[4], [5]])
     cache = model.read(prompts, images)
@@ -175,12 +175,28 @@ def VLM_read(vlm):
 
 
 @torch.no_grad()
+def VLM_step(vlm):
+    """What comes next? self.language.step(tokens, cache) reads tokens (B, T) after what the cache holds and gives the logits
+    of the next token (B, V). That of a picture is -inf: it cannot be said."""
+    model, images = small(vlm), pictures(2, 1)
+    prompts, asked = torch.tensor([[10], [10]]), torch.tensor([[1, 4], [2, 3]])
+    got = model.step(asked, model.read(prompts, images))
+    for row in range(2):
+        expected = next_logits(model, images[row], torch.cat((prompts[row], asked[row])))
+        expected[10] = -torch.inf
+        assert got.shape == (2, len(expected)), f'logits of 2 rows: shape {tuple(got.shape)}, should be (2, {len(expected)})'
+        assert got[row, 10] == -torch.inf, 'the token of a picture cannot be said: its logit should be -inf'
+        equal(got[row, :10], expected[:10], f'the logits of words after a picture and a question, row {row},')
+
+
+@torch.no_grad()
 def VLM_stream(vlm):
-    """Generation: the answer, token by token. A generator function: each `yield` gives the next token of every row, (B,).
-    1. Tokens (B, T0) follow what the cache holds. Stop if they do not fit into self.length. The trunk reads them.
-    2. `sample_token` from the logits of the last place, of which a picture's is -inf: it cannot be said.
-    3. A row that has drawn `end` yields -1 from the next token on. When all rows have, and end >= 0, stop.
-    4. Go on with the token just drawn, alone, up to max_new_tokens times."""
+    """Generation: the answer, token by token. Returns chapter 1's generator `decode`, whose arguments are self, tokens, the
+    cache, ended, a number of tokens, and all that follows max_new_tokens here.
+    1. ended: False for each of the B rows.
+    2. The number is max_new_tokens, or fewer: tokens (B, T0) and all new ones but the last, which is not read, must fit
+       into self.length behind what the cache holds.
+    3. cache.length is the number of positions that it will then hold."""
     model, images = small(vlm), pictures(2, 1)
     prompts, asked = torch.tensor([[10], [10]]), torch.tensor([[-1, 4], [2, 3]])
 
@@ -205,12 +221,17 @@ def VLM_stream(vlm):
         stop = max(new.index(end) + 1 if end in new else 5 for new in wanted)
         wanted, got = [new[:stop] for new in wanted], answer(5, end)
         assert got == wanted, f'with end={end}, {wanted} should come, not {got}'
-    model.language.head.weight.data[10] = 100 * model.language.head.weight.data[10].abs() + 1
-    drawn = [token for _ in range(5) for row in answer(5, temperature=1.0) for token in row]
-    assert 10 not in drawn, 'it says the token of a picture, which cannot be said'
+    flat = [answer(9, temperature=2.0, generator=generator(seed)) for seed in (1, 1, 2)]
+    assert flat[0] == flat[1] != flat[2], 'at temperature 2 the same generator should sample the same tokens, another seed others'
     got = answer(30)
     assert len(got[0]) == 12, (f'the context holds {model.length} tokens, of which 6 are read: of 30 new ones asked for, '
                                f'11 have room and one more can be drawn, not {len(got[0])}')
+    model.language.head.weight.data[10] = 100 * model.language.head.weight.data[10].abs() + 1
+    drawn = [token for _ in range(5) for row in answer(5, temperature=1.0) for token in row]
+    assert 10 not in drawn, 'it says the token of a picture, which cannot be said'
+    cache = model.read(prompts, images)
+    new = [*model.stream(asked, cache, 3)]
+    assert len(new) == 3 and cache.length == 8, f'6 tokens and 2 of 3 new ones are read: cache.length should be 8, not {cache.length}'
 
 
 EXERCISES = {
@@ -220,5 +241,6 @@ EXERCISES = {
     'VLM.trunk': (3, VLM_trunk),
     'VLM.draw': (4, VLM_draw),
     'VLM.read': (2, VLM_read),
-    'VLM.stream': (3, VLM_stream),
+    'VLM.step': (1, VLM_step),
+    'VLM.stream': (2, VLM_stream),
 }

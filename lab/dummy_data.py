@@ -1,23 +1,23 @@
 """
-Random numbers in the shapes of data and weights that are not here, for bench.py: speed does not depend on their values.
+Random values in the shapes of data and weights that are not here, for lab/speed.py: speed does not depend on the values.
 
-`write` leaves a folder as prepare/NAME.py does, `find_sizes` knows the published sizes of the weights that configs start from.
+`write` leaves a folder as prepare/NAME.py does; `find_sizes` knows the published sizes of the weights that configs start from.
 """
-import json
 from pathlib import Path
 
 import numpy as np
 
 import fourm
-import train
 from config import UserError
+from engine import checkpoints
+from prepare import arrays
 
 SCENES = 'rgb:16*16*16*16:8x8 depth:8*8*8*8:8x8 normal:8*8*8*8:8x8 segmentation:8*8*8*8:8x8 scene_desc:435:31 caption:274:26'
 FOLDER = 'rgb:16*16*16*16:8x8 grey:8*8*8*8:8x8 edges:8*8*8*8:8x8 palette:16*16*16:1x5 low:16*16*16:8x8 caption:300:26'
 CLEVR = ' '.join(f'{name}:5*5*5*8*8*8:16x16' for name in ('rgb', 'depth', 'normal')) + ' scene_desc:500:128 caption:500:64'
-PICTURE = dict(image_size=64, channels=3)
+IMAGE = dict(image_size=64, channels=3)
 TALK = dict(vocab_size=341, image_token=340, n_images=1, n_named=0, n_names=0)
-DATA = {  # {field: (ids, shape of a sample)}, none for a stream of tokens, no ids for real numbers; what the data decides
+DATA = {  # NAME: ({field: (number of ids, 0 for real numbers; shape of a sample)}, {} for a stream of tokens; meta['config'])
     'shakespeare': ({}, dict(vocab_size=65)),
     'tinystories': ({}, dict(vocab_size=4096)),
     'text': ({}, dict(vocab_size=49152)),
@@ -26,14 +26,14 @@ DATA = {  # {field: (ids, shape of a sample)}, none for a stream of tokens, no i
     'cifar10': (dict(image=(256, (32, 32, 3)), label=(10, ())), dict(image_size=32, channels=3, n_classes=10)),
     'toy2d': (dict(point=(0, (2,))), dict(image_size=0, channels=2, n_classes=0)),
     'scenes': (dict(tokens=(65536, (64,)), image=(256, (64, 64, 3))),
-               PICTURE | dict(modalities=SCENES, vocab_size=65536, levels='16*16*16*16', grid='8x8', block_size=63, n_classes=0)),
+               IMAGE | dict(modalities=SCENES, vocab_size=65536, levels='16*16*16*16', grid='8x8', block_size=63, n_classes=0)),
     'folder': (dict(image=(256, (64, 64, 3))), dict(modalities=FOLDER)),
     'cifar10_modalities': (dict(image=(256, (32, 32, 3))), dict(modalities=FOLDER)),
     'multiclevr': (dict(image=(256, (64, 64, 3))), dict(modalities=CLEVR)),
     'scenes_align': (dict(tokens=(340, (104,)), counted=(2, (104,)), image=(256, (64, 64, 3)), names=(340, (64, 4))),
-                     PICTURE | TALK | dict(block_size=104, n_named=64, n_names=4)),
+                     IMAGE | TALK | dict(block_size=104, n_named=64, n_names=4)),
     'scenes_qa': (dict(tokens=(340, (160,)), counted=(2, (160,)), image=(256, (64, 64, 3))),
-                  PICTURE | TALK | dict(block_size=160)),
+                  IMAGE | TALK | dict(block_size=160)),
     'vqa': (dict(tokens=(49151, (256,)), counted=(2, (256,)), image=(256, (224, 224, 3))),
             TALK | dict(vocab_size=49152, image_token=49151, image_size=224, channels=3, block_size=256)),
 }
@@ -45,31 +45,33 @@ WEIGHTS = dict(
 
 
 def write(folder, name, block_size, n=64):
-    """A folder like data/NAME with n random samples for training, windows of block_size tokens where it is a stream."""
+    """A folder like data/NAME with n random samples for training, in a stream windows of block_size tokens. Raises UserError."""
     if name not in DATA:
         raise UserError(f'data/{name} is not there and its shapes are unknown: make it first, as its prepare script says')
-    (fields, facts), random = DATA[name], np.random.default_rng(0)
+    (fields, decided), random = DATA[name], np.random.default_rng(0)
     kind = 'rows' if fields else 'stream'
-    fields = dict(fields) or dict(tokens=(facts['vocab_size'], (block_size + 1,)))
-    if 'modalities' in facts:
-        fields |= {m.name: (m.vocabulary, (m.size,)) for m in fourm.parse(fourm.Config(facts['modalities']))}
-    Path(folder, 'train').mkdir(parents=True)
+    fields = dict(fields) or dict(tokens=(decided['vocab_size'], (block_size + 1,)))
+    if 'modalities' in decided:
+        fields |= {m.name: (m.vocabulary, (m.size,)) for m in fourm.parse(fourm.Config(decided['modalities']))}
+    made = {}
     for field, (ids, shape) in fields.items():
         array = random.integers(ids, size=(n, *shape), dtype=np.int32) if ids else random.random((n, *shape), dtype=np.float32)
-        if field == 'tokens' and 'image_token' in facts:
-            array[:, 0] = facts['image_token']
-        np.save(Path(folder, 'train', f'{field}.npy'), array if kind == 'rows' else array.flatten())
-    vocabularies = {field: ids and max(ids, facts.get('vocab_size', 0)) for field, (ids, _) in fields.items()}
-    meta = dict(kind=kind, prepare=name, fields=vocabularies, config=facts)
-    Path(folder, 'meta.json').write_text(json.dumps(meta))
+        if field == 'tokens' and 'image_token' in decided:
+            array[:, 0] = decided['image_token']
+        made[field] = array if kind == 'rows' else array.flatten()
+    arrays.write(Path(folder, 'train'), made)
+    vocabularies = {field: ids and max(ids, decided.get('vocab_size', 0)) for field, (ids, _) in fields.items()}
+    arrays.save_meta(folder, dict(kind=kind, prepare=name, fields=vocabularies, config=decided))
 
 
 def find_sizes(init_from):
-    """What train.resolve reads of the runs that a config starts from: sizes alone, and none of runs that are not here."""
+    """{part: checkpoint} of the runs that a config starts from, for config.resolve: of published weights the sizes alone. Runs
+    that are not here are left out."""
     found = {}
     for part, _, name in (entry.rpartition(':') for entry in init_from.split(',')):
+        path = Path('out', name, 'ckpt_last.pt')
         if name in WEIGHTS:
             found[part] = dict(settings=dict(model='gpt'), model_config=WEIGHTS[name])
-        elif Path('out', name, 'ckpt_last.pt').is_file():
-            found[part] = train.read_checkpoint(Path('out', name, 'ckpt_last.pt'))
+        elif path.is_file():
+            found[part] = checkpoints.read(path)
     return found

@@ -1,0 +1,77 @@
+"""
+Micro-batches: which samples, and which random numbers.
+
+The global batch of a step is a list of micro-batches. Micro-batch j of step s is a function of (seed, s, j) alone: the number of
+processes and an interruption change nothing.
+"""
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from config import UserError
+
+DRAW, STEP, EVALUATION, EVALUATION_STEP, DROPOUT = 1, 2, 3, 4, 5  # what random numbers are for: part of a generator's key
+
+
+def generator(*key):
+    """A random generator for this key of integers, independent of those for other keys (zeros at the end do not count)."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def seed_of(*key):
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def share(settings, rank, world):
+    """(number of micro-batches a step, those of this process). Raises UserError if the batch does not split evenly."""
+    size = settings['micro_batch_size']
+    n_micro = settings['batch_size'] // size
+    if settings['batch_size'] % size or n_micro % world:
+        raise UserError(f'batch_size={settings["batch_size"]} does not split into micro-batches of {size} on {world} '
+                        f'processes: choose --micro_batch_size= so that their number is a multiple of {world}')
+    return n_micro, range(rank, n_micro, world)
+
+
+def micro_batch(data, model, settings, step, j):
+    """Micro-batch j of a step, with the randomness of the chapter: masks, noise."""
+    seed, size = settings['seed'], settings['micro_batch_size']
+    batch = data.take(step * settings['batch_size'] + j * size, size)
+    return model.draw(batch, generator(seed, DRAW, step, j), shared=generator(seed, STEP, step))
+
+
+def evaluation_batch(data, model, settings, j):
+    """The same samples, masks and noise in every evaluation of every run that has this micro_batch_size."""
+    size = settings['micro_batch_size']
+    batch = data.rows(np.arange(j * size, min((j + 1) * size, data.n)))
+    return model.draw(batch, generator(EVALUATION, j), shared=generator(EVALUATION_STEP, j))
+
+
+def seed_dropout(seed, step, j):
+    torch.manual_seed(seed_of(seed, DROPOUT, step, j))
+
+
+def to_device(batch, device):
+    return {name: tensor.to(device, non_blocking=device.type == 'cuda') for name, tensor in batch.items()}
+
+
+def prefetched(make, jobs, device):
+    """Yields make(*job), a batch, for each job. For a GPU two threads make the next ones meanwhile. More threads would be slower:
+    the draws are many small operations, and Python runs one thread at a time."""
+    if device.type == 'cpu':  # a second thread's worker threads would slow down those of the first
+        yield from (make(*job) for job in jobs)
+        return
+
+    def batch(job):
+        if device.type != 'cuda':
+            return make(*job)
+        torch.cuda.set_device(device)  # a new thread starts with GPU 0
+        return {name: tensor.pin_memory() for name, tensor in make(*job).items()}  # pinned: copied while the GPU computes
+    with ThreadPoolExecutor(2) as pool:
+        waiting = deque()
+        for job in jobs:
+            waiting.append(pool.submit(batch, job))
+            if len(waiting) > 2:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)

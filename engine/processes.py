@@ -1,0 +1,104 @@
+"""
+Many processes under torchrun or srun: the process group, replicas (DDP) or shards (FSDP2) of a model, and who does what once.
+"""
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from filelock import FileLock
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from config import UserError
+from engine.devices import is_block
+
+
+def join(device, stack):
+    """Joins the process group that torchrun or srun has announced, left when `stack` ends; (rank, number of processes)."""
+    if 'RANK' in os.environ and not dist.is_initialized():
+        gpu, (store, rank, world) = device.type == 'cuda', next(dist.rendezvous('env://'))
+        # after a restart: no addresses of the processes that died
+        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        dist.init_process_group('nccl' if gpu else 'gloo', store=store, rank=rank, world_size=world,
+                                timeout=timedelta(minutes=10), device_id=device if gpu else None)
+        stack.callback(dist.destroy_process_group)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_main():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def any_of(value, device):
+    """Whether the value is true in any process; every process calls this."""
+    flag = torch.tensor(float(bool(value)), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def make_once(name, path):
+    """Runs python -m prepare.NAME if the file that it writes last is missing. Of several processes, or runs, one does and the others
+    wait for its lock; if it fails, the next one tries, so that none waits for ever. Raises UserError."""
+    if path.is_file():
+        return
+    path.parent.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{path.parent}.lock'):
+        if path.is_file():
+            return
+        print(f'{path} is missing: running python -m prepare.{name}', flush=True)
+        if subprocess.run([sys.executable, '-m', f'prepare.{name}']).returncode:
+            raise UserError(f'python -m prepare.{name} failed: see its message above')
+    if not path.is_file():
+        raise UserError(f'python -m prepare.{name} does not make {path}: is {name!r} what you meant?')
+
+
+def scripts(makes):
+    """Names of the prepare scripts that make a data set ('data') or a run with weights ('out')."""
+    return sorted(path.stem for path in Path('prepare').glob('*.py') if f"\nMAKES = '{makes}" in path.read_text(encoding='utf-8'))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+def place(model, device, dtype, sharded):
+    """Brings a model to the device: whole, or this process's shard of it."""
+    if sharded:
+        shard(model, device, dtype)
+    else:
+        model.to(device)
+
+
+def shard(model, device, dtype):
+    """FSDP2 (arXiv 2304.11277), in place: each process keeps some rows of every parameter. The parameters of a block, and those
+    outside of all blocks, are gathered before they are used and dropped afterwards."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = [module for module in model.modules() if is_block(module)]
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # autocast would keep copies of whole matrices
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def replicate(model, sharded):
+    """The module whose forward pass is called in training: DistributedDataParallel if there are several replicas."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    return DistributedDataParallel(model) if several and not sharded else model
+
+
+def no_sync(model, last):
+    """A context for a micro-batch: only the backward pass of the last one sums the gradients over all processes."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()

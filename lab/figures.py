@@ -1,0 +1,164 @@
+"""
+Figures: grids of images, animations and answers by Pillow, loss curves and score curves by matplotlib.
+"""
+import math
+import textwrap
+from itertools import cycle
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLORS = '#2a5caa', '#d1495b', '#2e8b57', '#e08e0b', '#7a4fa3', '#3d9bb3', '#8c5a44', '#666666'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+def save_image(image, path):
+    image.save(path, optimize=True)
+    print(f'wrote {path}')
+
+
+def resized(image, width, height):
+    """An Image whose pixels stay sharp squares."""
+    return image.resize((width, height), Image.NEAREST)
+
+
+def save_grid(columns, path, scale=2):
+    """Columns {title: images} with their titles above them, as one PNG; each image is as large as the first, scaled."""
+    images, gap, head = next(iter(columns.values())), 4, 18
+    height, width = (side * scale for side in images[0].shape[:2])
+    canvas = Image.new('RGB', (len(columns) * (width + gap) - gap, head + len(images) * (height + gap) - gap), 'white')
+    draw = ImageDraw.Draw(canvas)
+    for x, (title, column) in enumerate(columns.items()):
+        draw.text((x * (width + gap) + 2, 3), title, fill='black')
+        for y, image in enumerate(column):
+            canvas.paste(resized(Image.fromarray(image), width, height), (x * (width + gap), head + y * (height + gap)))
+    save_image(canvas, path)
+
+
+def save_gif(frames, path, scale=2, seconds=3.0):
+    """Frames (T, H, W) or (T, H, W, 3) uint8 as an animation of about this many seconds; the last frame stays longer."""
+    frames = [Image.fromarray(frame).convert('RGB').quantize(24, dither=Image.Dither.NONE)  # few: noise does not compress
+              for frame in np.asarray(frames)]
+    frames = [resized(frame, frame.width * scale, frame.height * scale) for frame in frames]
+    duration = max(20, int(1000 * seconds / len(frames)))  # milliseconds
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[duration] * (len(frames) - 1) + [1500], loop=0)
+    print(f'wrote {path}')
+
+
+def tile(images, columns, gap=1):
+    """Images (n, H, W, ...) side by side in rows of `columns`, on grey: one image."""
+    images = np.asarray(images)
+    n, H, W = images.shape[:3]
+    rows = -(-n // columns)
+    sheet = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap, *images.shape[3:]), 128, np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * (H + gap), i % columns * (W + gap)
+        sheet[y:y + H, x:x + W] = image
+    return sheet
+
+
+def save_answers(images, talks, path, side=160):
+    """Images (n, H, W, 3) uint8 beside the questions about each, talks [[(question, answer, truth), ...], ...]. Right answers
+    are green, wrong ones red and followed by the truth."""
+    width, line, columns = 620, 13, []
+    for talk in talks:
+        texts = [(text, x, color) for question, answer, truth in talk for text, x, color in (
+            (question, 8, 'black'), (answer, 20, 'green') if answer == truth else (f'{answer} (right: {truth})', 20, 'red'))]
+        columns.append([(part, x, color) for text, x, color in texts for part in textwrap.wrap(text, 72)])
+    heights = [max(side, line * len(column) + 4) + 8 for column in columns]
+    canvas = Image.new('RGB', (width, sum(heights)), 'white')
+    draw, y = ImageDraw.Draw(canvas), 0
+    for image, column, height in zip(images, columns, heights):
+        canvas.paste(resized(Image.fromarray(image), side, side), (0, y))
+        for j, (text, x, color) in enumerate(column):
+            draw.text((side + x, y + j * line), text, fill=color)
+        y += height
+    save_image(canvas, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots
+
+def plot(width, height, columns=1):
+    """A Figure of width x height inches and its row of Axes, without pyplot and its global state."""
+    from matplotlib.figure import Figure  # here: half a second that only plots need
+    figure = Figure((width, height), dpi=160, layout='constrained')
+    row = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
+    for axes in row:
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(color='#e6e6e6')
+        axes.set_axisbelow(True)
+    return figure, row
+
+
+def save_plot(figure, path):
+    """A Figure as PNG with a palette, a third of the size without one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB')
+    save_image(image.quantize(128, dither=Image.Dither.NONE), path)
+
+
+def points(lines, x, y):
+    """[(x, y), ...] of the log lines that hold both as finite numbers."""
+    pairs = [(line.get(x), line.get(y)) for line in lines]
+    return [pair for pair in pairs if all(isinstance(value, (int, float)) and math.isfinite(value) for value in pair)]
+
+
+def scale_losses(axes, low, high):
+    """The y axis for losses from low to high: logarithmic if all are positive, a few plain numbers as labels."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+    if low > 0:
+        axes.set_yscale('log')
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)) if high < 4 * low else
+                                     LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter('{x:.4g}')
+
+
+def draw_losses(axes, curves, x, unit=1):
+    """Lines for training and circles for validation, by x in units of `unit`."""
+    for (name, lines), color in zip(curves.items(), cycle(COLORS)):
+        train, val = (np.array(points(lines, x, y)).reshape(-1, 2).T for y in ('train_loss', 'val_loss'))
+        circles = dict(color=color, marker='o', markersize=4.5, markerfacecolor='white')
+        label = f'{name}, val_loss {val[1, -1]:.4g}' if val.size else name
+        axes.plot(train[0] / unit, train[1], color=color, linewidth=1)
+        axes.plot(val[0] / unit, val[1], linestyle='', clip_on=False, zorder=3, **circles)
+        axes.plot([], [], linewidth=1, label=label, **circles)  # for the legend alone
+    axes.xaxis.set_major_formatter('{x:,g}')
+
+
+def save_losses(curves, path):
+    """The losses of runs, {name: log lines}, by steps and by time."""
+    figure, (by_step, by_time) = plot(10, 3.8 + 0.1 * len(curves), 2)
+    losses = [y for lines in curves.values() for name in ('train_loss', 'val_loss') for _, y in points(lines, 'step', name)]
+    longest = max((x for lines in curves.values() for x, _ in points(lines, 'seconds', 'val_loss')), default=0)
+    unit, name = (3600, 'hours') if longest > 3 * 3600 else (60, 'minutes') if longest > 600 else (1, 'seconds')
+    scale_losses(by_step, min(losses), max(losses))
+    draw_losses(by_step, curves, 'step')
+    draw_losses(by_time, curves, 'seconds', unit)
+    by_step.set(xlabel='steps', ylabel='loss (lines: training, circles: validation)')
+    by_time.set(xlabel=f'training time, {name}')
+    figure.legend(*by_step.get_legend_handles_labels(), loc='outside upper left', ncols=3, frameon=False)
+    save_plot(figure, path)
+
+
+def save_curves(curves, path, title, x_label, baseline):
+    """Scores from 0 to 1 with their intervals, curves {name: {x: score}}, and the baseline (name, value) as a dashed line. The
+    values of x are equally far apart."""
+    figure, (axes,) = plot(5.2, 3.9)
+    xs = list(next(iter(curves.values())))
+    for i, ((name, curve), color) in enumerate(zip(curves.items(), cycle(COLORS))):
+        value, low, high = (np.array([curve[x][key] for x in xs]) for key in ('value', 'low', 'high'))
+        places = np.arange(len(xs)) + 0.03 * (i - (len(curves) - 1) / 2)  # side by side, so that no interval hides another
+        axes.errorbar(places, value, (value - low, high - value), color=color, linewidth=1.5, marker='o', markersize=3.5,
+                      capsize=2, label=name)
+    axes.axhline(baseline[1], color='#888888', linestyle='--', linewidth=1, label=baseline[0])
+    axes.set(title=title, xlabel=x_label, ylim=(0, 1), xlim=(-0.4, len(xs) - 0.6))
+    axes.set_xticks(range(len(xs)), xs)
+    axes.yaxis.set_major_formatter('{x:.0%}')
+    figure.legend(loc='outside lower center', frameon=False, ncols=3)
+    save_plot(figure, path)

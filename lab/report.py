@@ -1,0 +1,255 @@
+"""
+A run as a page of Markdown, for a hand-in: loss curves, what training took, settings, scores, samples, and the command that
+makes the run again. Several runs are shown side by side; generators of the same digits are also compared by one classifier.
+
+    python -m lab.report --out_dir=out/gpt_mnist                                 out/gpt_mnist/report.md
+    python -m lab.report --compare=out/nano4m,out/nano4m_long                    out/compare.md
+    python -m lab.report --compare=out/gpt_mnist,out/maskgit_mnist,out/flow_mnist --n_score=500       which generator?
+"""
+import contextlib
+import json
+import os
+import platform
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import config
+import lab
+from config import UserError
+from engine import checkpoints, devices
+from lab.figures import points, save_grid, save_losses, tile
+from lab.statistics import BOUNDS, judged, markdown_table, read_scores, scores_path
+
+SETTINGS = dict(
+    out_dir='out/nano4m',     # the run
+    compare='',               # several runs, 'out/a,out/b', in place of out_dir: side by side in out/compare.md
+    checkpoint='ckpt_last.pt',  # or ckpt_best.pt
+    n_score=1000,             # digits that each generator draws for the classifier
+    seed=0,                   # of these digits
+    device='auto',            # that draws them: cuda, mps or cpu
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is known about a run
+
+@dataclass
+class Record:
+    folder: Path
+    checkpoint: dict
+    parameters: int
+    log: list       # lines of log.jsonl
+    scores: dict    # those of this checkpoint
+    defaults: dict  # of all settings of train.py and of the chapter
+
+    @property
+    def settings(self):
+        return self.checkpoint['settings']
+
+
+def read_record(path):
+    """The Record of the run with this checkpoint. Raises UserError."""
+    model, checkpoint = checkpoints.load_model(path)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    log, file, known = read_log(path.with_name('log.jsonl')), scores_path(path), config.defaults('train.py')
+    scores = read_scores(file, checkpoints.digest(path))
+    if not scores and file.is_file():
+        print(f'{file}: left out, it has scores of other weights; for new ones: python -m lab.score --out_dir={path.parent}')
+    defaults, _ = config.resolve(dict(model=(checkpoint['settings']['model'], path)), known)
+    return Record(path.parent, checkpoint, parameters, log, scores, defaults | dict(model=known['model']))
+
+
+def read_log(path):
+    """The lines of a log.jsonl, without a last one that was cut off. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f'{path}: missing; a report needs the folder of a run of train.py')
+    lines = []
+    for i, text in enumerate(path.read_text(encoding='utf-8', errors='replace').split('\n')[:-1], 1):
+        try:
+            lines.append(json.loads(text))
+            assert lines[-1]['step'] >= 0
+        except (ValueError, TypeError, KeyError, AssertionError):
+            raise UserError(f'{path}, line {i}: not a line of a training log ({text[:40]!r}); delete it')
+    if not points(lines, 'step', 'val_loss'):
+        raise UserError(f'{path}: has no evaluation yet; let the run come to one')
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What made the run
+
+def changed(run, base):
+    """{setting: value} of a run that differ from the settings `base`, without those that the data set decides."""
+    base = base | dict(micro_batch_size=min(base['micro_batch_size'], run.settings['batch_size']))
+    return {name: value for name, value in run.settings.items()
+            if name in base and value != base[name] and name not in {'out_dir', *run.checkpoint['meta']['config']}}
+
+
+def command(run):
+    """The shortest command that starts this run: with the config file that leaves the fewest settings to be set."""
+    commands, folder = [], run.folder.as_posix()
+    for file in ['', *sorted(path.as_posix() for path in Path('config').glob('[!_]*.py'))]:
+        try:
+            base = config.apply(config.read([file] if file else []), run.defaults)
+        except UserError:  # another chapter's settings
+            continue
+        assigned = changed(run, base)
+        if folder != (base['out_dir'] or f'out/{Path(file).stem or run.settings["model"]}'):
+            assigned['out_dir'] = folder
+        commands.append([*[file] * bool(file), *(f'--{name}={value}' for name, value in assigned.items())])
+    return shlex.join(['python', 'train.py', *min(commands, key=len)])
+
+
+def facts(run):
+    """{fact: text} of a run."""
+    checkpoint, settings, seconds = run.checkpoint, run.settings, run.checkpoint['seconds']
+    train, val = (points(run.log, 'step', f'{split}_loss') for split in ('train', 'val'))
+    last = next(line for line in reversed(run.log) if 'val_loss' in line)
+    return {
+        'model, data': f'{settings["model"]}, {settings["dataset"]}',
+        'parameters': f'{run.parameters / 1e6:.2f} M',
+        'steps, samples in each': f'{checkpoint["step"]:,}, {settings["batch_size"]}',
+        'tokens': f'{checkpoint["tokens"]:,}',
+        'seconds of training': f'{seconds:,.0f} ({checkpoint["tokens"] / max(seconds, 1e-9):,.0f} tokens/s)',
+        'computed in': f'{checkpoint["dtype"].removeprefix("torch.")}, {checkpoint["threads"]} CPU threads',
+        'last training loss': f'{train[-1][1]:.4f}' if train else '',
+        'validation loss: last, best': f'{val[-1][1]:.4f}, {min(loss for _, loss in val):.4f}'
+    } | {f'last {name}': f'{value:.4f}' for name, value in last.items() if name.startswith('val_') and name != 'val_loss'}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which generator?
+
+def digits_of(run):
+    """The function digits(run, labels, seed) -> (n, 14, 14) of the run's chapter; None if it has none."""
+    with contextlib.suppress(UserError):  # a model of your own without lab/NAME.py
+        return getattr(lab.module_of(run.settings['model']), 'digits', None)
+
+
+def same_digits(runs):
+    """Whether all runs generate digits of the same data set."""
+    meta = runs[0].checkpoint['meta']
+    return meta['prepare'] == 'mnist' and all(run.checkpoint['meta'] == meta and digits_of(run) for run in runs)
+
+
+def compare_generators(runs, settings, path):
+    """Which generator of digits is best? A row for each run: size, training time, likelihood (comparable only in equal units),
+    the classifier's scores of its digits as 14x14 binary images, speed. Returns Markdown; the digits go to `path`."""
+    device, labels = devices.find(settings['device']), np.arange(settings['n_score']) % 10
+    devices.set_up(device, training=False)
+    rows, columns, order = [], {}, np.argsort(labels[:100], kind='stable')
+    for name, run in runs.items():
+        opened = lab.open_run(run.folder / settings['checkpoint'], device)
+        parts, started = np.array_split(labels, -(-len(labels) // 64)), time.perf_counter()
+        images = np.concatenate([digits_of(run)(opened, part, settings['seed'] + i) for i, part in enumerate(parts)])
+        seconds = (time.perf_counter() - started) / len(labels)
+        scores = judged(opened.fields.score(images, labels))
+        rows.append(generator_row(name, run, scores, seconds))
+        columns[name] = [sheet(images[:100][order])]
+    fields = opened.fields
+    order = np.concatenate([np.flatnonzero(fields.load('val', 'label') == c)[:10] for c in range(10)])
+    columns['held out'] = [sheet(fields.real('val', 14)[order])]
+    real = {metric: score.get('ceiling', score.get('floor')) for metric, score in scores.items()}
+    rows.append({'': 'real digits', **quality(real)})
+    table = markdown_table(rows)
+    print(table)
+    save_grid(columns, path)
+    return f'## Which generator?\n\n{table}\n\n![digits]({path.name})'
+
+
+def generator_row(name, run, scores, seconds):
+    """A line of the table of generators."""
+    likelihood = next((f'{score["value"]:.3g} {metric}' for metric, score in run.scores.items()
+                       if 'nats/image' in metric or 'bits/dim' in metric), '-')
+    return {'': name, 'parameters': f'{run.parameters / 1e6:.2f} M', 'training': f'{run.checkpoint["seconds"]:.0f} s',
+            'likelihood, given the class': likelihood,
+            **quality({metric: score['value'] for metric, score in scores.items()}), 'an image': f'{seconds * 1000:.0f} ms'}
+
+
+def quality(values):
+    return {'class accuracy': f'{values["accuracy"]:.1%}', 'Fréchet': f'{values["frechet"]:.3f}',
+            'precision, recall': f'{values["precision"]:.3f}, {values["recall"]:.3f}'}
+
+
+def sheet(images):
+    """Binary images (n, H, W) in rows of ten: (H', W', 3)."""
+    return np.repeat(tile(images, 10)[..., None], 3, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+def side_by_side(runs, texts_of):
+    """texts_of(run) -> {row: text} of runs {name: Record} as a Markdown table, a column for each run."""
+    columns = {name: texts_of(run) for name, run in runs.items()}
+    rows = dict.fromkeys(row for column in columns.values() for row in column)
+    return markdown_table([{'': row, **{name: column.get(row) for name, column in columns.items()}} for row in rows])
+
+
+def choices(run):
+    """{setting: value} where a run differs from the defaults, apart from model and data."""
+    return {name: f'`{value}`' for name, value in changed(run, run.defaults).items() if name not in ('model', 'dataset')}
+
+
+def score_texts(run):
+    """{metric: its value, interval and bounds}."""
+    return {metric: f'{score["value"]:.4g} [{score["low"]:.4g}, {score["high"]:.4g}]' + ''.join(
+                f'; {bound} {score[bound]:.4g}' for bound in BOUNDS if bound in score) for metric, score in run.scores.items()}
+
+
+def newest_samples(run, page):
+    """The newest image, animation and text that the run has drawn, as Markdown."""
+    found = []
+    for kind in ('png', 'gif', 'txt'):
+        files = sorted(run.folder.glob(f'sample_*.{kind}'), key=lambda file: (file.stat().st_mtime, file.name))
+        for file in files[-1:]:
+            found.append(f'```\n{file.read_text(encoding="utf-8", errors="replace")}\n```' if kind == 'txt' else
+                         f'![{file.name}]({Path(os.path.relpath(file, page.parent)).as_posix()})')
+    return found
+
+
+def machine():
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'
+    return f'{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {gpu}, PyTorch {torch.__version__}'
+
+
+def write_page(runs, path, more=''):
+    """The page of runs {name: Record} at `path`, its loss curves beside it; `more` is Markdown after the table of facts."""
+    curves = path.with_name(f'{path.stem}_loss.png')
+    save_losses({name: run.log for name, run in runs.items()}, curves)
+    text = [f'# {", ".join(runs)}', f'![losses]({curves.name})', side_by_side(runs, facts), more,
+            '## Settings that differ from the defaults', side_by_side(runs, choices) or 'None.',
+            '\n'.join(['```', *map(command, runs.values()), '```'])]
+    if any(run.scores for run in runs.values()):
+        text += ['## Scores', 'Value and 95 % interval.', side_by_side(runs, score_texts)]
+    for name, run in runs.items():
+        if samples := newest_samples(run, path):
+            text += [f'## Samples of {name}', *samples]
+    text.append(f'*Written on {machine()}.*')
+    path.write_text('\n\n'.join(filter(None, text)) + '\n', encoding='utf-8')
+    print(f'wrote {path}')
+
+
+def main(*arguments, **overrides):
+    settings = config.apply(config.read(arguments, overrides), SETTINGS)
+    if settings['n_score'] < 1:
+        raise UserError('n_score must be at least 1')
+    if not settings['compare']:
+        folder = Path(settings['out_dir'])
+        return write_page({folder.name: read_record(folder / settings['checkpoint'])}, folder / 'report.md')
+    folders = list(map(Path, settings['compare'].split(',')))
+    short = len({folder.name for folder in folders}) == len(folders)
+    runs = {folder.name if short else folder.as_posix(): read_record(folder / settings['checkpoint']) for folder in folders}
+    path = Path('out/compare.md')
+    path.parent.mkdir(exist_ok=True)
+    more = compare_generators(runs, settings, path.with_suffix('.png')) if same_digits([*runs.values()]) else ''
+    write_page(runs, path, more)
+
+
+if __name__ == '__main__':
+    config.run(main)

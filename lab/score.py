@@ -1,0 +1,79 @@
+"""
+The scores of a run, with 95 % intervals, floors, ceilings and baselines: printed as they are computed, kept in scores.json.
+
+    python -m lab.score --out_dir=out/gpt_shakespeare                     exact likelihoods
+    python -m lab.score --out_dir=out/nano4m                              every modality from every other
+    python -m lab.score --out_dir=out/nano4m --n_score=1000               the same for the record, on more scenes
+    python -m lab.score --out_dir=out/nano4m --given=rgb                  from rgb alone
+    python -m lab.score --out_dir=out/nano4m --chain="caption>rgb:g1;caption>rgb:g2"
+    python -m lab.score --out_dir=out/maskgit_mnist --steps=8,16 --order=random --against=docs/logs/gpt_mnist_scores.json
+    python -m lab.score --out_dir=out/vlm_scenes --blind=out/vlm_scenes_blind
+    python -m lab.score --out_dir=out/flow_mnist --help                   the settings of this run
+
+What is computed is written in lab/CHAPTER.py, `score`. An interrupted scoring keeps what it has finished.
+"""
+from pathlib import Path
+
+from tqdm import tqdm
+
+import config
+import lab
+from config import UserError
+from engine import checkpoints, devices
+from lab import options
+from lab.statistics import TABLE_HEAD, save_scores, scores_path, table_row
+
+SETTINGS = dict(
+    out_dir='out/nano4m',     # the run
+    checkpoint='ckpt_last.pt',  # or ckpt_best.pt, whose scores have a file of their own
+    split='val',              # of the data; another one has a file of its own
+    device='auto',            # cuda, mps or cpu
+    dtype='auto',             # bfloat16, float16 or float32
+    compile=False,            # torch.compile for the blocks
+)
+
+
+def open_run(assigned):
+    """The run that the settings name, and its lab module, which has to have scores. Raises UserError."""
+    s = config.apply({name: value for name, value in assigned.items() if name in SETTINGS}, SETTINGS)
+    device = devices.find(s['device'])
+    devices.set_up(device, training=False)
+    run = lab.open_run(Path(s['out_dir'], s['checkpoint']), device, s['split'], s['dtype'])
+    module = lab.module_of(run.model)
+    if not hasattr(module, 'score'):
+        raise UserError(f'lab/{lab.chapter_of(run.model)}.py has no scores: it needs `scores_of` and `score`')
+    return run, module
+
+
+def help(assigned):
+    """The settings that a run adds, if one can be opened."""
+    try:
+        run, module = open_run(assigned)
+        return options.help_of(module.scores_of(run))
+    except UserError as error:
+        return ['', 'more settings: python -m lab.score --out_dir=RUN --help', *[str(error)] * ('out_dir' in assigned)]
+
+
+def main(*arguments, **overrides):
+    """Computes the scores and returns all that the file holds in the end. Raises UserError."""
+    assigned = config.read(arguments, overrides)
+    run, module = open_run(assigned)
+    common, settings = options.apply(assigned, SETTINGS, module.scores_of(run))
+    if common['compile']:
+        lab.compile_passes(run.model, run.dtype)
+    path, digest = scores_path(run.path, run.split), checkpoints.digest(run.path)
+    if 'chain' in assigned:
+        path = path.with_stem(f'{path.stem}_chains')
+    kept = {}
+    try:
+        for scores in module.score(run, settings):
+            first, kept = not kept, save_scores(scores, path, digest)
+            tqdm.write('\n'.join([TABLE_HEAD] * first + [table_row(name, score) for name, score in scores.items()]))
+    except ValueError as error:  # a chapter's check of its arguments
+        raise UserError(str(error)) from error
+    print(f'{path}: {len(kept)} scores')
+    return kept
+
+
+if __name__ == '__main__':
+    config.run(main, 'stopped; the scores that were printed are kept')

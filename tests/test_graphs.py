@@ -1,0 +1,172 @@
+"""CUDA graphs, noted and replayed on a CPU: training and decoding give what they give without."""
+import contextlib
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import flow
+import gpt
+import train
+import vlm
+from engine import checkpoints, devices, graphs, optimizers
+from tests import faults, pretend
+
+SMALL = dict(n_layer=1, n_head=2, n_embd=16)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """CUDA graphs without a GPU. Gives how often one was played."""
+    replays = []
+
+    def capture(*arguments, **settings):
+        now, replay, later = pretend.capture_cuda_graph(*arguments, **settings)
+        return now, lambda: replays.append(replay()), later
+    for where, name, value in ((graphs, 'DEVICE', 'cpu'), (graphs, 'capture_cuda_graph', capture),
+                               (torch.cuda, 'graph_pool_handle', lambda: None), (torch.cuda, 'empty_cache', lambda: None)):
+        monkeypatch.setattr(where, name, value)
+    return replays
+
+
+@pytest.mark.parametrize('chapter', faults.CASES)
+def test_training_by_graphs(chapter, tmp_path, monkeypatch, replays):
+    """The same weights but for rounding, while rates rise and fall; and when a run goes on without them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(devices, 'find_dtype', lambda name, device: torch.float32)  # Muon in bfloat16 would make roundings larger
+    faults.make_data(chapter, faults.CASES[chapter][0])
+    settings = faults.RUN | faults.CASES[chapter][1] | dict(model=chapter, dataset=chapter, max_iters=16, ema=0.9)
+    train.main(**settings, out_dir='out/plain')
+    train.main(**settings, out_dir='out/graphs', graphs=True)
+    assert len(replays) > 10
+    set_lr = optimizers.set_lr
+
+    def stop(opts, settings, step):
+        set_lr(opts, settings, step)
+        if step == 8:
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(optimizers, 'set_lr', stop)
+    assert 'stopped' in train.main(**settings, out_dir='out/both', graphs=True)
+    monkeypatch.setattr(optimizers, 'set_lr', set_lr)
+    train.main(**settings, out_dir='out/both')
+    plain, *others = (checkpoints.read(Path(f'out/{name}/ckpt_last.pt')) for name in ('plain', 'graphs', 'both'))
+    for other in others:
+        assert other['tokens'] == plain['tokens']
+        for part in ('weights', 'ema'):
+            for name, weight in plain[part].items():
+                torch.testing.assert_close(other[part][name], weight, rtol=1e-3, atol=1e-3)
+
+
+def test_graphs_see_each_batch(replays):
+    """A set of shapes is recorded when it comes the third time; sums are those of each batch, whatever the order of
+    shapes."""
+    total = torch.zeros(1)
+
+    def run(batch):
+        total.add_(batch['a'].sum())
+        return batch['a'].max()
+    recorded, expected = graphs.GraphedSteps(run), 0.0
+    for i, n in enumerate((2, 3, 2, 2, 3, 2, 3, 2, 3)):
+        batch = dict(a=torch.arange(n) + float(i))
+        expected += batch['a'].sum()
+        assert recorded(batch) == batch['a'].max() and total == expected
+    assert len(replays) == 3 and len(recorded.graphs) == 2
+    full = graphs.GraphedSteps(run, max_graphs=0)
+    assert [float(full(dict(a=torch.ones(2)))) for _ in range(5)] == [1.0] * 5 and len(replays) == 3
+
+
+def random_model(model):
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def make_vlm(**changes):
+    config = dict(vocab_size=9, image_token=8, image_size=16, block_size=40, eyes_layer=1, eyes_head=2, eyes_embd=16)
+    return random_model(vlm.VLM(vlm.Config(**(SMALL | config | changes))))
+
+
+@pytest.mark.parametrize('shift', (True, False))
+def test_generation_by_graphs(shift, replays):
+    """The same tokens as one pass after the other, with prompts of different lengths, past the number of positions that the
+    first graph reads, and past the context."""
+    model = random_model(gpt.GPT(gpt.Config(vocab_size=50, block_size=300, n_kv_head=1, token_shift=shift, **SMALL)))
+
+    def texts():
+        for prompt, n in (([[1, 2]], 320), ([[-1, -1, 3], [4, 5, 6]], 40)):
+            generator = torch.Generator().manual_seed(1)
+            yield model.generate(torch.tensor(prompt), n, end=7 if len(prompt) > 1 else -1, generator=generator)
+    plain = list(texts())
+    for _ in range(2):  # to be asked for twice changes nothing
+        graphs.graph_decoding(model)
+    assert not replays and all(torch.equal(*pair) for pair in zip(plain, texts(), strict=True)) and len(replays) > 300
+
+
+@pytest.mark.parametrize('shift', (True, False))
+def test_a_graph_follows_its_cache_to_other_memory(shift, replays):
+    """Turns of a chat: prompts of one token and of several, which make the cache grow in the middle of a graph or not."""
+    model = make_vlm(token_shift=shift, block_size=200)
+    images = torch.arange(2 * 16 * 16 * 3).view(2, 1, 16, 16, 3) % 256
+
+    def chat():
+        cache = model.read(torch.full((2, 1), 8), images, 2)
+        for turn, n in (([[1, 2, 3], [-1, -1, 4]], 9), ([[5], [6]], 41), ([[5], [6]], 19), ([[-1, 7], [6, 5]], 20), ([[3], [2]], 99)):
+            yield model.generate(torch.tensor(turn).repeat(2, 1), cache, n)
+        cache.repeat(2)
+        yield model.generate(torch.tensor([[4]]).expand(8, 1), cache, 5)
+    plain = list(chat())
+    graphs.graph_decoding(model)
+    found = list(chat())
+    assert all(torch.equal(*pair) for pair in zip(plain, found, strict=True)) and len(replays) > 150
+
+
+def test_two_streams_at_once_have_their_own_graphs(replays):
+    model = random_model(gpt.GPT(gpt.Config(vocab_size=50, block_size=64, **SMALL)))
+    prompts = [torch.tensor([[1, 2]]), torch.tensor([[3, 4, 5]])]
+    plain = [list(model.stream(prompt, 20, temperature=0)) for prompt in prompts]
+    graphs.graph_decoding(model)
+    both = zip(*(model.stream(prompt, 20, temperature=0) for prompt in prompts))
+    assert [list(new) for new in zip(*both)] == plain and len(replays) > 20
+
+
+def test_positions_that_were_never_written_are_not_read(replays, monkeypatch):
+    class Dirty(gpt.KVCache):
+        def append(self, layer, k, v):
+            new, end = layer not in self.store, self.filled + k.size(2)
+            super().append(layer, k, v)
+            if new:
+                self.store[layer][:, :, :, end:] = torch.nan
+            return self.store[layer][:, :, :, :end]
+    model, prompt = random_model(gpt.GPT(gpt.Config(vocab_size=50, block_size=64, **SMALL))), torch.tensor([[1, 2, 3]])
+    plain = model.generate(prompt, 20, temperature=0)
+    graphs.graph_decoding(model)
+    monkeypatch.setattr(gpt, 'KVCache', Dirty)
+    assert torch.equal(model.generate(prompt, 20, temperature=0), plain) and replays
+
+
+def test_other_models_stay_as_they_are():
+    class Mine(torch.nn.Module):
+        def step(self, x):
+            return x
+    for model in (Mine(), flow.Flow(flow.Config(image_size=4, patch=2, **SMALL))):
+        graphs.graph_decoding(model)
+        assert 'step' not in vars(model)
+
+
+def test_training_by_graphs_needs_one_gpu(monkeypatch, capsys):
+    assert not graphs.possible(torch.device('cpu'), 1) and capsys.readouterr().out.count('going on without') == 1
+    monkeypatch.setattr(graphs, 'DEVICE', 'cpu')
+    assert graphs.possible(torch.device('cpu'), 1) and not graphs.possible(torch.device('cpu'), 2)
+
+
+def test_the_compiled_cross_entropy_is_given_back(monkeypatch):
+    plain, blocks = gpt.nll, []
+    monkeypatch.setattr(torch, 'compile', lambda function, **_: lambda *arguments: function(*arguments))
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda module, **_: blocks.append(module))
+    monkeypatch.setattr(graphs, 'DEVICE', 'cpu')
+    with contextlib.ExitStack() as stack:
+        assert graphs.compile_blocks(make_vlm(), torch.device('cpu'), stack)
+        assert gpt.nll is not plain and [type(block).__name__ for block in blocks] == ['Block', 'Block']
+    assert gpt.nll is plain

@@ -1,0 +1,157 @@
+"""lab/fourm.py on a tiny run: grids, chains, editing, faults in one line."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lab
+import sample
+import train
+from config import UserError
+from lab import retrieval
+from lab.chains import generate
+from lab.fourm import AnyToAny, given_ids, read_chains
+from tests import toys
+from tests.tiny import TINY
+
+
+@pytest.fixture(scope='module')
+def out_dir(work):
+    train.main(**(TINY | dict(out_dir='out/sampled', max_iters=2, pictures=True)))
+    return 'out/sampled'
+
+
+@pytest.fixture
+def run(out_dir):
+    return lab.open_run(Path(out_dir, 'ckpt_last.pt'), 'cpu')
+
+
+def draw(out_dir, *arguments, steps=2):
+    return toys.draw(out_dir, '--n=2', f'--steps={steps}', *arguments)
+
+
+def test_training_draws(out_dir):
+    assert list(Path(out_dir).glob('sample_*.png'))
+
+
+def test_grids(out_dir, capsys):
+    everything = draw(out_dir)
+    assert everything.size == (14 * 132 - 4, 18 + 2 * 132 - 4)  # rgb; truth and result of 5; caption; truth and result
+    chain = draw(out_dir, '--chain=rgb>depth:2,normal:2:confidence,scene_desc')
+    assert chain.size[0] == 7 * 132 - 4
+    text = draw(out_dir, '--given=caption', '--text=two large red metal spheres', '--target=rgb,depth')
+    assert text.size[0] == 3 * 132 - 4 and 'a large red metal sphere and a large red metal sphere' in capsys.readouterr().out
+    Image.new('L', (32, 32)).save('own.png')
+    assert draw(out_dir, '--given=rgb', '--image=own.png', '--target=depth').size[0] == 2 * 132 - 4
+    both = draw(out_dir, '--given=rgb,caption', '--image=own.png', '--text=a small red metal cube', '--target=depth')
+    assert both.size[0] == 3 * 132 - 4
+    assert draw(out_dir, '--target=rgb,caption').size[0] == 2 * 132 - 4  # from nothing
+
+
+def test_chains_of_every_kind(out_dir):
+    chain = draw(out_dir, '--chain=caption:w3,depth:w-1>normal:2:halton:t0.5,segmentation:mean3,rgb:2:best2:g1..3')
+    assert chain.size[0] == 8 * 132 - 4
+    assert draw(out_dir, '--chain=rgb>depth:mean2;caption>depth').size[0] == (1 + 2 + 2) * 132 - 4  # the truth once
+
+
+def test_what_is_hidden_is_generated_and_the_rest_stays(run):
+    """Inside a box, around it, and where an object is: the patches that are given come back as they were."""
+    def hidden(hide, given='rgb'):
+        settings = AnyToAny(given=given, hide=hide, steps=2)
+        chain, = read_chains(run, settings)
+        ids = given_ids(run, settings, chain, np.arange(2), torch.Generator().manual_seed(0))
+        found, _ = generate(run, ids, chain, torch.Generator().manual_seed(0))
+        name = hide.split('=')[0]
+        unknown, truth = ids[name] < 0, run.ids(name, np.arange(2))
+        assert torch.equal(found[name][~unknown], truth[~unknown])
+        assert name not in ('rgb', 'depth') or (found[name] >= 0).all()
+        return unknown
+    box = torch.zeros(8, 8, dtype=torch.bool)
+    box[1:5, 2:4] = True
+    assert torch.equal(hidden('rgb=16,12,32,40'), box.flatten().expand(2, -1))  # every patch that the box touches
+    whole = torch.zeros(8, 8, dtype=torch.bool)
+    whole[1:5, 2:4] = True
+    assert torch.equal(hidden('depth=outside 16,8,32,40', 'rgb,depth'), ~whole.flatten().expand(2, -1))
+    segmentation = run.fields.decode('segmentation', run.ids('segmentation', np.arange(2)))
+    there = (segmentation > 0).reshape(2, 8, 8, 8, 8).any((2, 4)).reshape(2, 64)
+    assert torch.equal(hidden('rgb=objects', 'rgb,segmentation'), torch.from_numpy(there))
+    assert hidden('caption=6', 'rgb,caption')[:, 6:].all() and not hidden('caption=6', 'rgb,caption')[:, :6].any()
+    words = hidden('caption=large,small', 'rgb,caption')
+    truth = run.ids('caption', np.arange(2))
+    assert [run.fields.decode('caption', row[one][None])[0].split() for row, one in zip(truth, words)] == [
+        [word for word in run.fields.decode('caption', row[None])[0].split() if word in ('large', 'small')] for row in truth]
+
+
+def test_images_before_and_after(out_dir, capsys):
+    columns = np.asarray(draw(out_dir, '--given=rgb', '--hide=rgb=16,16,48,48'))[18:]
+    assert columns.shape[1] == 3 * 132 - 4
+    given = columns[:128, 132:132 + 128]
+    assert (given[32:96, 32:96] == 128).all() and not (given[:32] == 128).all()
+    draw(out_dir, '--given=caption,depth', '--replace=large=small', '--target=rgb')
+    texts = [line for line in capsys.readouterr().out.splitlines() if line.startswith('caption: ')]
+    assert texts and all(' small ' in text and ' large ' not in text for text in texts)
+    Image.new('L', (32, 32)).save('own.png')
+    draw(out_dir, '--given=caption', '--text=a large red ...', '--target=caption,rgb', '--temperature=0')
+    texts = [line for line in capsys.readouterr().out.splitlines() if line.startswith('caption: ')]
+    assert texts and all(text.startswith('caption: a large red') for text in texts)
+    assert draw(out_dir, '--given=rgb', '--image=own.png', '--hide=rgb=outside 8,8,32,32').size[0] == 2 * 132 - 4
+
+
+def test_the_nearest_scenes(out_dir, monkeypatch):
+    monkeypatch.setattr(retrieval.train_towers, '__defaults__', ('cpu', 20, 32, 0))
+    for arguments in (['--text=two large red spheres'], ['--by=embedding']):
+        assert draw(out_dir, '--retrieve=rgb', '--given=caption', *arguments).size[0] == 11 * 132 - 4
+    draw(out_dir, '--init_from=sampled', '--retrieve=rgb', '--given=caption')  # the index beside these weights, no other's
+
+
+def test_same_seed_same_image(out_dir):
+    a, b, c = (np.asarray(draw(out_dir, '--target=rgb', f'--seed={seed}')) for seed in (1, 1, 2))
+    assert (a == b).all() and (a != c).any()
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--given=sound'], "there is no modality 'sound'; this model has rgb, depth"),
+    (['--chain=rgb>rgb'], "'rgb' stands twice"),
+    (['--chain=rgb'], 'write given>target'),
+    (['--chain=rgb>depth:many'], "'depth:many': 'many' is none of a number of steps, an order"),
+    (['--chain=rgb>depth:2:fast'], "'fast' is none of"),
+    (['--chain=rgb>depth:0'], "'depth:0': steps, mean and best are at least 1"),
+    (['--chain=rgb>depth:best0'], 'steps, mean and best are at least 1'),
+    (['--chain=rgb>depth:t-1'], 'temperature=-1.0 must be'),
+    (['--chain=rgb>depth:mean2:best2'], 'not both'),
+    (['--chain=rgb>caption:mean2'], 'mean is for images'),
+    (['--chain=>rgb:best2'], 'best needs something given'),
+    (['--chain=rgb:8>depth'], 'has nothing but a weight'),
+    (['--chain=rgb>depth:w2'], 'nothing follows depth that its weight could be for'),
+    (['--chain=depth:w2>rgb,sound:w2'], "there is no modality 'sound'"),
+    (['--given=rgb', '--hide=depth=1,1,9,9'], 'NAME one of what is given .rgb.'),
+    (['--given=rgb', '--hide=rgb=9,1,9,9'], 'a box is x0,y0,x1,y1'),
+    (['--given=rgb', '--hide=rgb=red house'], "'house' is no color"),
+    (['--given=rgb', '--replace=red=blue'], 'replace needs a text'),
+    (['--given=caption', '--replace=red'], 'write OLD=NEW'),
+    (['--given=rgb,caption', '--target=depth', '--replace=redd=blue'], "'redd' is no word of caption; one such text is 'a "),
+    (['--given=caption', '--text=a red cube', '--replace=green=blue', '--target=depth'], "'green' is no word of caption"),
+    (['--given=caption', '--hide=caption=large,rubbber'], "'rubbber' is no token of caption; the nearest are rubber"),
+    (['--retrieve=rgb'], 'one modality each'),
+    (['--retrieve=rgb', '--given=rgb'], 'one modality each'),
+    (['--retrieve=rgb', '--given=caption', '--by=luck'], 'by is one of likelihood, embedding'),
+    (['--retrieve=rgb', '--given=caption', '--hide=caption=red'], 'retrieve and hide do not go together'),
+    (['--text=hello'], 'need --given=NAME'),
+    (['--given=caption', '--image=x.png'], '--given=caption needs --text'),
+    (['--given=caption', '--text=' + 'x' * 100], 'has 101 tokens with its end token, the modality holds 26'),
+    (['--given=depth', '--image=own.png'], '--image gives the modality rgb'),
+    (['--target=rgb', '--order=fast'], 'order is one of'),
+    (['--chain=rgb>depth', '--given=caption'], 'chain and given do not go together'),
+    (['--chain=rgb>rgb:best4', '--hide=rgb=8,8,24,24'], 'best needs something given that it is judged by'),
+    (['--temperature=-1'], 'temperature=-1.0 must be'),
+    (['--temperature=warm'], "'warm': write a number"),
+    (['--chain=caption>rgb:t0.9..-1'], 'at least 1e-6'),
+    (['--top_p=2'], 'top_p=2.0'),
+])
+def test_faults(out_dir, arguments, message):
+    Image.new('L', (32, 32)).save('own.png')
+    with pytest.raises(UserError, match=message) as error:
+        sample.main(f'--out_dir={out_dir}', *arguments)
+    assert '\n' not in str(error.value)
