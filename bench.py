@@ -1,19 +1,24 @@
 """
-Profiles the fused attention core of gpt.py: time, memory and FLOP/s of forward and backward pass, beside this machine's peak.
+Profiles the fused attention core of gpt.py: time, memory and FLOP/s of forward and backward pass, beside this
+machine's peak.
 
     python bench.py                               by sequence length and for the shapes of the shipped configs
     python bench.py --plot=roofline.png --trace=attention.json
     python bench.py config/nano4m.py              a training step of this config and its generation: lab/speed.py and its settings
     python bench.py --all=True                    the same for every config, to out/bench_all.json and out/bench_all.md
 
-First the peaks are measured: large matrix products in each dtype that the machine computes natively, and copies. Each case is
-then compared with the formula written out, which computes the same, and with the kernel alone: no projections, norms and RoPE.
-`of limit` is the FLOP/s of the core over that of the large product. Times are medians, `+-` half of the interquartile range.
+First the peaks are measured: large matrix products in each dtype that the machine computes natively, and copies. Each
+case is then compared with the formula written out, which computes the same, and with the kernel alone: no projections,
+norms and RoPE. `of limit` is the FLOP/s of the core over that of the large product. Times are medians, `+-` half of
+the interquartile range.
 
-In the roofline plot (Williams et al., 2009) a case below the slope is limited by memory traffic, below the flat part by matmul.
+In the roofline plot (Williams et al., 2009) a case below the slope is limited by memory traffic, below the flat part
+by matmul.
 """
 from contextlib import nullcontext
 from unittest import mock
+
+import config  # before torch, see there
 
 import torch
 import torch.nn as nn
@@ -21,10 +26,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import config
 from config import UserError
 from engine import devices
-from gpt import Attention, KVCache, rotary
+from gpt import Attention, KVCache, rope_cos_sin
 from lab import speed, timing
 from lab.timing import timed
 
@@ -94,34 +98,34 @@ def passes(forward, inputs, dtype):
     return run
 
 
-def make_core(kind, B, T, S, heads, head_size, device, dtype):
+def make_core(kind, B, T, S, heads, head_dim, device, dtype):
     """Three such functions: the core of gpt.py, the kernel alone and the kernel's forward pass."""
     torch.manual_seed(0)
-    D, trains = heads * head_size, kind in TRAINED
+    D, trains = heads * head_dim, kind in TRAINED
     core = Attention(D, heads, cross=kind == 'cross').to(device).requires_grad_(trains)
     nn.init.normal_(core.out.weight, std=D ** -0.5)
     x, context = (torch.randn(B, n, D, device=device, requires_grad=trains) for n in (T, S))
-    turn = torch.stack(rotary(torch.arange(max(T, S), device=device)[:, None], head_size, 10000.0))  # (2, max(T, S), hd / 2)
+    rope = torch.stack(rope_cos_sin(torch.arange(max(T, S), device=device)[:, None], head_dim, 10000.0))  # (2, max(T, S), hd / 2)
     options, inputs = dict(causal=kind in ('causal', 'prefill')), [x, *core.parameters()]
     if kind == 'cross':
-        options |= dict(context=context, context_turn=turn[:, :S])
+        options |= dict(context=context, context_rope=rope[:, :S])
         inputs.append(context)
     if not trains:
         options['cache'] = KVCache(S)
-        options['cache'].append(core, *torch.randn(2, B, heads, S, head_size, device=device, dtype=dtype))
-        options['cache'].filled = S - T
-    q, k, v = (torch.randn(B, heads, n, head_size, device=device, dtype=dtype, requires_grad=trains) for n in (T, S, S))
+        options['cache'].update(core, *torch.randn(2, B, heads, S, head_dim, device=device, dtype=dtype))
+        options['cache'].cur_len = S - T
+    q, k, v = (torch.randn(B, heads, n, head_dim, device=device, dtype=dtype, requires_grad=trains) for n in (T, S, S))
 
     def kernel():
-        return F.scaled_dot_product_attention(q, k, v, is_causal=options['causal'], scale=12 / head_size)
-    return (passes(lambda: core(x, turn[:, -T:], **options), inputs, dtype), passes(kernel, [q, k, v], dtype),
+        return F.scaled_dot_product_attention(q, k, v, is_causal=options['causal'], scale=12 / head_dim)
+    return (passes(lambda: core(x, rope[:, -T:], **options), inputs, dtype), passes(kernel, [q, k, v], dtype),
             passes(kernel, [x.detach() for x in (q, k, v)], dtype))
 
 
-def cost_of_core(kind, B, T, S, heads, head_size, dtype):
-    """(FLOPs of all products, FLOPs of attention's forward pass, bytes). Causal attention counts half of the products; each value
-    is read or written once."""
-    D, rounds = heads * head_size, 3 if kind in TRAINED else 1  # backward is twice forward
+def cost_of_core(kind, B, T, S, heads, head_dim, dtype):
+    """(FLOPs of all products, FLOPs of attention's forward pass, bytes). Causal attention counts half of the products;
+    each value is read or written once."""
+    D, rounds = heads * head_dim, 3 if kind in TRAINED else 1  # backward is twice forward
     projections = 4 * B * (T + (S if kind == 'cross' else T)) * D * D
     attention = 4 * B * T * S * D // (2 if kind in ('causal', 'prefill') else 1)
     values = 2 * B * T * D + 4 * D * D + B * S * D * {'cross': 1, 'decode': 2}.get(kind, 0)
@@ -170,7 +174,8 @@ def measure_core(name, case, ways, device, dtype, peaks):
 
 
 def draw_roofline(rows, peak, copy, path):
-    """FLOP/s of each case over its FLOPs a byte, below what copies (the slope) and matrix products (the flat part) allow."""
+    """FLOP/s of each case over its FLOPs a byte, below what copies (the slope) and matrix products (the flat part)
+    allow."""
     figure = Figure(figsize=(9, 5.6), layout='constrained')
     axes = figure.subplots()
     intensity = [row['FLOP/byte'] for row in rows]

@@ -1,24 +1,27 @@
 """
-Chapter 3. nano4M: one encoder-decoder that turns any set of modalities into any other.
+Chapter 3. nano4M: an encoder-decoder Transformer that generates any modality from any others.
 
-A scene is known in several ways at once: its picture, its depth, its surface normals, a sentence about it. Each of these
-modalities is cut into discrete tokens, so that all look alike to a Transformer. In training a random part of all the tokens of
-a sample is the input and another part, disjoint from it, the target: depth from a picture, a picture from a
-sentence and three patches, a sentence from half of itself. Who learns to predict any part from any other part can then
-generate any modality from any other by filling in a few tokens at a time.
+A scene has several modalities: RGB image, depth, surface normals, caption. All are tokenized: a sample is N tokens. In
+training K random ones are the input and M others the targets: depth from the image, the image from the caption and some
+patches, half of a caption from the rest. To generate a modality, predict a few of its unknown tokens at a time.
 
-The encoder reads K visible tokens. The decoder is asked by M queries that say only "which modality, which place": each looks
-into the encoder's output and gives a distribution over the tokens of its own modality.
+    loss = mean over samples of mean over modalities of mean over the modality's targets i of -ln p(x_i | input tokens)
 
-A batch is {name: (B, size) integers}, one entry a modality; -1 stands after the end of a text. `draw` turns it into
-input slots, target slots and, sorted by modality, the rows that each output head has to answer.
+A batch is {modality: (B, max_tokens) integers}; -1 is padding after the end of a text. The encoder reads K tokens, ids
+and position ids (B, K), and returns a context (B, K, D). The decoder has M queries, embeddings of modality and
+position of a target, that attend to the context: (B, M, D). One head per modality maps them to distributions of tokens.
 
     python train.py config/nano4m.py
     python sample.py --out_dir=out/nano4m --chain="rgb>depth:8,normal:8,scene_desc"
 
-Papers: 4M (Mizrahi et al., 2312.06647), 4M-21 (2406.09406). What differs: image tokens are FSQ codes (2309.15505), embedded and
-predicted digit by digit; rotary positions beside the added ones; input slots that a sample cannot fill hold a learned null token
-instead of padding behind a mask. The encoder's block, the head and the loop that fills pictures in are chapter 2's.
+Papers: 4M (Mizrahi et al., 2312.06647), 4M-21 (Bachmann et al., 2406.09406). What differs (4M first):
+- decoder: its queries also attend to each other; text is predicted with causal masks and teacher forcing;
+- text: spans are masked, as in T5; here mostly all after a prefix, otherwise single tokens;
+- loss: each modality's mean is over the batch, not over a sample first;
+- input: here mostly one complete modality, if it fits (`full_modality_prob`): in 32 tokens no 8x8 image does;
+- unused slots: masked in attention; here a learned null token (unlike registers, which are always added);
+- guidance: each condition against none; here against all others (`sample_tokens`);
+- FSQ codes (2309.15505) by their digits; RoPE besides added position embeddings; chapter 1's attention.
 """
 import math
 from dataclasses import dataclass
@@ -27,380 +30,334 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import MLP, Attention, Dropout, norm, rotary
-from maskgit import Block, Head, between, digit_vectors, unmask
+from gpt import MLP, Attention, ChannelDropout, rms_norm, rope_cos_sin
+from maskgit import Block, Head, init_level_embeddings, iterative_decode, lerp
 
 
 @dataclass
 class Config:
-    modalities: str = 'rgb:16*16*16*16:8x8 caption:320:48'  # name:vocabulary:size of each; set by the data set
-    use: str = ''                   # names of the modalities to train on, separated by spaces; '' is all of them
-    n_layer_encoder: int = 4        # blocks that read the input
-    n_layer_decoder: int = 3        # blocks that answer the queries
+    modalities: str = 'rgb:16*16*16*16:8x8 caption:320:48'  # name:levels:grid of each; set by the data set
+    train_modalities: str = ''      # names of those to train on, separated by spaces; '' is all of them
+    n_layer_encoder: int = 4        # blocks of the encoder
+    n_layer_decoder: int = 3        # blocks of the decoder
     n_head: int = 4                 # nh, attention heads a block
     n_embd: int = 128               # D, the width
-    input_slots: str = '32,64,88'   # K: each step draws one of these; the largest holds a whole image and the beginning of a text
-    target_slots: str = '256'       # M: the same for the targets; a query costs half a token, and an encoder's pass serves all
-    alphas: str = '0.1,1,10'        # of a sample's Dirichlets, one for its input and one for its targets; small: few modalities
-    whole: float = 0.8              # share of samples whose input is one modality as a whole, and a part of a second one
-    lead: float = 0.75              # share of those that start from the first modality of the list, if it fits: most tasks do
-    empty: float = 0.05             # share of samples without any input
+    num_input_tokens: str = '32,64,88'  # K, one of these a step; the largest holds an image and the beginning of a text
+    num_target_tokens: str = '256'  # M, one of these a step; a target costs half as much as an input token
+    dirichlet_alphas: str = '0.1,1,10'  # one for a sample's input, one for its targets; small: few modalities
+    full_modality_prob: float = 0.8  # fraction of samples whose input is one complete modality and a part of another
+    first_modality_prob: float = 0.75  # fraction of those whose complete modality is the first of the list, if it fits
+    unconditional_prob: float = 0.05  # fraction of samples without input
     dropout: float = 0.0            # of channels of each residual branch
 
 
 class Modality:
-    """One entry of Config.modalities, 'rgb:16*16*16*16:8x8' or 'caption:320:48'.
-
-    The vocabulary is a product of levels, an id's digits in mixed radix, first digit most significant: an FSQ code has as many
-    digits as its quantizer has channels, a text token one. The size is a grid of rows x columns or the longest text,
-    whose last id, V - 1, is the end token.
-    """
+    """An entry of Config.modalities, name:levels:grid. Levels: an id is a mixed-radix number of these digits, the first
+    is most significant (FSQ; a text has one). Grid: rows x columns, or the length of a text, whose last id ends it."""
     def __init__(self, entry, start):
         try:
-            self.name, levels, size = entry.split(':')
-            self.levels = [int(level) for level in levels.split('*')]
-            self.grid = [int(n) for n in size.split('x')]
+            self.name, levels, grid = entry.split(':')
+            self.levels, self.grid = [int(n) for n in levels.split('*')], [int(n) for n in grid.split('x')]
         except ValueError:
-            raise ValueError(f'modality {entry!r}: write name:vocabulary:size, as in rgb:4096:8x8 or caption:320:48') from None
+            raise ValueError(f'modality {entry!r}: write name:levels:grid, rgb:4096:8x8 or caption:320:48') from None
         self.is_text = len(self.grid) == 1
-        self.vocabulary, self.size = math.prod(self.levels), math.prod(self.grid)
-        self.places = slice(start, start + self.size)  # among the N places of all modalities
+        self.vocab_size, self.max_tokens = math.prod(self.levels), math.prod(self.grid)
+        self.token_slice = slice(start, start + self.max_tokens)  # its position ids among the N of all modalities
+        axes = torch.cartesian_prod(*map(torch.arange, self.grid)).view(self.max_tokens, -1)
+        # index in the text, row, column (max_tokens, 3) for RoPE; a patch counts as two words: neighbours differ more
+        self.positions = F.pad(axes, (0, 2)) if self.is_text else F.pad(2 * axes, (1, 0))
 
-    def coordinates(self):
-        """Place in the text, row, column: (size, 3); a patch is worth two words, since its neighbours are to be told apart."""
-        if self.is_text:
-            return F.pad(torch.arange(self.size)[:, None], (0, 2))
-        return F.pad(2 * torch.cartesian_prod(*map(torch.arange, self.grid)), (1, 0))
+
+def parse_modalities(config):
+    """The modalities of a Config, in its order; if `train_modalities` names any, only those. Raises ValueError."""
+    entries, modalities = {entry.split(':')[0]: entry for entry in config.modalities.split()}, []
+    selected = config.train_modalities.split() or [*entries]
+    if unknown := [name for name in selected if name not in entries]:
+        raise ValueError(f'train_modalities: there is no modality {unknown[0]!r}; there are {", ".join(entries)}')
+    for name in [name for name in entries if name in selected]:
+        modalities.append(Modality(entries[name], modalities[-1].token_slice.stop if modalities else 0))
+    return modalities
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Masking (4M, section 2.3 and appendix): which tokens are seen, which are asked for
+# The idea (4M, section 2.3 and appendix): which tokens are input, which are targets, how the loss weighs them
 
 def log_dirichlet(alpha, n, generator):
-    """Logarithms of B draws from the symmetric Dirichlet over n modalities, alpha (B,) -> (B, n).
-
-    By gammas; Gamma(alpha) = Gamma(alpha + 1) * U^(1 / alpha), in logarithms, holds for the smallest alphas too.
-    """
+    """ln p of symmetric Dirichlet samples: alpha (B,) -> (B, n). Gamma(a) = Gamma(a + 1) U^(1 / a): no underflow."""
     alpha = alpha[:, None].expand(-1, n)
     uniform = torch.rand(alpha.shape, generator=generator).clamp(min=1e-30)
     return (torch._standard_gamma(alpha + 1, generator).log() + uniform.log() / alpha).log_softmax(-1)
 
 
-def budget_keys(available, sections, log_share, ordered, generator):
-    """Keys (B, N) whose smallest entries are a sample's tokens: for any K, each modality gets its share of the K smallest.
-
-    Within a modality the available tokens are ranked at random, or, where `ordered` (B, modalities), from first to last.
-    Token number r of a modality with share p gets the key r / p (here its logarithm), so that the K smallest hold K p tokens
-    of it; what a short modality cannot supply falls to the others by itself. Unavailable tokens get infinity.
-    """
-    place, start = torch.arange(available.size(1)), torch.tensor([section.start for section in sections])
-    m = torch.bucketize(place, start, right=True) - 1  # (N,): whose each place is
+def budget_sort_keys(available, token_slices, log_proportions, prefix_order, generator):
+    """Sort keys (B, N) whose K smallest split a budget of K by proportions p, for every K (Sainte-Lague): token number
+    r = 0, 1, ... of a modality has (r + 1/2) / p, here its logarithm. Numbers are random, or ascending if prefix_order
+    (B, n). Unavailable tokens have infinity: unused budget is redistributed to the other modalities.
+    Example: p = 0.75, 0.25 -> keys 0.67, 2, 3.3, 4.7 ... and 2, 6 ...: a budget of 4 is split 3 + 1."""
+    position, start = torch.arange(available.size(1)), torch.tensor([s.start for s in token_slices])
+    m = torch.bucketize(position, start, right=True) - 1  # (N,): modality of each position
     noise = torch.rand(available.shape, generator=generator)
-    noise = torch.where(ordered[:, m], (place - start[m]) / len(place), noise).masked_fill(~available, 1)
-    order = (2 * m + noise.double()).argsort(-1)  # of all modalities at once, one after the other
-    rank = torch.empty_like(order).scatter_(1, order, place.expand_as(order)) - start[m]
-    return ((rank + 0.5).log() - log_share[:, m]).masked_fill(~available, torch.inf)
+    noise = torch.where(prefix_order[:, m], (position - start[m]) / len(position), noise).masked_fill(~available, 1)
+    order = (2 * m + noise.double()).argsort(-1)  # (B, N): one modality after the other, in each by noise
+    rank = torch.empty_like(order).scatter_(1, order, position.expand_as(order)) - start[m]  # r of each token
+    return ((rank + 0.5).log() - log_proportions[:, m]).masked_fill(~available, torch.inf)
 
 
-def smallest(keys, k, limit):
-    """Indices (B, k) of the smallest keys (B, N), at most limit (B, 1) of them, in ascending order; N, for no token, where the
-    limit or infinite keys leave slots over."""
-    value, index = keys.topk(min(k, keys.size(1)), largest=False)
-    over = value.isinf() | (torch.arange(index.size(1), device=keys.device) >= limit)
-    return F.pad(index.masked_fill(over, keys.size(1)), (0, k - index.size(1)), value=keys.size(1)).sort(-1).values
+def take_budget(sort_keys, n_slots, budget):
+    """Position ids (B, n_slots) of the smallest sort_keys (B, N), at most budget (B, 1), ascending; N is an empty slot.
+    Example: keys 0.7, inf, 0.2, 0.9 with 3 slots and a budget of 2 -> 0, 2, 4."""
+    N = sort_keys.size(1)
+    keys, position_ids = sort_keys.topk(min(n_slots, N), largest=False)
+    empty = keys.isinf() | (torch.arange(keys.size(1), device=keys.device) >= budget)
+    return F.pad(position_ids.masked_fill(empty, N), (0, n_slots - keys.size(1)), value=N).sort(-1).values
 
 
-def whole_first(count, is_text, K, lead, random):
-    """For samples that know one modality as a whole, if it fits, and something of a second one: the beginning of a text beside a
-    picture, some patches beside a text. count (B, n) tokens of each modality -> log shares (B, n) that put all of the first
-    before any of the second, and how many tokens (B, 1) the two give together: the second gets a random share of the slots that
-    the first leaves, none in a fifth of the samples.
-    """
+MIN_FILL = 1 / 3    # fraction of the slots that a complete first modality fills, if any does
+MIXED_BONUS = 0.5   # added to uniform scores: a text is more often the second modality after an image, and the reverse
+LOG_RATIO = 20      # e^20 > N: all tokens of one modality come before those of the next
+PREFIX_PROB = 0.75  # fraction of texts of which a prefix is the input, not random tokens
+
+
+def full_modality_budget(count, is_text, K, first_modality_prob, generator):
+    """One complete modality and a part of a second, as in captioning (an image, the beginning of a text): count (B, n)
+    tokens of each modality -> log proportions (B, n) and the budget (B, 1) of both together.
+    Example: K = 88, first 64 tokens, second 20, a fraction of 0.5 -> budget 64 + min(24 * 0.5, 20) = 76."""
     B, n = count.shape
-    score = random(B, n) + ((count <= K) & (3 * count >= K))  # first: one that fills a third of the slots or more,
-    score[:, 0] += 2 * (count[:, 0] <= K) * (random(B) < lead)  # most often the one that most tasks start from
+    # 1. choose the first: any that fits and is not too small, but mostly modality 0
+    score = torch.rand(B, n, generator=generator) + ((count <= K) & (count >= MIN_FILL * K)).float()
+    score[(count[:, 0] <= K) & (torch.rand(B, generator=generator) < first_modality_prob), 0] = torch.inf
     first = score.argmax(1, keepdim=True)  # (B, 1)
-    score = random(B, n) + 0.5 * (is_text != is_text[first])  # second: more often a text beside a picture, and the reverse
-    second = score.scatter(1, first, -1).argmax(1, keepdim=True)
-    room = (K - count.gather(1, first)) * (1.25 * random(B, 1) - 0.25).clamp(min=0)
-    limit = count.gather(1, first) + room.ceil().minimum(count.gather(1, second))
-    # e^20, the ratio of the shares, is more than there are tokens
-    return torch.zeros(B, n).scatter(1, second, 20).scatter(1, first, 40), limit
+    # 2. choose the second: any other
+    score = torch.rand(B, n, generator=generator) + MIXED_BONUS * (is_text != is_text[first]).float()
+    second = score.scatter(1, first, -1).argmax(1, keepdim=True)  # (B, 1)
+    # 3. allot: all of the first; of the second a random fraction of the remaining slots, 0 with probability 0.2
+    n_first, n_second = count.gather(1, first), count.gather(1, second)
+    remaining = (K - n_first) * (1.25 * torch.rand(B, 1, generator=generator) - 0.25).clamp(min=0)
+    log_proportions = torch.zeros(B, n).scatter(1, second, LOG_RATIO).scatter(1, first, 2 * LOG_RATIO)
+    return log_proportions, n_first + remaining.ceil().minimum(n_second)
 
 
-def draw_masks(present, sections, is_text, K, M, config, generator):
-    """Input places (B, K) and target places (B, M), disjoint, as indices into the N places of present (B, N); N is none.
+def draw_masks(is_token, token_slices, is_text, K, M, config, generator):
+    """Sample disjoint position ids of inputs (B, K) and targets (B, M), N for none; is_token (B, N): no padding. Inputs
+    are one complete modality and a part of a second, or nothing, or K tokens by Dirichlet proportions."""
+    B, n, u = len(is_token), len(token_slices), torch.rand(len(is_token), 1, generator=generator)
+    count = torch.stack([is_token[:, s].sum(1) for s in token_slices], 1)  # (B, n)
+    unconditional = u < config.unconditional_prob
+    full = ~unconditional & (u < config.unconditional_prob + config.full_modality_prob)
+    log_proportions, budget = full_modality_budget(count, is_text, K, config.first_modality_prob, generator)
+    budget = torch.where(full, budget, torch.where(unconditional, 0, K))
+    budget = budget.minimum(count.sum(1, keepdim=True) - 1)  # at least one target is left
+    prefix_order = is_text & (torch.rand(B, n, generator=generator) < PREFIX_PROB)
+    alphas = torch.tensor([float(alpha) for alpha in config.dirichlet_alphas.split(',')])
+    alphas = alphas[torch.randint(len(alphas), (2, B), generator=generator)]  # for inputs, for targets
+    log_proportions = torch.where(full, log_proportions, log_dirichlet(alphas[0], n, generator))
+    inputs = take_budget(budget_sort_keys(is_token, token_slices, log_proportions, prefix_order, generator), K, budget)
+    rest = F.pad(is_token, (0, 1)).scatter(1, inputs, False)[:, :-1]  # neither padding nor input
+    log_proportions = log_dirichlet(alphas[1], n, generator)
+    return inputs, take_budget(budget_sort_keys(rest, token_slices, log_proportions, prefix_order, generator), M, M)
 
-    A mixture. Most samples (`whole`) are like the tasks that come later, see above; the others deal their slots out to all
-    modalities by Dirichlet shares; a few (`empty`) know nothing. Targets: Dirichlet shares of what is left.
-    """
-    def random(*shape):
-        return torch.rand(shape, generator=generator)
-    B, n, kind = present.size(0), len(sections), random(present.size(0), 1)
-    count = torch.stack([present[:, s].sum(1) for s in sections], 1)
-    whole = (kind >= config.empty) & (kind < config.empty + config.whole)
-    log_share, limit = whole_first(count, is_text, K, config.lead, random)
-    limit = torch.where(whole, limit, torch.where(kind < config.empty, 0, K))
-    limit = limit.minimum(count.sum(1, keepdim=True) - 1)  # one token at least is left to ask for
-    ordered = is_text & (random(B, n) < 0.75)  # most texts are read from left to right
-    alphas = torch.tensor([float(alpha) for alpha in config.alphas.split(',')])
-    alphas = alphas[torch.randint(len(alphas), (2, B), generator=generator)]
-    log_share = torch.where(whole, log_share, log_dirichlet(alphas[0], n, generator))
-    inputs = smallest(budget_keys(present, sections, log_share, ordered, generator), K, limit)
-    left = F.pad(present, (0, 1)).scatter(1, inputs, False)[:, :-1]
-    targets = smallest(budget_keys(left, sections, log_dirichlet(alphas[1], n, generator), ordered, generator), M, M)
-    return inputs, targets
+
+def target_weights(is_target):
+    """Weights w (n, B) with loss = sum over targets of -w ln p: is_target (n, B, M) booleans for n modalities.
+    Example: one of two samples has 3 rgb targets and 1 depth target -> 1/3 * 1/2 * 1/2 and 1/1 * 1/2 * 1/2 for each."""
+    count = is_target.sum(-1)  # (n, B)
+    n_modalities = (count > 0).sum(0)  # (B,): those with targets
+    return 1 / (count * n_modalities * count.size(1))  # infinite, and not used, if there is no target
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers
+# The model. How it is trained (train.py), for each micro-batch of a step:
+#     batch = model.prepare_batch(batch, generator, step_generator)  # on the CPU: sample inputs and targets
+#     loss, logs = model(batch)  # compiled, on the device; nothing is random but dropout
+#     loss.backward()  # the mean over micro-batches; then a step of Muon and AdamW
+# All micro-batches of a step have the same step_generator, and so the same K and M.
+# Shapes in forward, B = 16, K = 64, M = 256, D = 128: ids (16, 64) -> embeddings (16, 64, 128) -> encoder -> context
+# (16, 64, 128); queries (16, 256, 128) -> decoder (16, 256, 128) -> rows (4096, 128), of which a modality's head gets
+# those of its R targets (R, 128) -> -ln p (R,) -> times weights (R,), summed.
 
 class DecoderBlock(nn.Module):
-    """Queries look at the encoder's output, not at each other: they hold no content that another one could use, and so an
-    answer never depends on what else is asked (4M's decoder also has self-attention; here it cost time and helped no score)."""
+    """Cross-attention and an MLP. Queries do not attend to each other: faster, no worse scores, and an output does not
+    depend on which other tokens are queried."""
     def __init__(self, config):
         super().__init__()
         self.cross = Attention(config.n_embd, config.n_head, cross=True)
         self.mlp = MLP(config.n_embd)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = ChannelDropout(config.dropout)
 
-    def forward(self, x, turn, context, context_turn):
-        x = x + self.dropout(self.cross(norm(x), turn, context, context_turn))
-        return x + self.dropout(self.mlp(norm(x)))
+    def forward(self, x, rope, context, context_rope):
+        x = x + self.dropout(self.cross(rms_norm(x), rope, context, context_rope))
+        return x + self.dropout(self.mlp(rms_norm(x)))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
 
 class FourM(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.modalities = parse(config)
+        self.config, D = config, config.n_embd
+        self.modalities = parse_modalities(config)
         self.modality = {m.name: m for m in self.modalities}
-        self.fields = tuple(self.modality)  # what a batch holds
-        self.N = self.modalities[-1].places.stop  # places of all modalities together; index N is the null token
-        self.sections = [m.places for m in self.modalities]
+        self.batch_keys = tuple(self.modality)  # what a batch holds
+        self.token_slices = [m.token_slice for m in self.modalities]
+        self.N, n = self.token_slices[-1].stop, len(self.modalities)  # N tokens; position id N is the null token
         self.is_text = torch.tensor([m.is_text for m in self.modalities])
-        self.input_sizes, self.target_sizes = ([int(k) for k in text.split(',')]
-                                               for text in (config.input_slots, config.target_slots))
-        D, n = config.n_embd, len(self.modalities)
+        self.input_sizes, self.target_sizes = ([int(size) for size in sizes.split(',')] for sizes in (
+            config.num_input_tokens, config.num_target_tokens))
+        modality_of = torch.repeat_interleave(torch.tensor([m.max_tokens for m in self.modalities] + [1]))  # (N + 1,)
+        positions = F.pad(torch.cat([m.positions for m in self.modalities]), (0, 0, 0, 1))  # (N + 1, 3)
+        rope = torch.stack(rope_cos_sin(positions, D // config.n_head, rope_base=100))  # (2, N + 1, hd / 2)
 
-        # what the digits of an id are in each modality, as rows of one embedding table; row 0 stays zero
-        width = max(len(m.levels) for m in self.modalities)
-        divisor, levels, offset = (torch.full((n + 1, width), value) for value in (1, 1, 0))
-        rows = 1
+        # digit d of id i of modality m: row i // divisor[m, d] % levels[m, d] + offset[m, d] of the embedding; row 0 is
+        # zero: missing digits, null token. Example 'rgb:4*3:2x3 caption:12:8': rgb has rows 1-4 and 5-7, caption 8-19;
+        # rgb's id 7 = 2 * 3 + 1 is rows 3 and 6, caption's id 7 rows 15 and 0
+        divisor, levels, offset = torch.tensor([1, 1, 0])[:, None, None].repeat(
+            1, n + 1, max(len(m.levels) for m in self.modalities))  # (n + 1, digits) each
+        self.embedding = nn.Embedding(1 + sum(sum(m.levels) for m in self.modalities), D, padding_idx=0)
+        row = 1
         for i, m in enumerate(self.modalities):
             for d, level in enumerate(m.levels):
-                divisor[i, d], levels[i, d], offset[i, d] = math.prod(m.levels[d + 1:]), level, rows
-                rows += level
-        modality_of = torch.cat([torch.full((m.size,), i) for i, m in enumerate(self.modalities)] + [torch.tensor([n])])
-        coordinates = torch.cat([m.coordinates() for m in self.modalities] + [torch.zeros(1, 3, dtype=torch.long)])
-        for name, tensor in dict(divisor=divisor, levels=levels, offset=offset, modality_of=modality_of,
-                                 turn=torch.stack(rotary(coordinates, D // config.n_head, theta=100))).items():
-            self.register_buffer(name, tensor, persistent=False)
-
-        # modality + place, for tokens and for queries: learned, and at first alike for places that lie near each other
-        self.embedding = nn.Embedding(rows, D, padding_idx=0)
-        for i, m in enumerate(self.modalities):
-            for start, level in zip(offset[i].tolist(), m.levels if len(m.levels) > 1 else []):
-                self.embedding.weight.data[start:start + level] = digit_vectors(level, D)
-        waves = torch.cat(rotary(coordinates, D, theta=100), -1)  # (N + 1, D)
-        self.place_embedding = nn.Embedding.from_pretrained(waves + torch.randn(n + 1, D)[modality_of], freeze=False)
-        self.query_embedding = nn.Embedding.from_pretrained(waves + torch.randn(n + 1, D)[modality_of], freeze=False)
+                divisor[i, d], levels[i, d], offset[i, d] = math.prod(m.levels[d + 1:]), level, row
+                if len(m.levels) > 1:
+                    self.embedding.weight.data[row:row + level] = init_level_embeddings(level, D)
+                row += level
+        for name, x in dict(divisor=divisor, levels=levels, offset=offset, modality_of=modality_of, rope=rope).items():
+            self.register_buffer(name, x, persistent=False)
+        # of modality and position, for tokens and for queries: learned, at first similar for neighbours
+        sinusoids = torch.cat(rope_cos_sin(positions, D, rope_base=100), -1)  # (N + 1, D)
+        self.pos_embedding, self.query_embedding = (nn.Embedding.from_pretrained(
+            sinusoids + torch.randn(n + 1, D)[modality_of], freeze=False) for _ in range(2))
         self.encoder = nn.ModuleList(Block(config) for _ in range(config.n_layer_encoder))
         self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layer_decoder))
         self.heads = nn.ModuleDict({m.name: Head(m.levels, D) for m in self.modalities})
 
-    def turns(self, index):
-        return self.turn[:, index].unsqueeze(2)  # cos and sin (2, B, 1, T, hd / 2)
+    def rope_at(self, position_ids):
+        return self.rope[:, position_ids].unsqueeze(2)  # cos and sin (2, B, 1, T, hd / 2)
 
-    def encode(self, ids, index):
-        """Tokens (B, K) at places (B, K), N for none -> what the decoder looks at (B, K, D)."""
-        m = self.modality_of[index]
-        digits = ids[..., None] // self.divisor[m] % self.levels[m] + self.offset[m]  # (B, K, digits)
-        place = self.place_embedding(index)
-        x, turn = norm(self.embedding(digits).sum(-2) + place), self.turns(index)
+    def encode(self, ids, position_ids):
+        """Token ids and their position ids (B, K), N for null tokens -> the decoder's context (B, K, D)."""
+        m = self.modality_of[position_ids]  # (B, K)
+        rows = ids[..., None] // self.divisor[m] % self.levels[m] + self.offset[m]  # (B, K, digits)
+        pos_embedding = self.pos_embedding(position_ids)  # (B, K, D)
+        x, rope = rms_norm(self.embedding(rows).sum(-2) + pos_embedding), self.rope_at(position_ids)
         for block in self.encoder:
-            x = block(x, turn)
-        return norm(x) + place  # as in 4M: the queries look for places too
+            x = block(x, rope)
+        return rms_norm(x) + pos_embedding  # added again, as in 4M
 
-    def decode(self, context, context_index, index):
-        """Answers (B, M, D) to queries at places (B, M)."""
-        x, turn, context_turn = norm(self.query_embedding(index)), self.turns(index), self.turns(context_index)
+    def decode(self, context, context_position_ids, position_ids):
+        """Outputs (B, M, D) for queries at position_ids (B, M), given a context (B, K, D) at position ids (B, K)."""
+        rope, context_rope = self.rope_at(position_ids), self.rope_at(context_position_ids)
+        x = rms_norm(self.query_embedding(position_ids))  # (B, M, D)
         for block in self.decoder:
-            x = block(x, turn, context, context_turn)
-        return norm(x)
+            x = block(x, rope, context, context_rope)
+        return rms_norm(x)
 
     @torch.no_grad()
-    def draw(self, batch, generator, shared):
-        """Input and target slots of a micro-batch, where the batch lies (train.py: in host memory, so that the number of rows
-        of each head is known without waiting for a GPU). K and M come from `shared`, the rest from `generator`.
-
-        Returns input_ids, input_index (B, K), target_index (B, M), and for each modality NAME its targets in the whole batch:
-        rows_NAME (R,) indices into the B * M answers, ids_NAME (R,), weight_NAME (R,). R is rounded up, with weights 0.
-        """
+    def prepare_batch(self, batch, generator, step_generator):
+        """Sample input_ids, input_position_ids (B, K), target_position_ids (B, M), and of each modality NAME targets:
+        token_idx_NAME, indices into all B * M, ids_NAME, weight_NAME, (R,) each, padded with weight 0. K and M are from
+        step_generator, the rest from generator. On the CPU, R needs no host-device sync."""
         ids = torch.cat([batch[m.name].flatten(1) for m in self.modalities], 1)  # (B, N)
-        K, M = (sizes[torch.randint(len(sizes), (1,), generator=shared)] for sizes in (self.input_sizes, self.target_sizes))
-        inputs, targets = draw_masks(ids >= 0, self.sections, self.is_text, K, M, self.config, generator)
-        ids = F.pad(ids, (0, 1))  # the null token
-        drawn = dict(input_ids=ids.gather(1, inputs), input_index=inputs, target_index=targets)
-        asked = torch.stack([(targets >= s.start) & (targets < s.stop) for s in self.sections])  # (modalities, B, M)
-        count = asked.sum(-1)  # (modalities, B)
-        weight = 1 / (count * (count > 0).sum(0) * len(ids))  # mean over tokens, then modalities, then samples
-        flat = ids.gather(1, targets).flatten()
-        step = max(1, flat.numel() // 16)
-        for m, mask, w in zip(self.modalities, asked, weight):
-            rows = mask.flatten().nonzero()[:, 0]
-            spare = (-len(rows) % step) if len(rows) else step
-            drawn |= {f'rows_{m.name}': F.pad(rows, (0, spare)), f'ids_{m.name}': F.pad(flat[rows], (0, spare)),
-                      f'weight_{m.name}': F.pad(w.repeat_interleave(targets.size(1))[rows], (0, spare))}
-        return drawn
+        K, M = (sizes[torch.randint(len(sizes), (1,), generator=step_generator)]
+                for sizes in (self.input_sizes, self.target_sizes))
+        inputs, targets = draw_masks(ids >= 0, self.token_slices, self.is_text, K, M, self.config, generator)
+        ids = F.pad(ids, (0, 1))  # (B, N + 1): the null token has id 0
+        prepared = dict(input_ids=ids.gather(1, inputs), input_position_ids=inputs, target_position_ids=targets)
+        is_target = torch.stack([(targets >= s.start) & (targets < s.stop) for s in self.token_slices])  # (n, B, M)
+        target_ids, multiple = ids.gather(1, targets).flatten(), max(1, targets.numel() // 16)  # few shapes to compile
+        for m, mask, weight in zip(self.modalities, is_target.flatten(1), target_weights(is_target)):
+            token_idx = mask.nonzero()[:, 0]  # (R,)
+            n_pad = -len(token_idx) % multiple if len(token_idx) else multiple
+            values = dict(token_idx=token_idx, ids=target_ids[token_idx], weight=weight[token_idx // M])
+            prepared |= {f'{key}_{m.name}': F.pad(value, (0, n_pad)) for key, value in values.items()}
+        return prepared
 
     def forward(self, batch):
-        """A drawn batch -> the loss in nats a token, and logs: the loss of each modality, the share of null input slots."""
-        inputs, targets = batch['input_index'], batch['target_index']
-        h = self.decode(self.encode(batch['input_ids'], inputs), inputs, targets).flatten(0, 1)  # (B * M, D)
+        """A prepared batch -> the loss in nats per token, and logs: mean -ln p by modality, fraction of null tokens."""
+        inputs, targets = batch['input_position_ids'], batch['target_position_ids']
+        context = self.encode(batch['input_ids'], inputs)  # (B, K, D)
+        decoder_out = self.decode(context, inputs, targets).flatten(0, 1)  # (B * M, D)
         loss, logs = 0, {}
         for m in self.modalities:
-            rows, ids, weight = (batch[f'{part}_{m.name}'] for part in ('rows', 'ids', 'weight'))
-            nll = self.heads[m.name](h.index_select(0, rows), ids)  # (R,)
+            token_idx, ids, weight = (batch[f'{key}_{m.name}'] for key in ('token_idx', 'ids', 'weight'))  # (R,) each
+            nll = self.heads[m.name](decoder_out.index_select(0, token_idx), ids)  # (R,)
             loss = loss + (nll * weight).sum()
-            real = (weight > 0).float()
-            logs[f'loss_{m.name}'] = torch.stack(((nll.detach() * real).sum(), real.sum()))
-        null = (inputs == self.N).sum()
-        logs['null_share'] = torch.stack((null, null.new_full((), inputs.numel())))
-        tokens = inputs.numel() - null + (targets < self.N).sum()
-        logs['tokens'] = torch.stack((tokens, torch.ones_like(tokens)))
-        return loss, logs
+            is_target = (weight > 0).float()  # not padding
+            logs[f'loss_{m.name}'] = torch.stack(((nll.detach() * is_target).sum(), is_target.sum()))
+        n_null, n_inputs = (inputs == self.N).sum(), targets.new_full((), inputs.numel())
+        n_tokens = n_inputs - n_null + (targets < self.N).sum()
+        return loss, logs | dict(null_fraction=torch.stack((n_null, n_inputs)),
+                                 tokens=torch.stack((n_tokens, torch.ones_like(n_tokens))))
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Generation
+    # Generation (4M, section 3.1)
 
-    def look(self, ids):
-        """Encodes the known tokens of ids (B, N), -1 where unknown: what the decoder looks at (B, K, D), its places (B, K)."""
-        known = ids >= 0
-        most = int(known.sum(1).max())
-        K = min([size for size in self.input_sizes if size >= most], default=most)  # null tokens as in training
-        inputs = smallest(torch.where(known, 0.0, torch.inf), K, K)
-        return self.encode(F.pad(ids, (0, 1), value=0).gather(1, inputs), inputs), inputs
-
-    def join(self, given):
-        """{name: (B, size) ids, -1 where unknown} -> (B, N)."""
-        B, device = len(next(iter(given.values()))), self.turn.device
-        ids = torch.full((B, self.N), -1, device=device)
-        for name, some in given.items():
-            ids[:, self.modality[name].places] = some.to(device).flatten(1)
+    def pack_modalities(self, known):
+        """{name: (B, max_tokens) ids, -1 if unknown} -> (B, N) ids, -1 if unknown."""
+        ids = torch.full((len(next(iter(known.values()))), self.N), -1, device=self.rope.device)
+        for name, modality_ids in known.items():
+            ids[:, self.modality[name].token_slice] = modality_ids.to(ids.device).flatten(1)
         return ids
 
+    def encode_known(self, ids):
+        """Encode the known tokens of ids (B, N), -1 if unknown -> the context (B, K, D) and its position ids (B, K)."""
+        max_known = int((ids >= 0).sum(1).max())
+        K = min([K for K in self.input_sizes if K >= max_known], default=max_known)  # null tokens as in training
+        position_ids = take_budget(torch.where(ids >= 0, 0.0, torch.inf), K, K)
+        return self.encode(F.pad(ids, (0, 1), value=0).gather(1, position_ids), position_ids), position_ids
+
     @torch.no_grad()
-    def generate(self, given, targets, steps=8, temperature=1.0, temperature_end=None, top_k=0, top_p=1.0, order='random',
-                 schedule='linear', guidance=1.0, guidance_start=None, weights=None, generator=None):
-        """Generates the modalities named in the list `targets`, one after the other, each conditioning the next, as
-        4M chains them.
+    def generate(self, known, targets, steps=8, temperature=1.0, temperature_end=None, top_k=0, top_p=1.0,
+                 order='random', schedule='linear', guidance=1.0, guidance_end=None, condition_weights=None,
+                 generator=None):
+        """Generate the modalities in the list `targets`, each conditioning the next: {name: (B, max_tokens) ids}. known
+        has this form, with -1 for unknown; parts of targets may be known. Images: `steps` steps of `iterative_decode`;
+        texts: from left to right, -1 after the end. temperature and guidance go linearly to *_end; for guidance and
+        condition_weights {name: w} see `sample_tokens`. Raises KeyError for an unknown modality, ValueError."""
+        ids = self.pack_modalities(known)  # (B, N)
 
-        given: {name: (B, size) ids}; -1 marks what is unknown, so that parts of a target may be given too. Images are filled in
-        `steps` steps by chapter 2's `unmask`: order random (ROAR), confidence (MaskGIT), raster or halton; schedule linear,
-        cosine or constant. Texts are written from left to right and stop at their end token. The temperature goes from
-        `temperature` to temperature_end, guidance from guidance_start to `guidance`; guidance > 1 makes the other modalities
-        count for more than they did in training, weights {name: w} does so for single ones: see `draw_tokens`.
-        Returns {name: (B, size) ids}, -1 after the end of a text. Raises KeyError for a modality that the model has not.
-        """
-        ids = self.join(given)
-        how = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-
-        def predict(m, index, progress):
-            now = how | dict(temperature=between(temperature, temperature_end, progress))
-            return self.draw_tokens(ids, m, index, between(guidance_start, guidance, progress), weights or {}, **now)
+        def sample(m, position_ids, progress):
+            scale, T = lerp(guidance, guidance_end, progress), lerp(temperature, temperature_end, progress)
+            return self.sample_tokens(ids, m, position_ids, scale, condition_weights or {}, T, top_k, top_p, generator)
         for m in [self.modality[name] for name in targets]:
-            index = torch.arange(m.places.start, m.places.stop, device=ids.device).expand(len(ids), -1)  # (B, size)
+            position_ids = torch.arange(self.N, device=ids.device)[m.token_slice].expand(len(ids), -1)
             if m.is_text:
-                self.write(ids, m, index, predict)
+                self.generate_text(ids, m, position_ids, sample)
             else:
-                self.fill(ids, m, index, predict, steps, order, schedule, generator)
-        return {m.name: ids[:, m.places] for m in self.modalities if m.name in targets}
+                self.generate_image(ids, m, position_ids, sample, steps, order, schedule, generator)
+        return {name: ids[:, self.modality[name].token_slice] for name in targets}
 
-    def draw_tokens(self, ids, m, index, guidance, weights, **how):
-        """Tokens (B, Q) at places index of modality m, given all known ones, and their ln p.
-
-        Logits are l + (guidance - 1) (l - l without any other modality) + sum_i (w_i - 1) (l - l without modality i). For a
-        single condition both are classifier-free guidance (2207.12598). 4M weighs each condition against none; here each is
-        weighed against all the others, so that weights of 1 leave what the model has learned about them together. A weight
-        below 1 weakens a condition, 0 removes it, a negative one leads away from it.
-        """
-        def answers(hidden):
-            without = ids.clone()
-            for name in hidden:
-                without[:, self.modality[name].places] = -1
-            context, places = self.look(without)
-            return self.decode(context, places, index)
+    def sample_tokens(self, ids, m, position_ids, guidance_scale, condition_weights, temperature, top_k, top_p,
+                      generator):
+        """Sample tokens of modality m at position_ids (B, Q) given the known tokens of ids (B, N): tokens, their ln p.
+        Logits: cond + (guidance_scale - 1) (cond - uncond) + sum_i (w_i - 1) (cond - dropped_i) of all known tokens,
+        m's own, all but modality i. Of one condition: classifier-free guidance (2207.12598). w = 0 removes it."""
+        def decode_without(dropped):
+            kept = ids.clone()
+            for name in dropped:
+                kept[:, self.modality[name].token_slice] = -1
+            return self.decode(*self.encode_known(kept), position_ids)  # (B, Q, D)
         others = [other.name for other in self.modalities if other is not m]
-        extra = [(scale - 1, hidden) for scale, hidden in [(guidance, others), *((w, [name]) for name, w in weights.items())]
-                 if scale != 1]
-        scales = [1 + sum(scale for scale, _ in extra), *(-scale for scale, _ in extra)]
-        return self.heads[m.name].sample([answers([]), *(answers(hidden) for _, hidden in extra)], scales, **how)
+        deltas = [(guidance_scale - 1, others), *((w - 1, [name]) for name, w in condition_weights.items())]
+        deltas = [(scale, dropped) for scale, dropped in deltas if scale != 0]
+        outs = [decode_without([]), *(decode_without(dropped) for _, dropped in deltas)]
+        scales = [1 + sum(scale for scale, _ in deltas), *(-scale for scale, _ in deltas)]  # of the outs
+        return self.heads[m.name].sample(outs, scales, temperature, top_k, top_p, generator)
 
-    def fill(self, ids, m, index, predict, steps, order, schedule, generator):
-        """Fills the unknown tokens of image modality m into ids, in place; in fewer steps where fewer tokens are unknown."""
-        def draw(tokens, progress):
-            ids[:, m.places] = tokens
-            return predict(m, index, progress)
-        if unknown := int((ids[:, m.places] < 0).sum(1).max()):
-            steps = min(steps, unknown)
-            *_, ids[:, m.places] = unmask(ids[:, m.places], draw, m.grid, steps, order, schedule, generator=generator)
+    def generate_image(self, ids, m, position_ids, sample, steps, order, schedule, generator):
+        """Generate the unknown tokens of image m into ids (B, N), in place; in fewer steps if fewer are unknown."""
+        if n_unknown := int((ids[:, m.token_slice] < 0).sum(1).max()):
+            for tokens in iterative_decode(ids[:, m.token_slice], lambda _, progress: sample(m, position_ids, progress),
+                                           m.grid, min(steps, n_unknown), order, schedule, generator=generator):
+                ids[:, m.token_slice] = tokens  # where the next sample reads them
 
-    def write(self, ids, m, index, predict):
-        """Writes text modality m into ids from left to right, in place; nothing stands after an end token."""
-        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        for i in range(m.size):
-            now = ids[:, m.places.start + i]
-            if (todo := ~ended & (now < 0)).any():
-                token = predict(m, index[:, i:i + 1], i / max(1, m.size - 1))[0][:, 0]
-                now.copy_(torch.where(todo, token, now))
-            ended |= now == m.vocabulary - 1
-            if ended.all():
+    def generate_text(self, ids, m, position_ids, sample):
+        """Generate the unknown tokens of text m into ids (B, N), in place, from left to right up to the end token."""
+        finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for i, token in enumerate(ids[:, m.token_slice].unbind(1)):  # (B,), a view of ids
+            unknown = ~finished & (token < 0)
+            if unknown.any():
+                sampled, _ = sample(m, position_ids[:, i:i + 1], i / max(1, m.max_tokens - 1))  # (B, 1)
+                token.copy_(torch.where(unknown, sampled[:, 0], token))
+            finished |= token == m.vocab_size - 1
+            if finished.all():
                 break
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Likelihood, and what a sample is like
-
-    @torch.no_grad()
-    def ask(self, given, name):
-        """Answers (B, size, D) to all places of modality `name` at once, of which nothing is known."""
-        m = self.modality[name]
-        ids = self.join(given)
-        ids[:, m.places] = -1
-        context, places = self.look(ids)
-        return self.decode(context, places, torch.arange(m.places.start, m.places.stop, device=ids.device).expand(len(ids), -1))
-
-    @torch.no_grad()
-    def log_prob(self, answers, name, ids):
-        """ln p (B,) of ids (B, size) of modality `name` after answers (B, size, D) of `ask`, its tokens taken as
-        independent of each other. Queries carry no content, so that the answers of one pass score any number of candidates."""
-        ids = ids.to(answers.device)
-        nll = self.heads[name](answers.flatten(0, 1), ids.clamp(min=0).flatten()).view(ids.shape)
-        return -(nll * (ids >= 0)).sum(1)
-
-    @torch.no_grad()
-    def embed(self, given):
-        """The mean of the encoder's outputs over all known tokens, (B, D)."""
-        context, places = self.look(self.join(given))
-        known = (places < self.N)[..., None]
-        return (context * known).sum(1) / known.sum(1).clamp(min=1)
-
-
-def parse(config):
-    """The modalities of a Config, in its order; those in `use` alone if it names any."""
-    modalities, start = [], 0
-    entries = config.modalities.split()
-    names, used = [entry.split(':')[0] for entry in entries], config.use.split()
-    if missing := [name for name in used if name not in names]:
-        raise ValueError(f'use={config.use!r}: there is no modality {missing[0]!r}; there are {", ".join(names)}')
-    for entry in entries:
-        if not used or entry.split(':')[0] in used:
-            modalities.append(Modality(entry, start))
-            start = modalities[-1].places.stop
-    return modalities
 
 
 Model = FourM

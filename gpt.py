@@ -1,19 +1,27 @@
 """
 Chapter 1. GPT: a decoder-only Transformer that predicts the next token.
 
-A text (or an image cut into tokens) is a sequence of integers. At each position the model sees the tokens so far and gives a
-probability to every possible next one. loss = mean of -ln p(next token). It generates by sampling one token at a time.
-Attention is the only place where positions exchange information. It is causal: no position attends to later ones, so that
-one pass trains all T positions at once.
+A text (or an image cut into tokens) is a sequence of integers. At each position the model reads the tokens so far and
+outputs a probability for every possible next one. Only attention moves information between positions. It is causal: no
+position attends to a later one, so one pass trains all positions. Generation samples one token at a time.
 
-A batch is {'tokens': (B, T + 1) integers}: positions 0..T-1 are the input, positions 1..T the targets; -1 is no token.
+    loss  = -1/T sum_t ln p(x_t+1 | x_0, ..., x_t)    in nats per token; ln(V) before the first step
+    batch = {'tokens': (B, T + 1) integers}           positions 0..T-1 are the input, 1..T the targets; -1 is no token
 
     python train.py config/gpt_shakespeare.py
     python sample.py --out_dir=out/gpt_shakespeare --prompt="ROMEO:"
 
-Paper: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). What changed since then and is used
-here: RMSNorm without gains (1910.07467), rotary positions (2104.09864), normalised queries and keys (2010.04245), ReLU^2
-(2109.08668), residual branches that start at zero (1901.09321), token shift (2305.13048), no biases.
+How this is trained (train.py, for all chapters):
+    batch = model.prepare_batch(batch, generator, step_generator)    # the chapter's randomness: masks, noise; here none
+    loss, logs = model(batch)                                        # forward pass; logs: sums and counts
+    loss.backward()                                                  # gradients of all weights
+    optimizer.step()                                                 # Muon: matrices in blocks; AdamW: the rest
+
+Paper: GPT-2 (Radford et al., 2019). What differs, and how each part differs from its own paper: RMSNorm (1910.07467)
+without gains; RoPE (2104.09864) rotates halves (x[i], x[i + hd/2]), not pairs (x[2i], x[2i + 1]); QK-norm (2010.04245)
+with a fixed scale of 12, not a learned one; ReLU^2 (2109.08668); token shift (RWKV, 2305.13048) once, on embeddings,
+not in each block; residual outputs and head start at zero (1901.09321), keys equal to queries, the rest as in PyTorch;
+no biases; an untied head; dropout (1512.05287) of whole channels of residual branches only; Muon, not Adam.
 """
 from dataclasses import dataclass
 
@@ -28,333 +36,295 @@ class Config:
     vocab_size: int = 65   # V, number of token ids; set by the data set
     block_size: int = 256  # T, the longest context in tokens
     n_layer: int = 6       # number of blocks
-    n_head: int = 4        # nh, attention heads a block; the head size hd is n_embd / n_head
+    n_head: int = 4        # nh, attention heads per block; head_dim hd = n_embd / n_head
     n_embd: int = 256      # D, the width
-    dropout: float = 0.0   # of channels of each residual branch; worth having once the data is seen many times
-    # what real weights need (prepare/smollm2.py, prepare/siglip.py) and models of our own may leave as it is
-    n_kv_head: int = 0           # heads of keys and values, each shared by n_head / n_kv_head query heads; 0 is n_head
-    mlp: str = 'relu2'           # or swiglu, gelu_tanh
-    mlp_width: int = 0           # hidden units of the MLP; 0 is 4 n_embd
-    qk_norm: bool = True         # normalise queries and keys
-    bias: bool = False           # a vector added to what each matrix of a block gives
-    rope_theta: float = 10000.0  # the slowest rotary pair turns once in about 2 pi theta tokens; 0 turns none
-    norm_eps: float = 1e-6       # of RMSNorm
-    token_shift: bool = True     # add a learned fraction of the previous token's embedding
-    tied: bool = False           # one matrix is both embedding and head
+    dropout: float = 0.0   # fraction of channels dropped from each residual branch; for data that is seen many times
+    token_shift: bool = True      # add a learned fraction of the previous token's embedding
+    # only for real weights (prepare/smollm2.py, prepare/siglip.py):
+    n_kv_head: int = 0            # heads of keys and values, each shared by n_head / n_kv_head query heads; 0: n_head
+    activation: str = 'relu2'     # or swiglu (arXiv 2002.05202), gelu_tanh (1606.08415)
+    mlp_hidden_dim: int = 0       # hidden units of the MLP; 0: 4 n_embd
+    qk_norm: bool = True          # normalise queries and keys
+    bias: bool = False            # biases in the linear layers of blocks
+    rope_base: float = 10000.0    # the slowest RoPE pair takes about 2 pi rope_base tokens for a turn; 0: no rotation
+    norm_eps: float = 1e-6        # of RMSNorm
+    tie_embeddings: bool = False  # one matrix is both token_embedding and lm_head
 
 
-def norm(x, eps=1e-6):
+def rms_norm(x, eps=1e-6):
     """RMSNorm without a gain: scales each vector along the last axis to mean square 1 (arXiv 1910.07467)."""
     return F.rms_norm(x, (x.size(-1),), eps=eps)
 
 
-def rotary(coordinates, head_size, theta):
-    """cos and sin (..., hd / 2) of the rotary position embedding (arXiv 2104.09864, section 3.2) at coordinates (..., A):
-    positions on A axes, 1 for text, row and column for an image. The hd / 2 pairs of a head are dealt out to the axes in
-    turn, each axis from fast to slow frequencies; theta 0 rotates nothing."""
-    n_axes, pairs = coordinates.size(-1), head_size // 2
-    i = torch.arange(pairs, device=coordinates.device)
-    frequency = theta ** -((i // n_axes) / (pairs / n_axes)) if theta else torch.zeros_like(i)
-    angle = coordinates[..., i % n_axes].float() * frequency  # (..., hd / 2)
+def rope_cos_sin(positions, head_dim, rope_base):
+    """cos and sin (..., hd / 2) of RoPE (arXiv 2104.09864, section 3.2) at positions (..., A): A = 1 for text, 2 (row,
+    column) for images. Pair i rotates with axis i mod A; the frequencies of an axis fall from 1 to about 1 / rope_base.
+    Example: hd = 4, rope_base = 100: position 3 gives the angles (3, 0.3); row 2, column 5 gives (2, 5)."""
+    n_axes, pairs = positions.size(-1), head_dim // 2
+    i = torch.arange(pairs, device=positions.device)
+    frequency = rope_base ** -((i // n_axes) / (pairs / n_axes)) if rope_base else torch.zeros_like(i)
+    angle = positions[..., i % n_axes].float() * frequency  # (..., hd / 2)
     return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):
-    """Rotates pair i of each head, (x[i], x[i + hd/2]), by its angle: x (B, nh, T, hd), cos and sin (T, hd / 2), or if rows
-    differ (B, 1, T, hd / 2). A rotated query times a rotated key depends on the difference of their positions alone."""
-    a, b = x.chunk(2, dim=-1)  # times float32 angles: float32 whatever x is
+def apply_rope(x, cos, sin):
+    """Rotates each pair (x[i], x[i + hd/2]) of x (B, nh, T, hd) by its angle; cos, sin (T, hd / 2), (B, 1, T, hd / 2)
+    if positions differ between rows. Then q . k depends on positions only through their difference.
+    Example: hd = 4, both angles 90 degrees: (1, 2, 3, 4) has the pairs (1, 3) and (2, 4) and becomes (-3, -4, 1, 2)."""
+    a, b = x.chunk(2, dim=-1)  # times float32 angles: float32 whatever the dtype of x
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 class Attention(nn.Module):
-    """Multi-head attention (arXiv 1706.03762, section 3.2), the one core of all chapters: softmax(12 cos(q, k)) v.
-    x (B, T, D) attends to itself or, if `cross`, to a context (B, S, D). Training passes no mask tensor, so that the fastest
-    kernel always applies. Fewer heads of keys and values, n_kv_head (arXiv 2305.13245), make the cache smaller."""
-    def __init__(self, n_embd, n_head, n_kv_head=0, cross=False, qk_norm=True, bias=False):
+    """Multi-head attention (1706.03762, section 3.2), softmax(12 cos(q, k)) v, of x (B, T, D) to x or, if `cross`, to a
+    context (B, S, D). Training needs no mask: the fastest kernel applies. n_kv_head < n_head is GQA (2305.13245)."""
+    def __init__(self, n_embd, n_head, n_kv_head=0, cross=False, qk_norm=True, bias=False, layer_idx=0):
         super().__init__()
         n_kv_head = n_kv_head or n_head
-        assert n_embd % (2 * n_head) == 0, f'n_embd={n_embd} must be a multiple of 2 * n_head={2 * n_head}'
-        assert n_head % n_kv_head == 0, f'n_head={n_head} must be a multiple of n_kv_head={n_kv_head}'
-        self.n_head, self.n_kv_head, self.head_size, self.qk_norm = n_head, n_kv_head, n_embd // n_head, qk_norm
-        rows = n_kv_head * self.head_size  # of keys, and of values
+        assert n_embd % (2 * n_head) == 0, f'{n_embd=} must be a multiple of 2 * n_head={2 * n_head}'
+        assert n_head % n_kv_head == 0, f'{n_head=} must be a multiple of {n_kv_head=}'
+        self.n_head, self.n_kv_head, self.head_dim, self.qk_norm = n_head, n_kv_head, n_embd // n_head, qk_norm
+        self.layer_idx, kv_dim = layer_idx, n_kv_head * self.head_dim
         self.q = nn.Linear(n_embd, n_embd, bias) if cross else None
-        self.qkv = nn.Linear(n_embd, 2 * rows if cross else n_embd + 2 * rows, bias)  # one matmul
+        self.qkv = nn.Linear(n_embd, 2 * kv_dim if cross else n_embd + 2 * kv_dim, bias)  # one matmul
         self.out = nn.Linear(n_embd, n_embd, bias)
         nn.init.zeros_(self.out.weight)  # a block starts as the identity
-        # keys start equal to queries: a token first attends to what is like it and near it
-        queries = (self.q if cross else self.qkv).weight.data[:n_embd].view(n_kv_head, -1, self.head_size, n_embd)
-        self.qkv.weight.data[-2 * rows:-rows] = queries[:, 0].flatten(0, 1)
+        # keys start equal to queries: a token first attends to tokens that are similar and near
+        queries = (self.q if cross else self.qkv).weight.data[:n_embd].view(n_kv_head, -1, self.head_dim, n_embd)
+        self.qkv.weight.data[-2 * kv_dim:-kv_dim] = queries[:, 0].flatten(0, 1)
 
-    def heads(self, x):
-        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, nh, T, hd)
+    def split_heads(self, x):
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, nh, T, hd)
 
-    def turned(self, x, turn):
-        """Queries or keys (B, nh, T, hd), normalised (arXiv 2010.04245: stable at high learning rates) and rotated."""
-        return rotate(norm(x) if self.qk_norm else x, *turn).type_as(x)
+    def norm_and_rope(self, x, rope):  # QK-norm (2010.04245) keeps high learning rates stable
+        return apply_rope(rms_norm(x) if self.qk_norm else x, *rope).type_as(x)
 
-    def forward(self, x, turn, context=None, context_turn=None, causal=False, mask=None, cache=None):
-        """turn: (cos, sin) of x's positions, context_turn of the context's; mask and cache: see `KVCache`."""
+    def forward(self, x, rope, context=None, context_rope=None, causal=False, mask=None, cache=None):
+        """rope: (cos, sin) of x's positions, context_rope: of the context's; mask and cache: see KVCache."""
         nh, nkv = self.n_head, self.n_kv_head
-        if context is None:  # queries and keys have the same positions and are rotated at once
-            qk, v = self.heads(self.qkv(x)).split((nh + nkv, nkv), dim=1)
-            q, k = self.turned(qk, turn).split((nh, nkv), dim=1)
+        if context is None:  # queries and keys have the same positions and are rotated together
+            qk, v = self.split_heads(self.qkv(x)).split((nh + nkv, nkv), dim=1)
+            q, k = self.norm_and_rope(qk, rope).split((nh, nkv), dim=1)
         else:
-            k, v = self.heads(self.qkv(context)).chunk(2, dim=1)
-            q, k = self.turned(self.heads(self.q(x)), turn), self.turned(k, context_turn)
-        if cache is not None:
-            k, v = cache.append(self, k, v)
-        # normalised vectors have length sqrt(hd): 1 / sqrt(hd) bounds logits by sqrt(hd), too flat for many tokens; this, by 12
-        scale = 12 / self.head_size if self.qk_norm else self.head_size ** -0.5
+            k, v = self.split_heads(self.qkv(context)).chunk(2, dim=1)  # (B, nkv, S, hd)
+            q, k = self.norm_and_rope(self.split_heads(self.q(x)), rope), self.norm_and_rope(k, context_rope)
+        k, v = (k, v) if cache is None else cache.update(self, k, v)
+        # |q| = |k| = sqrt(hd): 1 / sqrt(hd) bounds logits by sqrt(hd), too flat for many tokens; 12 / hd bounds by 12
+        scale = 12 / self.head_dim if self.qk_norm else self.head_dim ** -0.5
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=nkv < nh)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class MLP(nn.Module):
-    """Two layers with ReLU^2 between them: sparse, and cheaper than a gated unit of equal quality (arXiv 2109.08668); or,
-    for weights that come with it, the gated SwiGLU (arXiv 2002.05202) or GELU by its tanh formula (1606.08415)."""
-    def __init__(self, n_embd, width=0, kind='relu2', bias=False):
+    """Two layers with ReLU^2 between: sparse, and cheaper than a gated unit of equal quality (arXiv 2109.08668)."""
+    def __init__(self, n_embd, hidden_dim=0, activation='relu2', bias=False):
         super().__init__()
-        assert kind in ('relu2', 'swiglu', 'gelu_tanh'), f'mlp={kind!r} must be relu2, swiglu or gelu_tanh'
-        width, self.kind = width or 4 * n_embd, kind
-        self.up = nn.Linear(n_embd, 2 * width if kind == 'swiglu' else width, bias)  # gated: the gate's rows come first
-        self.down = nn.Linear(width, n_embd, bias)
+        assert activation in ('relu2', 'swiglu', 'gelu_tanh'), f'{activation=} must be relu2, swiglu or gelu_tanh'
+        hidden_dim, self.activation = hidden_dim or 4 * n_embd, activation
+        self.up = nn.Linear(n_embd, 2 * hidden_dim if activation == 'swiglu' else hidden_dim, bias)
+        self.down = nn.Linear(hidden_dim, n_embd, bias)
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
-        if self.kind == 'swiglu':
+        if self.activation == 'swiglu':
             gate, x = self.up(x).chunk(2, dim=-1)
             return self.down(F.silu(gate) * x)
-        if self.kind == 'gelu_tanh':
+        if self.activation == 'gelu_tanh':
             return self.down(F.gelu(self.up(x), approximate='tanh'))
         x = F.relu(self.up(x))
-        return self.down(x * x)  # not square(): on a GPU autocast computes that in float32
+        return self.down(x * x)  # not square(): autocast on a GPU computes that in float32
 
 
-class Dropout(nn.Dropout1d):
-    """Zeroes some channels of x (B, T, D), the same at all positions of a sample (arXiv 1512.05287): T times fewer draws."""
+class ChannelDropout(nn.Dropout1d):  # drops a channel at all positions of a sample (arXiv 1512.05287)
     def forward(self, x):
         return super().forward(x.mT).mT  # (B, T, D)
 
 
 class Block(nn.Module):
-    """Attention, then an MLP; both read the normalised residual stream and add to it."""
-    def __init__(self, config):
+    """Attention, then an MLP; both read the normalised residual stream x (B, T, D) and add to it."""
+    def __init__(self, config, layer_idx=0):
         super().__init__()
-        self.attention = Attention(config.n_embd, config.n_head, config.n_kv_head, qk_norm=config.qk_norm, bias=config.bias)
-        self.mlp = MLP(config.n_embd, config.mlp_width, config.mlp, config.bias)
-        self.dropout = Dropout(config.dropout)
-        self.eps = config.norm_eps
+        c, self.eps, self.dropout = config, config.norm_eps, ChannelDropout(config.dropout)
+        self.attention = Attention(c.n_embd, c.n_head, c.n_kv_head, False, c.qk_norm, c.bias, layer_idx)
+        self.mlp = MLP(c.n_embd, c.mlp_hidden_dim, c.activation, c.bias)
 
-    def forward(self, x, turn, causal=True, mask=None, cache=None):
-        x = x + self.dropout(self.attention(norm(x, self.eps), turn, causal=causal, mask=mask, cache=cache))
-        return x + self.dropout(self.mlp(norm(x, self.eps)))
+    def forward(self, x, rope, causal=True, mask=None, cache=None):
+        x = x + self.dropout(self.attention(rms_norm(x, self.eps), rope, causal=causal, mask=mask, cache=cache))
+        return x + self.dropout(self.mlp(rms_norm(x, self.eps)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss, and the model
-
-def nll(x, head, targets):  # by itself, since engine/graphs.py compiles it
+def token_nll(x, head, targets):  # a function of its own because engine/graphs.py compiles it
     return F.cross_entropy(F.linear(x, head).float(), targets, ignore_index=-1, reduction='none')
 
 
-def cross_entropy(x, head, targets, most=0):
-    """-ln p(target) in nats (R,) of rows x (R, D) with a head (V, D); targets (R,), -1 is none and costs 0. At most `most`
-    logits exist at a time, since chunks of rows compute theirs again in the backward pass: megabytes, not gigabytes at
-    V = 64k. 0 is 2^24, or on a GPU a quarter of its memory at 16 bytes each, which takes fewer kernels."""
-    most = most or (torch.cuda.get_device_properties(x.device).total_memory // 64 if x.is_cuda else 2 ** 24)
-    rows = max(1, most // len(head))
-    if len(x) <= rows or x.is_meta:  # meta: only to be counted
-        return nll(x, head, targets)
-    return torch.cat([checkpoint(nll, part, head, some, use_reentrant=False, preserve_rng_state=False)
-                      for part, some in zip(x.split(rows), targets.split(rows))])
+def chunked_cross_entropy(x, head, targets, max_logits=0):
+    """-ln p(target) in nats (R,) of rows x (R, D), head (V, D), targets (R,); a target of -1 costs 0. Only max_logits
+    logits exist at a time: the backward pass recomputes them. 0: 2^24, or on a GPU a quarter of its memory.
+    Example: 16,384 rows at V = 50,000 are 3.3 GB of logits; chunks of 2^24 // V = 335 rows are 49 times 67 MB."""
+    max_logits = max_logits or (torch.cuda.get_device_properties(x.device).total_memory // 64 if x.is_cuda else 2 ** 24)
+    rows = max(1, max_logits // len(head))
+    if len(x) <= rows or x.is_meta:  # meta tensors: only FLOPs are counted
+        return token_nll(x, head, targets)
+    return torch.cat([checkpoint(token_nll, part, head, target, use_reentrant=False, preserve_rng_state=False)
+                      for part, target in zip(x.split(rows), targets.split(rows))])
 
 
 class GPT(nn.Module):
-    fields = 'tokens',  # what a batch holds
+    batch_keys = 'tokens',
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tied:
-            self.head.weight = self.embedding.weight
-            nn.init.normal_(self.head.weight, std=0.02)  # as in GPT-2: first logits near 0
-        else:
-            nn.init.zeros_(self.head.weight)  # the first loss is ln(V), exactly
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        nn.init.zeros_(self.lm_head.weight)  # the first loss is exactly ln(V)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.token_embedding.weight
+            nn.init.normal_(self.lm_head.weight, std=0.02)  # as in GPT-2: first logits near 0
         if config.token_shift:
-            self.shift = nn.Parameter(torch.zeros(config.n_embd))
-        turn = rotary(torch.arange(config.block_size)[:, None], config.n_embd // config.n_head, config.rope_theta)
-        self.register_buffer('turn', torch.stack(turn), persistent=False)  # (2, T, hd / 2)
+            self.token_shift_weight = nn.Parameter(torch.zeros(config.n_embd))
+        rope = rope_cos_sin(torch.arange(config.block_size)[:, None], config.n_embd // config.n_head, config.rope_base)
+        self.register_buffer('rope', torch.stack(rope), persistent=False)  # (2, T, hd / 2)
 
-    def embed(self, tokens, cache=None, x=None):
-        """tokens (B, T), or x (B, T, D) in place of their embeddings -> (B, T, D). Token shift (RWKV, arXiv 2305.13048, section
-        3.1) adds a learned fraction of the previous embedding, so that the first block already reads pairs of tokens."""
-        x = self.embedding(tokens.clamp(min=0)) if x is None else x
+    def embed(self, tokens, cache=None, inputs_embeds=None):
+        """Tokens (B, T), or their embeddings (B, T, D) -> (B, T, D). Token shift (arXiv 2305.13048, section 3.1) adds a
+        learned fraction of the previous token's embedding, so that the first block already reads pairs of tokens."""
+        x = self.token_embedding(tokens.clamp(min=0)) if inputs_embeds is None else inputs_embeds
         if not self.config.token_shift:
             return x
-        before = cache.last if cache and cache.filled else torch.zeros_like(x[:, :1])
-        if cache and cache.ragged:
-            x = torch.where((tokens >= 0)[..., None], x, before)  # padding hands on what was before it: at first nothing
+        previous = cache.prev_embedding if cache and cache.cur_len else torch.zeros_like(x[:, :1])
         if cache:
-            cache.last = x[:, -1:]
-        return x + self.shift * torch.cat((before, x[:, :-1]), dim=1)
+            x = torch.where((tokens >= 0)[..., None], x, previous)  # left padding has the embedding 0
+            cache.prev_embedding = x[:, -1:]
+        return x + self.token_shift_weight * torch.cat((previous, x[:, :-1]), dim=1)
 
-    def trunk(self, tokens, cache=None, x=None):
-        """tokens (B, T) -> (B, T, D), what the head reads; with a cache they follow what is in it. x (B, T, D), if given,
-        replaces the tokens' own embeddings (vlm.py)."""
-        causal, mask, places = cache.prepare(tokens) if cache else (True, None, slice(tokens.size(1)))
-        x, turn = self.embed(tokens, cache, x), self.turn[:, places]  # (B, T, D), (2, T, hd / 2) or (2, B, 1, T, hd / 2)
+    def backbone(self, tokens, cache=None, inputs_embeds=None):
+        """Tokens (B, T), after those in the cache -> hidden states (B, T, D), the input of lm_head."""
+        causal, mask, position_ids = cache.prepare(tokens) if cache else (True, None, slice(tokens.size(1)))
+        x, rope = self.embed(tokens, cache, inputs_embeds), self.rope[:, position_ids]  # (B, T, D), (2, ..., T, hd / 2)
         for block in self.blocks:
-            x = block(x, turn, causal, mask, cache)
+            x = block(x, rope, causal, mask, cache)
         if cache:
-            cache.filled += tokens.size(1)
-        return norm(x, self.config.norm_eps)
+            cache.cur_len += tokens.size(1)
+        return rms_norm(x, self.config.norm_eps)
 
-    def logits(self, x):
-        return self.head(x).float()  # (..., V)
-
-    @staticmethod
-    def draw(batch, generator, shared):
-        """The chapter's randomness: none, every position is a target."""
-        return batch
+    def prepare_batch(self, batch, generator, step_generator):
+        return batch  # nothing is random: all positions are targets
 
     def forward(self, batch):
-        """batch['tokens'] (B, T + 1) -> the mean of -ln p(next token) in nats, and its sum and count as a log."""
-        tokens = batch['tokens'].long()
-        x, targets = self.trunk(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-        total, count = cross_entropy(x, self.head.weight, targets).sum(), (targets >= 0).sum()
+        """Mean of -ln p(next token) in nats, and logs {name: (sum, count)}. Shapes: tokens (B, T) -> embed (B, T, D) ->
+        blocks (B, T, D) -> rms_norm (B, T, D) -> lm_head (B T, V) -> nll (B T,). In a block: qkv (B, T, 3 D) -> q, k, v
+        (B, nh, T, hd) -> attention (B, nh, T, hd) -> out (B, T, D); up (B, T, 4 D) -> ReLU^2 -> down (B, T, D)."""
+        tokens = batch['tokens'].long()  # (B, T + 1)
+        x, targets = self.backbone(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()  # (B T, D), (B T,)
+        total, count = chunked_cross_entropy(x, self.lm_head.weight, targets).sum(), (targets >= 0).sum()
         logs = {'loss': torch.stack((total.detach(), count)), 'tokens': torch.stack((count, torch.ones_like(count)))}
         return total / count, logs
 
-    @torch.no_grad()
-    def log_prob(self, tokens):
-        """ln p in nats of tokens[:, 1:], each given those before it: (B, T + 1) -> (B,)."""
-        nll = cross_entropy(self.trunk(tokens[:, :-1]).flatten(0, 1), self.head.weight, tokens[:, 1:].flatten())
-        return -nll.view(len(tokens), -1).sum(1)
+    def logits(self, x):
+        return self.lm_head(x).float()  # (..., V)
 
-    def step(self, tokens, cache):
-        """Reads tokens (B, T) into the cache; returns the logits of the next token (B, V)."""
-        return self.logits(self.trunk(tokens, cache)[:, -1])
+    def step(self, tokens, cache, prefill_chunk=1024):
+        """Reads tokens (B, T) into the cache, in chunks to bound memory; returns logits of the next token (B, V)."""
+        for chunk in tokens.split(prefill_chunk, dim=1):
+            x = self.backbone(chunk, cache)
+        return self.logits(x[:, -1])
 
-    @torch.no_grad()
-    def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None, chunk=1024):
-        """Continues each row of tokens (B, T0 >= 1), left-padded with -1; yields as `decode` does, max_new_tokens times. Of a
-        prompt the last T tokens are read. When T are in the cache, a new one starts from the last T / 2 of all tokens, since
-        cached positions are fixed. Prompts are read in chunks, which bounds the memory of activations and masks."""
-        T, ended = self.config.block_size, tokens.new_zeros(len(tokens), dtype=torch.bool)
+    def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, eos_id=-1, generator=None):
+        """Continues the last T of tokens (B, T0 >= 1), left-padded with -1; yields like `decode`. Cached positions are
+        fixed: when T tokens are in the cache, a new cache starts from the last T / 2."""
+        T, finished = self.config.block_size, tokens.new_zeros(len(tokens), dtype=torch.bool)
         context = tokens[:, -T:]
-        while max_new_tokens > 0:
-            n, new = min(max_new_tokens, T - context.size(1) + 1), []
-            cache = KVCache(context.size(1) + n - 1, bool((context < 0).any()))  # the last new token is not read
-            *parts, last = context.split(chunk, dim=1)
-            for part in parts:
-                self.trunk(part, cache)
-            for token in decode(self, last, cache, ended, n, temperature, top_k, top_p, min_p, end, generator):
-                new.append(token)
+        while max_new_tokens > 0 and not (eos_id >= 0 and finished.all()):
+            n = min(max_new_tokens, T - context.size(1) + 1)  # the last one is sampled, but not read
+            cache = KVCache(context.size(1) + n - 1, left_padded=bool((context < 0).any()))
+            for token in decode(self, context, cache, finished, n, temperature, top_k, top_p, min_p, eos_id, generator):
+                tokens = torch.cat((tokens, token[:, None]), dim=1)
                 yield token
-            if len(new) < n:  # all rows have ended
-                return
-            tokens, max_new_tokens = torch.cat((tokens, torch.stack(new, dim=1)), dim=1), max_new_tokens - n
-            context = tokens[:, -max(1, T // 2):]
+            context, max_new_tokens = tokens[:, -max(1, T // 2):], max_new_tokens - n
 
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, end=-1, generator=None):
-        """The prompts and all that `stream` yields: (B, T0 + n), n <= max_new_tokens."""
-        new = list(self.stream(tokens, max_new_tokens, temperature, top_k, top_p, min_p, end, generator))
-        return torch.cat((tokens, torch.stack(new, dim=1)), dim=1) if new else tokens
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation
-
-def check_sampling(temperature, top_k, top_p, min_p):
-    if not (1e-6 <= temperature < torch.inf and top_k >= 0 and 0 <= top_p <= 1 and 0 <= min_p <= 1):
-        raise ValueError(f'temperature={temperature} must be 0 or at least 1e-6, top_k={top_k} at least 0, '
-                         f'top_p={top_p} and min_p={min_p} in [0, 1]')
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0, eos_id=-1, generator=None):
+        """The prompts and all that `stream` yields: (B, T0) -> (B, T0 + n), n <= max_new_tokens."""
+        new_tokens = self.stream(tokens, max_new_tokens, temperature, top_k, top_p, min_p, eos_id, generator)
+        return torch.cat((tokens, *(token[:, None] for token in new_tokens)), dim=1)
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Divides logits (..., V) by the temperature, then sets to -inf all but the top_k largest and their equals (0 keeps
-    all); all but the nucleus, the fewest tokens that hold top_p of the probability (arXiv 1904.09751); and all below min_p
-    of the largest probability (2407.01082). The most probable token always stays. Raises ValueError."""
-    check_sampling(temperature, top_k, top_p, min_p)
+    """Divides logits (..., V) by the temperature, then sets to -inf all but: the top_k largest (0: all); the nucleus,
+    the fewest tokens of total probability top_p (1904.09751); those of at least min_p times the largest (2407.01082).
+    Example: p = (.5, .3, .15, .05), top_p = .7: the mass before each is (0, .5, .8, .95): two stay. One always does."""
+    if not (1e-6 <= temperature < torch.inf and top_k >= 0 and 0 <= top_p <= 1 and 0 <= min_p <= 1):
+        raise ValueError(f'{temperature=} must be 0 or >= 1e-6, {top_k=} at least 0, {top_p=} and {min_p=} in [0, 1]')
     logits = logits.float() / temperature
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     if top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of all more probable tokens: 0 for the first
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all more probable tokens
         logits = logits.masked_fill(((before >= top_p) & (before > 0)).gather(-1, index.argsort(-1)), -torch.inf)
-    if min_p > 0:
-        p = logits.softmax(-1)
-        logits = logits.masked_fill(p < min_p * p.amax(-1, keepdim=True), -torch.inf)
-    return logits
+    p = logits.softmax(-1)
+    return logits.masked_fill(p < min_p * p.amax(-1, keepdim=True), -torch.inf)
 
 
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
-    """Samples ids (...) from logits (..., V); temperature 0 is argmax. Raises ValueError. Exponential race (equivalent to
-    Gumbel-max): argmax_i p_i / E_i, E_i ~ Exp(1), as in torch.multinomial, whose checks are a host-device sync."""
-    if temperature == 0:
-        check_sampling(1.0, top_k, top_p, min_p)
-        return logits.argmax(-1)
-    p = filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
-    return p.div_(torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+    """Samples ids (...) from logits (..., V); temperature 0 is argmax. Exponential race (equivalent to Gumbel-max):
+    argmax_i p_i / E_i, E_i ~ Exp(1), as in torch.multinomial, whose checks are a host-device sync."""
+    logits = filter_logits(logits, temperature or 1.0, top_k, top_p, min_p)
+    if temperature > 0:
+        logits = logits.softmax(-1).div_(torch.empty_like(logits).exponential_(generator=generator))
+    return logits.argmax(-1)
 
 
 @torch.no_grad()
-def decode(model, tokens, cache, ended, max_new_tokens, temperature, top_k, top_p, min_p, end, generator):
+def decode(model, tokens, cache, finished, max_new_tokens, temperature, top_k, top_p, min_p, eos_id, generator):
     """Reads tokens (B, T0) into the cache, samples the next of each row, reads it, and so on; yields each, (B,), up to
-    max_new_tokens. A row that samples `end` is noted in ended (B,) and gets -1 from then on; when all have, it stops."""
+    max_new_tokens times. A row that samples eos_id is marked in finished (B,), in place, and yields -1 from then on."""
     for _ in range(max_new_tokens):
-        if end >= 0 and ended.all():
+        if eos_id >= 0 and finished.all():
             return
         logits = model.step(tokens, cache)  # (B, V)
-        drawn = sample_token(logits, temperature, top_k, top_p, min_p, generator).masked_fill(ended, -1)
-        yield drawn
-        ended |= drawn == end
-        tokens = drawn[:, None]
+        token = sample_token(logits, temperature, top_k, top_p, min_p, generator).masked_fill(finished, -1)
+        yield token
+        finished |= token == eos_id
+        tokens = token[:, None]  # (B, 1)
 
 
 class KVCache:
-    """Keys and values of all layers, so that each new token costs one position's work. `length`: the number of positions
-    expected; a cache that is too short grows. If `ragged`, prompts are left-padded with -1: no token attends to padding,
-    and a token's position is the number of real ones before it."""
-    def __init__(self, length, ragged=False):
-        self.length, self.ragged = length, ragged
-        self.filled, self.store = 0, {}  # positions in use; {layer: its keys and values (2, B, nkv, S, hd), S >= filled}
-        self.valid = self.last = None  # real tokens, not padding (B, filled); the last embedding (B, 1, D), for token shift
+    """Keys and values of all layers: a new token costs one position's work. Grows beyond max_len. left_padded: no token
+    attends to padding (-1) or counts it: rows (-1, 5, 6) and (7, 8, 9) have position_ids (0, 0, 1) and (0, 1, 2)."""
+    def __init__(self, max_len, left_padded=False):
+        self.max_len, self.left_padded = max_len, left_padded
+        self.cur_len, self.kv = 0, []  # positions in use; keys and values (2, B, nkv, S >= cur_len, hd) of each layer
+        self.is_token = self.prev_embedding = None  # (B, cur_len) if left_padded; (B, 1, D) for token shift
 
-    def append(self, layer, k, v):
-        """Adds k and v (B, nkv, T, hd) of one layer; returns all of its keys and values so far."""
-        (B, n, T, hd), start, old = k.shape, self.filled, self.store.get(layer)
-        if old is None or old.size(3) < start + T:
-            S = -(-max(self.length, start + T) // 64) * 64  # a multiple of 64: faster on a GPU
-            self.store[layer] = k.new_empty(2, B, n, S, hd)
-            if start:
-                self.store[layer][:, :, :, :start] = old[:, :, :, :start]
-        store = self.store[layer]
-        store[0, :, :, start:start + T], store[1, :, :, start:start + T] = k, v
-        return store[:, :, :, :start + T]  # keys (B, nkv, start + T, hd) and values
+    def update(self, layer, k, v):
+        """Adds k and v (B, nkv, T, hd) of an Attention layer; returns all of its keys and values (B, nkv, S, hd)."""
+        i, start, S, new_kv = layer.layer_idx, self.cur_len, self.cur_len + k.size(2), torch.stack((k, v))
+        if i == len(self.kv):
+            self.kv.append(new_kv[:, :, :, :0])
+        if self.kv[i].size(3) < S:  # grows to a multiple of 64, which is faster on a GPU
+            self.kv[i] = F.pad(self.kv[i][:, :, :, :start], (0, 0, 0, -(-max(self.max_len, S) // 64) * 64 - start))
+        self.kv[i][:, :, :, start:S] = new_kv
+        return self.kv[i][:, :, :, :S]
 
     def prepare(self, tokens):
-        """For attention of new tokens (B, T) to themselves and all before: causal; the mask (B or 1, 1, T, S), True for what is
-        seen, None if causal or full attention suffices; and the tokens' positions, a slice or, if rows differ, (B, 1, T)."""
-        start, S = self.filled, self.filled + tokens.size(1)
-        if not self.ragged and (start == 0 or S == start + 1):
+        """For new tokens (B, T) that attend to themselves and all before: causal; mask (B or 1, 1, T, S), True: attend,
+        None if `causal` or full attention suffices; position_ids, a slice or, if left_padded, (B, 1, T)."""
+        start, S = self.cur_len, self.cur_len + tokens.size(1)
+        if not self.left_padded and (start == 0 or S == start + 1):
             return S > start + 1, None, slice(start, S)
-        place, places = torch.arange(S, device=tokens.device), slice(start, S)
-        seen = place <= place[start:, None]  # (T, S)
-        if self.ragged:
-            self.valid = torch.cat((self.valid[:, :start], tokens >= 0), dim=1) if start else tokens >= 0
-            seen = seen & self.valid[:, None] | (place == place[start:, None])  # each sees itself: no row without a key
-            places = (self.valid.cumsum(1)[:, None, start:] - 1).clamp(min=0)
-        return False, seen.view(-1, 1, S - start, S), places
+        k_idx, q_idx = torch.arange(S, device=tokens.device), torch.arange(start, S, device=tokens.device)[:, None]
+        if not self.left_padded:
+            return False, (k_idx <= q_idx)[None, None], slice(start, S)
+        self.is_token = torch.cat((self.is_token[:, :start], tokens >= 0), dim=1) if start else tokens >= 0  # (B, S)
+        mask = (k_idx <= q_idx) & self.is_token[:, None] | (k_idx == q_idx)  # softmax over no key would be nan
+        return False, mask[:, None], (self.is_token.cumsum(1)[:, None, start:] - 1).clamp(min=0)
 
-    def repeat(self, n):
-        """Each row n times, so that n texts can go on from what one row has read."""
-        self.store = {layer: store.repeat_interleave(n, 1) for layer, store in self.store.items()}
-        self.valid, self.last = (x if x is None else x.repeat_interleave(n, 0) for x in (self.valid, self.last))
+    def repeat_batch(self, n):  # n continuations of each row share one prefill
+        self.kv = [kv.repeat_interleave(n, 1) for kv in self.kv]
+        self.is_token = None if self.is_token is None else self.is_token.repeat_interleave(n, 0)
+        self.prev_embedding = None if self.prev_embedding is None else self.prev_embedding.repeat_interleave(n, 0)
 
 
 Model = GPT

@@ -1,23 +1,24 @@
 """
-Chapter 2. MaskGIT: an encoder-only Transformer that fills in hidden tokens, and generates by filling in a few at a time.
+Chapter 2. MaskGIT: an encoder-only Transformer that predicts masked tokens, and generates by unmasking a few per step.
 
-Some tokens of a sample are replaced by a learned mask token; the model, in which every place sees every other, is trained to
-tell what was there. How many are hidden is drawn anew for each sample, from one to all, so that the same model can go on from
-any state between an empty picture and a finished one. To generate, start with everything hidden, predict all places at once, keep
-some of the tokens drawn, and predict again: eight such steps may do what takes a GPT one step a token. And since any tokens may
-be given, in-painting, out-painting and filling a gap in a text need nothing new.
+In training, a random subset of a sample's tokens is replaced by a mask token, and the model, whose attention is full,
+predicts the originals. The mask ratio is random, so one model can continue from every state between an empty image and
+a finished one. To generate, start with all tokens masked, predict all positions in parallel, keep some of the sampled
+tokens, repeat: 8 steps instead of one per token. Any tokens may be given: in-painting needs no other model.
 
-A batch is {'tokens': (B, T) integers}: the last N of a row are the sample, -1 is no token. Where there are classes, the first
-of the row is the sample's class. A text is N tokens cut from a stream, so that there is no padding.
+    loss = mean over samples of  1/k sum_{i masked} -ln p(x_i | unmasked tokens, class),  k masked tokens in the sample
+
+A batch is {'tokens': (B, T) integers}: the last N of a row are the sample, -1 is padding; the class, if any, is first.
+A training step: `prepare_batch` samples masks (B, N); `forward`: embeddings (B, N, D) -> blocks -> the R masked
+positions (R, D) -> head: -ln p (R,) -> loss; train.py calls loss.backward() and optimizer.step().
 
     python train.py config/maskgit_mnist.py
     python sample.py --out_dir=out/maskgit_mnist --order=random --steps=16
 
-Papers: MaskGIT (Chang et al., 2202.04200); the likelihood bound: autoregressive diffusion (Hoogeboom et al., 2110.02037), masked
-diffusion (Shi et al., 2406.04329); the Halton order (Besnier et al., 2503.17076). What differs: the blocks are those of chapter
-1; codes of many digits are embedded and predicted digit by digit.
-
-`unmask`, the one decoding loop, and `Head` serve chapter 3 as well.
+Paper: MaskGIT (Chang et al., 2202.04200). What differs: mask ratios are uniform by default, not cosine, and the loss is
+a mean over each sample first, so that it bounds -ln p (2110.02037, 2406.04329); masks in antithetic pairs; no label
+smoothing; the class is added to every token, not a token of its own; classifier-free guidance; random order by default,
+not confidence; chapter 1's attention and MLP; output weights not tied to embeddings; FSQ codes digit by digit.
 """
 import math
 from dataclasses import dataclass
@@ -26,167 +27,148 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import MLP, Attention, Dropout, norm, rotary, sample_token
+from gpt import MLP, Attention, ChannelDropout, rms_norm, rope_cos_sin, sample_token
 
 
 @dataclass
 class Config:
     vocab_size: int = 65        # V, number of token ids; set by the data set
-    levels: str = ''            # '16*16*16*16': ids are numbers of such digits; '' is one digit; set by the data set
-    grid: str = ''              # '7x7': rows x columns of a picture; '' is a text of block_size tokens; set by the data set
+    levels: str = ''            # '16*16*16*16': an id has four digits (FSQ); '' is one digit; set by the data set
+    grid: str = ''              # '7x7': rows x columns of an image; '' is a text; set by the data set
     block_size: int = 256       # N of a text
-    n_classes: int = 0          # classes, if rows begin with one; set by the data set
+    n_classes: int = 0          # if rows start with a class; set by the data set
     n_layer: int = 4            # number of blocks
-    n_head: int = 6             # nh, attention heads a block
+    n_head: int = 6             # nh, attention heads per block
     n_embd: int = 192           # D, the width
     dropout: float = 0.0        # of channels of each residual branch
-    label_dropout: float = 0.1  # share of training samples that hide their class; guidance needs some
-    law: str = 'uniform'        # of the mask ratio: uniform, cosine or arccos; the last two hide more
-    bound: bool = False         # weigh samples so that the loss is a bound on -ln p whatever the law
+    label_dropout: float = 0.1  # fraction of training samples without their class; guidance needs some
+    mask_schedule: str = 'uniform'  # distribution of the mask ratio: uniform, cosine or arccos; the last two mask more
+    elbo: bool = False          # weight samples so that the loss bounds -ln p for every mask schedule
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Masking (MaskGIT, section 3.1)
 
-def uniform(x):
-    return 1 - x
+COSINE, ARCCOS = lambda u: torch.cos(math.pi / 2 * u), lambda u: torch.arccos(u) * 2 / math.pi  # inverse to each other
+MASK_SCHEDULES = dict(  # gamma: u in 0..1 -> mask ratio; and gamma^-1
+    uniform=(lambda u: 1 - u, lambda ratio: 1 - ratio), cosine=(COSINE, ARCCOS), arccos=(ARCCOS, COSINE))
 
 
-def cosine(x):
-    return torch.cos(math.pi / 2 * x)
+def random_mask(valid, u, noise, mask_schedule):
+    """Mask ceil(gamma(u) n) >= 1 of the n valid tokens: valid, noise (B, N), u (B, 1) in [0, 1) -> (B, N) booleans.
+    Example: n = 4, uniform, u = 0.4 -> ceil(0.6 * 4) = 3 masked tokens, those with the smallest noise."""
+    n_masked = (MASK_SCHEDULES[mask_schedule][0](u) * valid.sum(1, keepdim=True)).ceil().clamp(min=1)  # (B, 1)
+    order = noise.masked_fill(~valid, torch.inf).argsort(-1)  # positions in a random order, padding last
+    rank = order.argsort(-1)  # of each position in that order
+    return valid & (rank < n_masked)
 
 
-def arccos(x):
-    return torch.arccos(x) * 2 / math.pi
+def antithetic_masks(valid, mask_schedule, generator):
+    """Sample masks (B, N) in antithetic pairs, (u, noise) and (1 - u, 1 - noise), with u stratified over the pairs
+    (2107.00630, appendix I): the loss varies less. A pair's uniform masks cover all positions and share one."""
+    (B, N), n_pairs = valid.shape, math.ceil(len(valid) / 2)
+    u = (torch.rand(1, generator=generator) + torch.arange(n_pairs) / n_pairs).remainder(1)  # (n_pairs,)
+    half = torch.cat((u[:, None], torch.rand(n_pairs, N, generator=generator)), 1)  # (n_pairs, 1 + N)
+    u_and_noise = torch.stack((half, 1 - half), 1).flatten(0, 1)[:B]  # (B, 1 + N)
+    return random_mask(valid, u_and_noise[:, :1], u_and_noise[:, 1:], mask_schedule)
 
 
-LAWS = dict(uniform=(uniform, uniform), cosine=(cosine, arccos), arccos=(arccos, cosine))  # u in 0..1 -> mask ratio; and back
+def importance_weight(mask, valid, mask_schedule):
+    """p_uniform(k) / p_schedule(k), (B,), of samples with k of n tokens masked: makes the mean loss that of the uniform
+    schedule. p_uniform(k) = 1/n, p_schedule(k) = gamma^-1((k - 1)/n) - gamma^-1(k/n)."""
+    k, n, inverse = mask.sum(1).float(), valid.sum(1).float(), MASK_SCHEDULES[mask_schedule][1]
+    return 1 / (n * (inverse((k - 1) / n) - inverse(k / n)).clamp(min=1e-9))
 
 
-def hide(present, u, noise, law):
-    """Which tokens to hide, (B, N) booleans: of those present (B, N) a share that u (B, 1) in [0, 1) decides, one at least; those
-    whose noise (B, N) is smallest."""
-    count = (LAWS[law][0](u) * present.sum(1, keepdim=True)).ceil().clamp(min=1)
-    return present & (noise.masked_fill(~present, torch.inf).argsort(-1).argsort(-1) < count)
-
-
-def hide_in_pairs(present, law, generator):
-    """Masks (B, N) for a batch, in complementary pairs: under the uniform law one sample hides what its neighbour shows, and one
-    place more, since each must hide some. So each pair asks for every place and each batch for the same number of tokens. Mask
-    ratios are spread evenly over the batch (Kingma et al., 2107.00630, appendix I): the loss varies less from step to step."""
-    B, N = present.shape
-    pairs = -(-B // 2)
-    u = (torch.rand(1, generator=generator) + torch.arange(pairs) / pairs).remainder(1)
-    draws = torch.cat((u[:, None], torch.rand(pairs, N, generator=generator)), 1)
-    draws = torch.stack((draws, 1 - draws), 1).flatten(0, 1)[:B]  # (B, 1 + N)
-    return hide(present, draws[:, :1], draws[:, 1:], law)
-
-
-def law_weight(mask, present, law):
-    """What to multiply a sample's loss by, (B,), so that its mean is that of the uniform law: how much likelier that law is to
-    hide just this many, 1 / n over the probability with which `law` hides k of n tokens."""
-    k, n = mask.sum(1).float(), present.sum(1).float()
-    back = LAWS[law][1]
-    return 1 / (n * (back((k - 1) / n) - back(k / n)).clamp(min=1e-9))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding: one loop for every order and schedule
+# ----------------------------------------------------------------------------------------------------------------------
+# Iterative decoding (MaskGIT, section 3.2): one loop for every order and schedule
 
 ORDERS, SCHEDULES = ('confidence', 'random', 'raster', 'halton'), ('cosine', 'linear', 'constant')
 
 
-def filled_after(total, steps, schedule):
-    """How many of `total` (B, 1) tokens are filled after each step: (B, steps), all after the last, at least one a step while
-    any are left. cosine fills few first (MaskGIT, section 3.3), linear as evenly as whole numbers allow, constant the same
-    number each time for as long as that goes."""
+def unmask_schedule(total, steps, schedule):
+    """How many of `total` (B, 1) tokens are unmasked after step s = 1..S, (B, S): cosine total (1 - cos(pi/2 s/S)),
+    linear total s/S, rounded up; constant s ceil(total/S). Example, cosine, 49, S = 8: 1, 4, 9, 15, 22, 31, 40, 49."""
     step = torch.arange(1, steps + 1, device=total.device)
-    if schedule == 'cosine':  # less 1e-9, so that a whole number, rounded up, stays what it is
-        filled = (total * (1 - torch.cos(math.pi / 2 * step.double() / steps)) - 1e-9).ceil().long()
-    else:  # rounded up, in integers
-        filled = -(-total * step // steps) if schedule == 'linear' else -(-total // steps) * step
-    return filled.minimum(total - steps + step).maximum(step).minimum(total)
+    if schedule == 'cosine':  # minus 1e-9: a whole number must not be rounded up
+        n_unmasked = (total * (1 - torch.cos(math.pi / 2 * step.double() / steps)) - 1e-9).ceil().long()
+    else:
+        n_unmasked = -(-total * step // steps) if schedule == 'linear' else -(-total // steps) * step
+    return n_unmasked.minimum(total - steps + step).maximum(step).minimum(total)  # at least one in every step
 
 
-def halton_rank(grid):
-    """The rank (N,) of each place of a grid (rows, columns), or (length,) of a text, in the order in which the Halton sequence
-    visits them: each far from those just before, so that tokens of one step depend little on each other (2503.17076, 3.2)."""
-    N, number = math.prod(grid), torch.arange(16 * math.prod(grid)) + 1  # so many visit every place
-    cell = torch.zeros_like(number)
+def halton_order(grid):
+    """Rank (N,) of each position of a grid (rows, columns) or (length,) in the Halton sequence: far from those just
+    before it, so tokens unmasked in one step depend little on each other (Besnier et al., 2503.17076, section 3.2)."""
+    number, place, cell = torch.arange(16 * math.prod(grid))[:, None] + 1, torch.arange(20), 0  # visits every position
     for base, size in zip((2, 3), grid):
-        point, rest, scale = torch.zeros(len(number), dtype=torch.double), number, 1.0
-        while rest.any():  # the number's digits, mirrored at the point
-            scale /= base
-            point, rest = point + rest % base * scale, rest // base
-        cell = cell * size + (point * size).long()
-    first = torch.full((N,), len(number)).scatter_reduce(0, cell, number, 'amin')
-    return first.argsort(stable=True).argsort()
+        digits = number // base ** place % base  # (n, 20), mirrored at the point below: 6 = 110 -> 0.011 = 3/8
+        cell = cell * size + (digits * base ** place.flip(0)).sum(1) * size // base ** 20
+    first_visit = torch.full((math.prod(grid),), len(number)).scatter_reduce(0, cell, number[:, 0], 'amin')
+    return first_visit.argsort(stable=True).argsort()
 
 
-def between(start, end, progress):
-    """start at progress 0, end at progress 1, linear between; where one of them is None, always the other."""
-    if start is None or end is None:
-        return end if start is None else start
-    return start + (end - start) * progress
+def lerp(start, end, progress):  # start at progress 0, end at progress 1; constant if end is None
+    return start if end is None else start + (end - start) * progress
 
 
-def unmask(tokens, predict, grid, steps, order='random', schedule='cosine', choice_temperature=0.0, generator=None):
-    """Fills the unknown tokens, -1 in tokens (B, N), in so many steps; yields the tokens (B, N) after each.
-
-    predict(tokens, progress) draws a token for each place and returns them with their ln p, (B, N) each; progress goes from 0 at
-    the first step to 1 at the last. Which are kept: the likeliest ones (confidence: MaskGIT, with Gumbel noise of
-    choice_temperature that fades out), or those whose turn it is: random (as in MAR, 2406.11838), raster, halton. Known tokens
-    never change. A sample with fewer unknown tokens than others is finished sooner. Raises ValueError for an unknown order or
-    schedule, where nothing is unknown, and where every sample has fewer unknown tokens than there are steps.
-    """
-    total = (tokens < 0).sum(1, keepdim=True)  # (B, 1)
-    most = int(total.max())
+def iterative_decode(tokens, predict, grid, steps, order='random', schedule='cosine', choice_temperature=0.0,
+                     generator=None):
+    """Unmask the unknown tokens, -1 in tokens (B, N), in `steps` steps; yield the tokens (B, N) after each.
+    predict(tokens, progress) samples a token for each position and returns them with their ln p, (B, N) each; progress
+    goes from 0 to 1. A step keeps the next tokens in an order: random (MAR, 2406.11838), raster, halton, or the most
+    probable (confidence: MaskGIT; plus Gumbel noise times choice_temperature, decaying to 0). Known tokens stay.
+    Raises ValueError if steps is not in 1 .. the largest number of unknown tokens of a sample."""
+    total = (tokens < 0).sum(1, keepdim=True).cpu()  # (B, 1); Apple's GPUs have no float64
     if order not in ORDERS or schedule not in SCHEDULES or choice_temperature < 0:
-        raise ValueError(f'order is one of {", ".join(ORDERS)}, schedule one of {", ".join(SCHEDULES)}; choice_temperature at least 0')
-    if not 1 <= steps <= most:
-        raise ValueError(f'steps={steps}: there are {most} tokens to fill, and each step fills at least one' if most else
-                         'nothing to fill: all tokens are given')
-    turn = torch.rand(tokens.shape, generator=generator, device=tokens.device) if order == 'random' else (
-        halton_rank(grid).to(tokens.device) if order == 'halton' else torch.arange(tokens.size(1), device=tokens.device))
-    plan = filled_after(total.cpu(), steps, schedule).to(tokens.device)  # (B, steps); Apple's GPUs have no float64
-    for step, filled in enumerate(plan.unbind(1)):
+        raise ValueError(f'order is one of {ORDERS}, schedule one of {SCHEDULES}, choice_temperature >= 0')
+    if not 1 <= steps <= total.max():
+        raise ValueError(f'steps={steps}: {total.max()} tokens are unknown, and each step unmasks at least one')
+    priority = halton_order(grid) if order == 'halton' else torch.arange(tokens.size(1))  # smallest first
+    priority = priority.to(tokens.device).float()
+    if order == 'random':
+        priority = torch.rand(tokens.shape, generator=generator, device=tokens.device)
+    n_new = unmask_schedule(total, steps, schedule).diff(prepend=torch.zeros_like(total)).to(tokens.device)  # (B, S)
+    for step in range(steps):
         progress = step / max(1, steps - 1)
-        drawn, log_p = predict(tokens, progress)
+        sampled, log_p = predict(tokens, progress)
         if order == 'confidence':
-            turn = -log_p
+            priority = -log_p.clamp(min=-1e30)  # finite: an unknown token with ln p = -inf comes before known ones
             if choice_temperature:
                 gumbel = -torch.empty_like(log_p).exponential_(generator=generator).log()
-                turn = turn - choice_temperature * (1 - progress) * gumbel
-        unknown = tokens < 0
-        now = filled[:, None] - (total - unknown.sum(1, keepdim=True))  # (B, 1): how many each fills in this step
-        rank = torch.where(unknown, turn.float(), torch.inf).argsort(-1).argsort(-1)
-        tokens = torch.where(unknown & (rank < now), drawn, tokens)
+                priority = priority - choice_temperature * (1 - progress) * gumbel
+        rank = torch.where(tokens < 0, priority, torch.inf).argsort(-1).argsort(-1)  # known tokens last
+        tokens = torch.where(rank < n_new[:, step, None], sampled, tokens)
         yield tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers
-
-class Block(nn.Module):
-    """Every token looks at every other: attention without a direction."""
+class Block(nn.Module):  # a Transformer block with full attention
     def __init__(self, config):
         super().__init__()
         self.attention = Attention(config.n_embd, config.n_head)
         self.mlp = MLP(config.n_embd)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = ChannelDropout(config.dropout)
 
-    def forward(self, x, turn):
-        x = x + self.dropout(self.attention(norm(x), turn))
-        return x + self.dropout(self.mlp(norm(x)))
+    def forward(self, x, rope):
+        x = x + self.dropout(self.attention(rms_norm(x), rope))
+        return x + self.dropout(self.mlp(rms_norm(x)))
+
+
+def id_to_digits(ids, levels):
+    """Mixed-radix digits of ids, most significant first: tensors shaped like ids. Example: 7, levels 2, 4 -> 1, 3."""
+    return [ids // math.prod(levels[d + 1:]) % level for d, level in enumerate(levels)]
+
+
+def init_level_embeddings(level, D):
+    """Initial embeddings (level, D) of an FSQ digit (2309.15505): its levels are ordered, so neighbours start similar.
+    A random matrix gives each digit its own directions, since the embeddings of an id's digits are added."""
+    sinusoids = torch.cat(rope_cos_sin(torch.arange(level)[:, None] * 2 * math.pi / level, D, 100), -1)  # (level, D)
+    return sinusoids @ torch.randn(D, D) / D ** 0.5
 
 
 class Head(nn.Module):
-    """Distribution over token ids, digit by digit: p(id | h) = prod_d p(digit_d | h, digits before d). Most ids are one digit.
-
-    An FSQ code (2309.15505) has as many as its quantizer has channels. Each digit drawn is added, as a vector, to what the next
-    one is predicted from, as in NADE (Larochelle & Murray, 2011): no digit is taken as independent of the others, and 65,536
-    codes need 64 logits.
-    """
+    """Distribution over ids, digit by digit: p(id | h) = prod_d p(digit_d | h, digits before d). Most ids have 1 digit.
+    A digit's embedding is added to h for the next one (as in NADE, 2011). 65,536 FSQ codes need only 64 logits."""
     def __init__(self, levels, n_embd):
         super().__init__()
         self.levels = levels
@@ -198,58 +180,34 @@ class Head(nn.Module):
     def logits(self, h, d):
         return self.out[d](F.gelu(h)).float()  # (..., levels[d])
 
-    def tell(self, h, d, digit):
-        """Lets the digits after number d know its value; the last one needs not be told."""
+    def condition_on_digit(self, h, d, digit):
         if d == len(self.embedding):
-            return h
-        # a product, as the gradient of a look-up in so small a table takes a GPU longer
-        return h + F.one_hot(digit, self.levels[d]).type_as(h) @ self.embedding[d].weight
+            return h  # no digit follows the last one
+        return h + F.one_hot(digit, self.levels[d]).type_as(h) @ self.embedding[d].weight  # faster than a look-up
 
     def forward(self, h, ids):
         """-ln p(ids | h) in nats: h (R, D) and ids (R,) -> (R,)."""
         nll = 0
-        for d, digit in enumerate(digits_of(ids, self.levels)):
+        for d, digit in enumerate(id_to_digits(ids, self.levels)):
             nll = nll + F.cross_entropy(self.logits(h, d), digit, reduction='none')
-            h = self.tell(h, d, digit)
+            h = self.condition_on_digit(h, d, digit)
         return nll
 
     def sample(self, hs, scales, temperature, top_k, top_p, generator):
-        """Draws ids (B, Q), each digit with this temperature, top_k and top_p; returns their ln p too.
-
-        hs is a list of h (B, Q, D), what one condition or another has led to; logits are added up with their scales, whose sum
-        is 1. Classifier-free guidance (2207.12598) is [with the condition, without] and [s, 1 - s].
-        """
+        """Sample ids; return them and their ln p, (B, Q) each. hs: h (B, Q, D) for each of several conditions, whose
+        logits are summed with `scales`. Classifier-free guidance (2207.12598): hs [cond, uncond], scales [s, 1 - s]."""
         ids = log_p = 0
         for d, level in enumerate(self.levels):
             logits = sum(scale * self.logits(h, d) for scale, h in zip(scales, hs))
             digit = sample_token(logits, temperature, top_k, top_p, generator=generator)
             log_p = log_p + logits.log_softmax(-1).gather(-1, digit[..., None])[..., 0]
             ids = ids * level + digit
-            hs = [self.tell(h, d, digit) for h in hs]
+            hs = [self.condition_on_digit(h, d, digit) for h in hs]
         return ids, log_p
 
 
-def digits_of(ids, levels):
-    """Mixed-radix digits of ids, most significant first: a list of tensors shaped like ids."""
-    digits = []
-    for level in reversed(levels):
-        digits.append(ids % level)
-        ids = ids // level
-    return digits[::-1]
-
-
-def digit_vectors(level, D):
-    """First embeddings (level, D) of an FSQ digit. Its levels have an order, so neighbours start alike. The random matrix
-    gives each digit directions of its own: the vectors of an id's digits are added up, and have to stay apart."""
-    waves = torch.cat(rotary(torch.arange(level)[:, None] * 2 * math.pi / level, D, theta=100), -1)  # (level, D)
-    return waves @ torch.randn(D, D) / D ** 0.5
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-
 class MaskGIT(nn.Module):
-    fields = 'tokens',  # what a batch holds
+    batch_keys = 'tokens',  # what a batch holds
 
     def __init__(self, config):
         super().__init__()
@@ -257,109 +215,86 @@ class MaskGIT(nn.Module):
         self.levels = [int(level) for level in (config.levels or str(config.vocab_size)).split('*')]
         self.grid = [int(side) for side in (config.grid or str(config.block_size)).split('x')]
         self.N, D = math.prod(self.grid), config.n_embd
-        assert math.prod(self.levels) == config.vocab_size, f'levels={config.levels!r} do not make vocab_size={config.vocab_size}'
-        assert config.law in LAWS, f'law={config.law!r} must be one of {", ".join(LAWS)}'
-        coordinates = torch.cartesian_prod(*map(torch.arange, self.grid)).view(self.N, -1)  # (N, axes)
-        # theta 100, here and in later chapters, not 10,000: so few places would hardly turn the slower pairs
-        self.register_buffer('turn', torch.stack(rotary(coordinates, D // config.n_head, theta=100)), persistent=False)
-
-        self.embedding = nn.ModuleList(nn.Embedding(level, D) for level in self.levels)  # of a token: the sum of its digits'
+        assert math.prod(self.levels) == config.vocab_size, f'levels={config.levels} must make {config.vocab_size=}'
+        assert config.mask_schedule in MASK_SCHEDULES, f'mask_schedule must be one of {", ".join(MASK_SCHEDULES)}'
+        positions = torch.cartesian_prod(*map(torch.arange, self.grid)).view(self.N, -1)  # (N, axes)
+        rope = torch.stack(rope_cos_sin(positions, D // config.n_head, rope_base=100))  # not 10,000: positions are few
+        self.register_buffer('rope', rope, persistent=False)
+        self.embedding = nn.ModuleList(nn.Embedding(level, D) for level in self.levels)  # summed over a token's digits
         if len(self.levels) > 1:
             for embedding, level in zip(self.embedding, self.levels):
-                embedding.weight.data = digit_vectors(level, D)
-        self.mask_embedding = nn.Parameter(torch.randn(D))
-        # else all tokens would look the same while all are hidden; starts out similar for neighbouring places
-        self.place_embedding = nn.Parameter(torch.cat(rotary(coordinates, D, theta=100), -1))  # (N, D)
+                embedding.weight.data = init_level_embeddings(level, D)
+        self.mask_token = nn.Parameter(torch.randn(D))
+        # (N, D), learned, from sinusoids: without it all positions of an empty image would be equal
+        self.pos_embedding = nn.Parameter(torch.cat(rope_cos_sin(positions, D, rope_base=100), -1))
         if config.n_classes:
             self.class_embedding = nn.Embedding(config.n_classes + 1, D)  # the last one: no class
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head = Head(self.levels, D)
 
-    def trunk(self, tokens, classes=None):
-        """Tokens (B, N), -1 where hidden, and classes (B,) -> (B, N, D), what the head reads."""
-        x = sum(table(digit) for table, digit in zip(self.embedding, digits_of(tokens.clamp(min=0), self.levels)))
-        x = torch.where((tokens < 0)[..., None], self.mask_embedding, x) + self.place_embedding
+    def backbone(self, tokens, classes=None):
+        """Tokens (B, N), -1 if masked, and classes (B,) -> (B, N, D), the input of the head."""
+        x = sum(table(digit) for table, digit in zip(self.embedding, id_to_digits(tokens.clamp(min=0), self.levels)))
+        x = torch.where((tokens < 0)[..., None], self.mask_token, x) + self.pos_embedding  # (B, N, D)
         if self.config.n_classes:
             x = x + self.class_embedding(classes)[:, None]
-        x = norm(x)
+        x = rms_norm(x)
         for block in self.blocks:
-            x = block(x, self.turn)
-        return norm(x)
+            x = block(x, self.rope)
+        return rms_norm(x)
 
     @torch.no_grad()
-    def draw(self, batch, generator, shared):
-        """Hides tokens. Returns tokens (B, N), -1 where hidden; rows (R,), their places among the B * N; ids (R,), what was
-        there; weight (R,) and bound_weight (R,), see forward; classes (B,) and which of them to drop (B,) in training."""
+    def prepare_batch(self, batch, generator, step_generator):
+        """Mask tokens. Returns tokens (B, N), -1 if masked; token_idx (R,), the masked positions among the B * N; ids
+        (R,), the originals; weight, elbo_weight (R,), see forward; classes (B,) and drop_class (B,), which to drop."""
         tokens = batch['tokens'][:, -self.N:]  # (B, N)
-        present = tokens >= 0
-        mask = hide_in_pairs(present, self.config.law, generator)
-        rows = mask.flatten().nonzero()[:, 0]  # (R,)
-        each = 1 / (mask.sum(1) * len(mask))  # mean over a sample's hidden tokens, then over samples
-        bound = each * law_weight(mask, present, self.config.law)
-        drawn = dict(tokens=tokens.masked_fill(mask, -1), rows=rows, ids=tokens.flatten()[rows],
-                     weight=(bound if self.config.bound else each)[rows // self.N], bound_weight=bound[rows // self.N])
+        valid = tokens >= 0
+        mask = antithetic_masks(valid, self.config.mask_schedule, generator)
+        token_idx = mask.flatten().nonzero()[:, 0]  # (R,)
+        weight = 1 / (mask.sum(1) * len(mask))  # (B,): mean over a sample's masked tokens, then over samples
+        elbo_weight = weight * importance_weight(mask, valid, self.config.mask_schedule)
+        weight = elbo_weight if self.config.elbo else weight
+        prepared = dict(tokens=tokens.masked_fill(mask, -1), token_idx=token_idx, ids=tokens.flatten()[token_idx],
+                        weight=weight[token_idx // self.N], elbo_weight=elbo_weight[token_idx // self.N])
         if self.config.n_classes:
-            drop = torch.rand(len(mask), generator=generator) < self.config.label_dropout
-            drawn |= dict(classes=batch['tokens'][:, 0], drop=drop)
-        return drawn
+            prepared['classes'] = batch['tokens'][:, 0]
+            prepared['drop_class'] = torch.rand(len(mask), generator=generator) < self.config.label_dropout
+        return prepared
 
     def forward(self, batch):
-        """A drawn batch -> the loss in nats a hidden token, and logs: loss; bound, which is the uniform law's loss whatever the
-        law, and times N bounds -ln p of a sample (see log_prob_bound); pooled, the mean over the hidden tokens of all samples."""
+        """A prepared batch -> the loss in nats per masked token, and logs: loss; elbo, the loss of the uniform schedule
+        whatever the schedule, times N a bound on a sample's -ln p; token_mean_loss, the mean over all masked tokens."""
         tokens, classes = batch['tokens'], batch.get('classes')
-        if self.config.n_classes and self.training:  # as dropout
-            classes = classes.masked_fill(batch['drop'], self.config.n_classes)
-        h = self.trunk(tokens, classes).flatten(0, 1).index_select(0, batch['rows'])  # (R, D)
-        nll, B = self.head(h, batch['ids']), batch['rows'].new_full((), len(tokens))  # filled on the device: no wait for it
-        loss, bound = (nll * batch['weight']).sum(), (nll.detach() * batch['bound_weight']).sum()
-        count = (tokens >= 0).sum() + len(nll)
-        pooled = nll.detach().sum(), B.new_full((), len(nll))
-        return loss, dict(loss=torch.stack((loss.detach() * B, B)), bound=torch.stack((bound * B, B)),
-                          pooled=torch.stack(pooled), tokens=torch.stack((count, torch.ones_like(count))))
+        if self.config.n_classes and self.training:  # in training only, as dropout
+            classes = classes.masked_fill(batch['drop_class'], self.config.n_classes)
+        h = self.backbone(tokens, classes).flatten(0, 1).index_select(0, batch['token_idx'])  # (R, D)
+        nll = self.head(h, batch['ids'])  # (R,)
+        loss, elbo = (nll * batch['weight']).sum(), (nll.detach() * batch['elbo_weight']).sum()
+        B, R, one = (batch['token_idx'].new_full((), n) for n in (len(tokens), len(nll), 1))  # no host-device sync
+        logs = dict(loss=(loss.detach() * B, B), elbo=(elbo * B, B), token_mean_loss=(nll.detach().sum(), R),
+                    tokens=((tokens >= 0).sum() + R, one))  # each (sum, count)
+        return loss, {name: torch.stack(pair) for name, pair in logs.items()}
 
     @torch.no_grad()
-    def log_prob_bound(self, tokens, classes=None, draws=16, generator=None):
-        """An upper bound on -ln p(tokens | class) in nats, (B,): the mean over `draws` masks, whose sizes are spread evenly.
-        Its expectation is what it costs to tell the tokens one by one, averaged over all orders (2110.02037, section 3)."""
-        present, total = tokens >= 0, 0
-        for i in range(draws):
-            u, noise = (torch.rand(len(tokens), n, generator=generator).to(tokens.device) for n in (1, self.N))
-            mask = hide(present, (i + u) / draws, noise, 'uniform')
-            h = self.trunk(tokens.masked_fill(mask, -1), classes)[mask]  # (R, D)
-            nll = torch.zeros(tokens.shape, device=h.device).masked_scatter(mask, self.head(h, tokens[mask]))
-            total = total + nll.sum(1) / mask.sum(1) * present.sum(1) / draws
-        return total
-
-    @torch.no_grad()
-    def generate(self, tokens, classes=None, steps=8, temperature=1.0, temperature_end=None, top_k=0, top_p=1.0, order='random',
-                 schedule='cosine', guidance=1.0, guidance_start=None, choice_temperature=0.0, generator=None, history=False):
-        """Fills what is unknown, -1, in tokens (B, N), for classes (B,): see `unmask`. Returns (B, N), or, with `history`, all
-        states from the given one on, (steps + 1, B, N).
-
-        The temperature goes from `temperature` to temperature_end; guidance (uncond + s (cond - uncond)) from guidance_start to
-        `guidance`, evenly over the steps. Raises ValueError for faulty input.
-        """
-        config, size = self.config, (steps + 1) * tokens.numel()
-        if history and size > 2 ** 27:
-            raise ValueError(f'a history of {size:,} tokens would fill {size >> 27} GiB: ask for it with fewer samples or steps')
-        if config.n_classes and (classes is None or classes.min() < 0 or classes.max() >= config.n_classes):
-            raise ValueError(f'each sample needs a class from 0 to {config.n_classes - 1}')
-        if not {guidance, guidance_start} <= {1, None} and not (config.n_classes and config.label_dropout):
-            raise ValueError(f'guidance={guidance}: this model has not learnt to draw without a class '
-                             f'(n_classes={config.n_classes}, label_dropout={config.label_dropout}); leave guidance at 1')
+    def generate(self, tokens, classes=None, steps=8, temperature=1.0, temperature_end=None, top_k=0, top_p=1.0,
+                 order='random', schedule='cosine', guidance=1.0, guidance_end=None, choice_temperature=0.0,
+                 generator=None, return_intermediates=False):
+        """Unmask unknown tokens, -1 in tokens (B, N), for classes (B,): see `iterative_decode`. Return (B, N), or all
+        states (steps + 1, B, N). temperature and guidance, uncond + s (cond - uncond), go linearly to their _end."""
+        if self.config.n_classes and (classes is None or classes.min() < 0 or classes.max() >= self.config.n_classes):
+            raise ValueError(f'each sample needs a class from 0 to {self.config.n_classes - 1}')
+        if not {guidance, guidance_end} <= {1, None} and not (self.config.n_classes and self.config.label_dropout):
+            raise ValueError(f'guidance={guidance} needs a model trained with classes and label_dropout: leave it at 1')
 
         def predict(tokens, progress):
-            s = between(guidance_start, guidance, progress)
-            hs = [self.trunk(tokens, classes)]
+            s = lerp(guidance, guidance_end, progress)
+            hs, scales = [self.backbone(tokens, classes)], [1]
             if s != 1:
-                hs.append(self.trunk(tokens, torch.full_like(classes, config.n_classes)))
-            now = between(temperature, temperature_end, progress)
-            return self.head.sample(hs, [s, 1 - s][:len(hs)], now, top_k, top_p, generator)
-        states = unmask(tokens, predict, self.grid, steps, order, schedule, choice_temperature, generator)
-        if history:
-            return torch.stack((tokens, *states))
-        *_, tokens = states
-        return tokens
+                hs, scales = [*hs, self.backbone(tokens, torch.full_like(classes, self.config.n_classes))], [s, 1 - s]
+            return self.head.sample(hs, scales, lerp(temperature, temperature_end, progress), top_k, top_p, generator)
+        decode = iterative_decode(tokens, predict, self.grid, steps, order, schedule, choice_temperature, generator)
+        states = [tokens, *decode]
+        return torch.stack(states) if return_intermediates else states[-1]
 
 
 Model = MaskGIT

@@ -1,16 +1,19 @@
-"""Settings: plain Python files of assignments, then --name=value from the shell, each checked against what is known.
+"""
+Settings: Python files of assignments, then --name=value from the command line, each checked against the known settings.
 
     python train.py config/nano4m.py --batch_size=32
     python train.py config/nano4m.py --help
 
-A file is executed, so `max_iters = 20 * 1000` works and a remark is a remark. A mistyped name never passes: the error names the
-nearest known one. --help is read from the source of a program: its docstring's commands, its settings and their remarks.
+A config file is executed as Python, so `max_iters = 20 * 1000` and comments work. An unknown name is an error that
+names the nearest known one. --help reads a program's source: the commands of its docstring, its settings and their
+comments.
 """
 import ast
 import dataclasses
 import difflib
 import importlib
 import io
+import os
 import sys
 import textwrap
 import tokenize
@@ -18,24 +21,35 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
+# Threads of OpenMP spin at a barrier until the last one arrives. On a busy machine they take the core from that one: a
+# training step was 50 times as slow. This limit costs nothing on an idle machine; it must be set before torch is imported.
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 
 class UserError(Exception):
-    """A fault that the user can mend: one line that says what is wrong, where, and what to do. Programs print the line and
-    leave with exit code 1 (`run`); in a notebook it is raised like any other error."""
+    """An error that the user can fix: one line that says what is wrong, where, and what to do. Programs print this
+    line and exit with code 1 (`run`); in a notebook it is an exception like any other."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading and checking
 
+RANGES = dict(  # smallest and largest value, in every program
+    seed=(0, 2 ** 63 - 1), threads=(0, 1024), batch_size=(1, 2 ** 24), micro_batch_size=(1, 2 ** 24),
+    max_iters=(1, 10 ** 12), eval_interval=(1, 10 ** 12), log_interval=(1, 10 ** 12))
+
+
 def read(arguments, overrides=None):
-    """['config/x.py', '--name=value', ...] and {name: value} -> {name: (value, where it was set)}; the last one wins."""
+    """['config/x.py', '--name=value', ...] and {name: value} -> {name: (value, where it was set)}; the last assignment
+    counts."""
     assigned = {}
     for argument in map(str, arguments):
         if argument.startswith('-'):
             name, equals, value = argument.lstrip('-').partition('=')
             if not equals or not argument.startswith('--'):
                 raise UserError(f'{argument}: settings are written --name=value; --help lists them')
+            if name == 'config':
+                raise UserError(f'{argument}: name the file alone: python train.py {value or "config/nano4m.py"}')
             assigned[name] = (value, 'command line')
         else:
             assigned |= {name: (value, argument) for name, value in execute(argument).items()}
@@ -53,14 +67,16 @@ def execute(path):
         raise UserError(f'{path}: no such config file; there are {", ".join(files())}')
     names = {}
     try:
-        exec(compile(Path(path).read_text(), path, 'exec'), names)
+        exec(compile(Path(path).read_text(encoding='utf-8-sig'), path, 'exec'), names)  # -sig: with a BOM, too
     except Exception as error:
         raise UserError(f'{path}: {type(error).__name__}: {error}')
-    return {name: value for name, value in names.items() if not name.startswith('_') and not isinstance(value, ModuleType)}
+    return {name: value for name, value in names.items()
+            if not name.startswith('_') and not isinstance(value, ModuleType)}
 
 
 def convert(name, value, where, default):
-    """value as the type of the setting's default: int takes 1e4, float takes 1, from the shell all come as strings."""
+    """Converts a value to the type of the setting's default: 1e4 for an int, 1 for a float, strings from the command
+    line."""
     kind = type(default)
     try:
         if kind is str:
@@ -73,18 +89,22 @@ def convert(name, value, where, default):
             return kind(number)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise UserError(f'{where}: {name}={value!r} is not {"True or False" if kind is bool else "of type " + kind.__name__}')
+    expected = 'True or False' if kind is bool else f'of type {kind.__name__}'
+    raise UserError(f'{where}: {name}={value!r} is not {expected}')
 
 
 def apply(assigned, known):
-    """Checks assigned against known {name: default} and returns all settings. Raises UserError at the first fault."""
+    """All settings: `known`, {name: default}, with the values assigned. Raises UserError at the first fault."""
     for name, (_, where) in assigned.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             raise UserError(f'{where}: unknown setting {name!r}' + (f'; did you mean {near[0]!r}?' if near else ''))
     settings = known | {name: convert(name, value, where, known[name]) for name, (value, where) in assigned.items()}
-    if settings.get('seed', 0) < 0:  # NumPy's generators take no other
-        raise UserError(f'seed={settings["seed"]}: must be at least 0')
+    for name, (low, high) in RANGES.items():
+        if settings.get(name, low) < low:
+            raise UserError(f'{name}={settings[name]}: must be at least {low}')
+        if settings.get(name, low) > high:
+            raise UserError(f'{name}={settings[name]}: must be at most {high}')
     return settings
 
 
@@ -92,7 +112,7 @@ def apply(assigned, known):
 # A run's settings and its model
 
 def chapter(name):
-    """The module of a chapter: a file at the top level that ends with `Model = ...`. Raises UserError for any other name."""
+    """The module of a chapter: a top-level file that contains `Model = ...`. Raises UserError for any other name."""
     chapters = sorted(path.stem for path in ROOT.glob('*.py') if '\nModel = ' in path.read_text(encoding='utf-8'))
     if name not in chapters:
         raise UserError(f'model={name!r}: choose one of {", ".join(chapters)}')
@@ -100,8 +120,9 @@ def chapter(name):
 
 
 def resolve(assigned, known, sources={}):
-    """(all settings, the chapter's module): train.py's settings `known`, {name: default}, and those of the model, which are its Config's
-    fields. If the run starts from the weights of other runs, {part: checkpoint}, their sizes are the defaults. Raises UserError."""
+    """(all settings, module of the chapter). The settings are those of train.py, `known` {name: default}, and the
+    fields of the chapter's Config. If the run starts from the weights of other runs, `sources` {part: checkpoint},
+    their sizes are the defaults. Raises UserError."""
     name = assigned.get('model', (known['model'],))[0]
     module = chapter(name)
     own = dataclasses.asdict(module.Config())
@@ -111,9 +132,8 @@ def resolve(assigned, known, sources={}):
         own |= {key: value for key, value in source['model_config'].items() if key in own}
     settings = apply(assigned, known | own)
     for key in known:
-        least = int(key in ('max_iters', 'batch_size', 'micro_batch_size', 'eval_interval', 'log_interval'))
-        if not isinstance(settings[key], str) and settings[key] < least:
-            raise UserError(f'{key}={settings[key]}: must be at least {least}')
+        if not isinstance(settings[key], str) and settings[key] < 0:
+            raise UserError(f'{key}={settings[key]}: must be at least 0')
     for key in ('beta1', 'beta2', 'momentum', 'ema'):
         if settings[key] >= 1:
             raise UserError(f'{key}={settings[key]}: must be below 1')
@@ -122,11 +142,12 @@ def resolve(assigned, known, sources={}):
 
 
 def build(module, settings, meta, assigned):
-    """The chapter's model. The settings that the data set decides cannot be set by hand. Raises UserError."""
+    """The chapter's model. Settings that the data set determines cannot be assigned. Raises UserError."""
     for name, value in meta['config'].items():
         if name in assigned and settings[name] != value:
             raise UserError(f'{assigned[name][1]}: {name} is decided by the data set ({value!r}); leave it out')
-    own = {field.name: meta['config'].get(field.name, settings[field.name]) for field in dataclasses.fields(module.Config)}
+    names = [field.name for field in dataclasses.fields(module.Config)]
+    own = {name: meta['config'].get(name, settings[name]) for name in names}
     try:
         return module.Model(module.Config(**own))
     except (AssertionError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
@@ -137,11 +158,12 @@ def build(module, settings, meta, assigned):
 # Help, from the source
 
 def definition(path, name):
-    """The settings that a file defines as `NAME = dict(...)` or as the dataclass NAME: (lines of source, [(setting, node of its
-    default)])."""
+    """The settings that a file defines as `NAME = dict(...)` or as a dataclass NAME: (source, [(setting, ast node of
+    its default)])."""
     source = Path(ROOT, path).read_text(encoding='utf-8')
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == name and isinstance(node.value, ast.Call):
+        if (isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == name
+                and isinstance(node.value, ast.Call)):
             return source, [(keyword.arg, keyword.value) for keyword in node.value.keywords if keyword.arg]
         if isinstance(node, ast.ClassDef) and node.name == name:
             return source, [(line.target.id, line.value) for line in node.body if isinstance(line, ast.AnnAssign)]
@@ -149,12 +171,13 @@ def definition(path, name):
 
 
 def defaults(path, name='SETTINGS'):
-    """{setting: default} of a program, without importing it: nobody imports train.py."""
+    """{setting: default} of a program, without an import: no module imports train.py."""
     return {setting: ast.literal_eval(node) for setting, node in definition(path, name)[1]}
 
 
 def remarks(source):
-    """{line number: remark}; a remark that goes on below, in the same column and with nothing before it, is joined."""
+    """{line number: comment} of the comments after code. Further lines of a comment, in the same column and alone in
+    their lines, are joined to it."""
     found, start, column, end = {}, 0, -1, 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -169,23 +192,24 @@ def remarks(source):
 
 
 def describe(path, name, values=None, without=()):
-    """Lines of help for the settings NAME of a file: each with its value, the default if none is given, and its remark."""
+    """Lines of help for the settings NAME of a file: each with its value (its default, if it has none) and its
+    comment."""
     source, settings = definition(path, name)
-    said, lines = remarks(source), []
+    comments, lines = remarks(source), []
     for setting, node in settings:
         if setting in without:
             continue
         value = (values or {}).get(setting, ast.unparse(node))
         text = f'{value!r}' if values and setting in values else value
         head = f'  --{setting}={text}'
-        wrapped = textwrap.wrap(said.get(node.end_lineno, ''), 90) or ['']
+        wrapped = textwrap.wrap(comments.get(node.end_lineno, ''), 90) or ['']
         lines.append(f'{head:<34}{wrapped[0]}'.rstrip() if len(head) < 34 else head)
         lines += [' ' * 34 + text for text in (wrapped if len(head) >= 34 else wrapped[1:]) if text]
     return lines
 
 
 def describe_class(kind, values):
-    """The same for a dataclass: its own settings, then those that it inherits."""
+    """Lines of help for a dataclass: its own settings, then those that it inherits."""
     lines, seen = [], set()
     for each in kind.__mro__[:-1]:
         path = sys.modules[each.__module__].__file__
@@ -195,27 +219,32 @@ def describe_class(kind, values):
 
 
 def help_text(program, module, arguments):
-    """What --help prints for a program whose SETTINGS are in `module`: usage, commands, and the settings after the config files that
-    are named beside it."""
+    """The text of --help for a program whose SETTINGS are in `module`: usage, commands, and the settings after the
+    config files of the command line."""
     path = Path(program.__file__).resolve().relative_to(ROOT)
     name = path.as_posix() if len(path.parts) == 1 else f'-m {".".join(path.with_suffix("").parts)}'
     paragraphs = program.__doc__.strip().split('\n\n')
-    commands = [line for text in paragraphs for line in text.splitlines() if line.lstrip().startswith(('python ', 'torchrun ', 'sbatch '))]
-    assigned = read(word for word in arguments if '=' in word or word.endswith('.py'))  # --help may come after half a command
+    commands = [line for text in paragraphs for line in text.splitlines()
+                if line.lstrip().startswith(('python ', 'torchrun ', 'sbatch '))]
+    assigned = read(word for word in arguments if '=' in word or word.endswith('.py'))  # the command may be incomplete
     settings = getattr(module, 'SETTINGS', {})
-    values = {key: convert(key, value, where, settings[key]) for key, (value, where) in assigned.items() if key in settings}
+    values = {name: convert(name, value, where, settings[name])
+              for name, (value, where) in assigned.items() if name in settings}
     own = describe(module.__file__, 'SETTINGS', settings | values)
     more = module.help(assigned) if hasattr(module, 'help') else []
-    return '\n'.join([f'usage: python {name}{" [config/NAME.py]" * (name == "train.py")} [--name=value ...]', '', paragraphs[0], '',
-                      *commands, *(['', 'settings:', *own] if own else []), *more])
+    usage = f'usage: python {name}{" [config/NAME.py]" * (name == "train.py")} [--name=value ...]'
+    return '\n'.join([usage, '', paragraphs[0], '', *commands, *(['', 'settings:', *own] if own else []), *more])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Programs
 
 def run(main, stopped='stopped', **overrides):
-    """A program, from the shell: a fault that the user can mend ends it with one line and exit code 1, Ctrl-C with 130. Returns
-    what main returns; -h and --help print help instead."""
+    """Runs main(*arguments of the command line, **overrides) as a program and returns its result. A UserError ends the
+    program with one line and exit code 1, Ctrl-C with code 130; -h and --help print help instead."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')  # printing never fails, whatever the terminal's encoding
     arguments = [argument for argument in sys.argv[1:] if argument not in ('-h', '--help')]
     try:
         if len(arguments) < len(sys.argv) - 1:
@@ -223,7 +252,8 @@ def run(main, stopped='stopped', **overrides):
             sys.exit(0)
         return main(*arguments, **overrides)
     except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+        elsewhere = '' if Path('prepare').is_dir() else f' (start programs in the folder of the repository: cd {ROOT})'
+        sys.exit(f'error: {error}{elsewhere}')
     except KeyboardInterrupt:
         print(f'\n{stopped}', file=sys.stderr)
         sys.exit(130)

@@ -1,8 +1,8 @@
-# nano4M on your own pictures with captions (prepare/folder.py): any of rgb, grey, edges, palette, low, caption -> any other.
+# nano4M on your own images with captions (prepare/folder.py): any of rgb, grey, edges, palette, low, caption -> any other.
 # 2,000 steps x 16 pictures x (60 input + 190 target tokens) = 8 M tokens, 1.8 M parameters: for some thousand pictures.
 model = 'fourm'
 dataset = 'folder'
-target_slots = '192'  # about what a sample has left: 261 tokens of pictures, and a caption
+num_target_tokens = '192'  # about all that is not input: 261 tokens of images, and a caption
 batch_size = 16
 micro_batch_size = 16
 max_iters = 2000

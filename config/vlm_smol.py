@@ -1,21 +1,22 @@
-# SigLIP-B/16 (93 M weights) + one matrix of 3,072 x 576 (1.8 M) + SmolLM2-135M (163 M, its head untied): the course's nanoVLM, on
-# conversations of your own or LLaVA-Instruct's. Make the data first:
+# SigLIP-B/16 (93 M weights) + one matrix of 3,072 x 576 (1.8 M) + SmolLM2-135M (163 M, lm_head untied): the course's
+# nanoVLM, on conversations of your own or LLaVA-Instruct's. Make the data first:
 #     python -m prepare.vqa --input=llava_instruct_150k.json --images=FOLDER
 #     torchrun --nproc_per_node=2 train.py config/vlm_smol.py
-# 196 patches become 49 tokens (pool 2). 258 M weights, of which 165 M learn, with gradients and AdamW's moments: 3 GB a GPU,
-# beside the activations of 32 conversations of 49 + 256 tokens. 256 conversations a step, 4,000 steps: 1 M. The eyes stay as
-# they are. LLaVA's first stage, the projector alone: --rates="eyes:0 language:0" --max_iters=500 --out_dir=out/vlm_smol_align;
-# then --init_from=vlm_smol_align goes on from it. Not trained yet: its parts are tested, its result is unknown.
+# 196 patches become 49 tokens (pixel_shuffle_factor 2). 258 M weights, of which 165 M learn, with gradients and AdamW's
+# moments: 3 GB a GPU, beside the activations of 32 conversations of 49 + 256 tokens. 256 conversations a step, 4,000
+# steps: 1 M. The vision encoder is frozen. LLaVA's first stage, the projector alone:
+#     --lr_multipliers="vision_encoder:0 language_model:0" --max_iters=500 --out_dir=out/vlm_smol_align
+# then --init_from=vlm_smol_align starts from its weights. Not trained yet: its parts are tested, its result is unknown.
 model = 'vlm'
 dataset = 'vqa'
-init_from = 'eyes:siglip,language:smollm2'
-pool = 2
+init_from = 'vision_encoder:siglip,language_model:smollm2'
+pixel_shuffle_factor = 2
 batch_size = 256
 micro_batch_size = 32
 max_iters = 4000
 muon = False  # orthogonal updates would move trained weights too far
 learning_rate = 1e-3
-rates = 'eyes:0 language:0.05'
+lr_multipliers = 'vision_encoder:0 language_model:0.05'
 warmup_iters = 100
 eval_interval = 1000
 eval_iters = 20

@@ -1,8 +1,8 @@
 """
-Micro-batches: which samples, and which random numbers.
+Micro-batches: their samples and their random numbers.
 
-The global batch of a step is a list of micro-batches. Micro-batch j of step s is a function of (seed, s, j) alone: the number of
-processes and an interruption change nothing.
+The global batch of a step is a list of micro-batches. Micro-batch j of a step is a function of (seed, step, j) alone.
+The number of processes and an interruption of the run therefore do not change it.
 """
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +12,11 @@ import torch
 
 from config import UserError
 
-DRAW, STEP, EVALUATION, EVALUATION_STEP, DROPOUT = 1, 2, 3, 4, 5  # what random numbers are for: part of a generator's key
+DRAW, STEP, EVALUATION, EVALUATION_STEP, DROPOUT = 1, 2, 3, 4, 5  # use of random numbers: part of a generator's key
 
 
 def generator(*key):
-    """A random generator for this key of integers, independent of those for other keys (zeros at the end do not count)."""
+    """A random generator for a key of integers, independent of those for other keys (trailing zeros do not count)."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
@@ -25,7 +25,8 @@ def seed_of(*key):
 
 
 def share(settings, rank, world):
-    """(number of micro-batches a step, those of this process). Raises UserError if the batch does not split evenly."""
+    """(number of micro-batches per step, indices of those of this process). Raises UserError if the batch cannot be
+    split evenly."""
     size = settings['micro_batch_size']
     n_micro = settings['batch_size'] // size
     if settings['batch_size'] % size or n_micro % world:
@@ -35,17 +36,17 @@ def share(settings, rank, world):
 
 
 def micro_batch(data, model, settings, step, j):
-    """Micro-batch j of a step, with the randomness of the chapter: masks, noise."""
+    """Micro-batch j of a step, with the random numbers of the chapter: masks, noise."""
     seed, size = settings['seed'], settings['micro_batch_size']
     batch = data.take(step * settings['batch_size'] + j * size, size)
-    return model.draw(batch, generator(seed, DRAW, step, j), shared=generator(seed, STEP, step))
+    return model.prepare_batch(batch, generator(seed, DRAW, step, j), step_generator=generator(seed, STEP, step))
 
 
 def evaluation_batch(data, model, settings, j):
-    """The same samples, masks and noise in every evaluation of every run that has this micro_batch_size."""
+    """Micro-batch j of every evaluation: the same samples, masks and noise in all runs with this micro_batch_size."""
     size = settings['micro_batch_size']
     batch = data.rows(np.arange(j * size, min((j + 1) * size, data.n)))
-    return model.draw(batch, generator(EVALUATION, j), shared=generator(EVALUATION_STEP, j))
+    return model.prepare_batch(batch, generator(EVALUATION, j), step_generator=generator(EVALUATION_STEP, j))
 
 
 def seed_dropout(seed, step, j):
@@ -57,9 +58,9 @@ def to_device(batch, device):
 
 
 def prefetched(make, jobs, device):
-    """Yields make(*job), a batch, for each job. For a GPU two threads make the next ones meanwhile. More threads would be slower:
-    the draws are many small operations, and Python runs one thread at a time."""
-    if device.type == 'cpu':  # a second thread's worker threads would slow down those of the first
+    """Yields the batch make(*job) for each job. For a GPU, two threads prepare the next batches in the background.
+    More threads would be slower: preparation is many small operations, and Python runs one thread at a time."""
+    if device.type == 'cpu':  # the worker threads of a second thread would slow down those of the first
         yield from (make(*job) for job in jobs)
         return
 
@@ -67,11 +68,11 @@ def prefetched(make, jobs, device):
         if device.type != 'cuda':
             return make(*job)
         torch.cuda.set_device(device)  # a new thread starts with GPU 0
-        return {name: tensor.pin_memory() for name, tensor in make(*job).items()}  # pinned: copied while the GPU computes
+        return {name: tensor.pin_memory() for name, tensor in make(*job).items()}  # pinned: copied asynchronously
     with ThreadPoolExecutor(2) as pool:
-        waiting = deque()
+        queue = deque()
         for job in jobs:
-            waiting.append(pool.submit(batch, job))
-            if len(waiting) > 2:
-                yield waiting.popleft().result()
-        yield from (future.result() for future in waiting)
+            queue.append(pool.submit(batch, job))
+            if len(queue) > 2:
+                yield queue.popleft().result()
+        yield from (future.result() for future in queue)

@@ -1,5 +1,5 @@
 """
-Checkpoints: self-describing files, written so that a kill at any moment loses nothing, read without executing anything.
+Checkpoints: self-describing files. A kill during a write loses nothing; reading executes no code.
 """
 import dataclasses
 import difflib
@@ -23,14 +23,19 @@ import config
 from config import UserError
 from engine import processes
 
-FORMAT = 2  # of a checkpoint; an older one is refused
+FORMAT = 3  # of a checkpoint; other formats are refused
+
+
+class Damaged(UserError):
+    """The file of a checkpoint is incomplete or its contents have changed."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 def save(path, checkpoint):
-    """Written beside its place, synced, then renamed: the file before is never lost. Raises UserError."""
+    """Writes a checkpoint to a temporary file, syncs it and renames it: the file before is never lost. Raises
+    UserError."""
     temporary = path.with_suffix('.tmp')
     try:
         with open(temporary, 'wb') as file:
@@ -38,38 +43,67 @@ def save(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if hasattr(os, 'O_DIRECTORY'):  # the new name, too, has to survive a power cut
+        if hasattr(os, 'O_DIRECTORY'):  # so that the new name survives a power cut, too
             folder = os.open(path.parent, os.O_DIRECTORY)
             os.fsync(folder)
             os.close(folder)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f'{path}: cannot be written ({error}); the checkpoint before it is untouched. Make room or choose '
-                        'another out_dir, then run the same command again')
+        raise UserError(f'{path}: cannot be written ({error}); the checkpoint before it is untouched. Free disk space '
+                        'or choose another out_dir, then run the same command again')
 
 
 def read(path):
-    """A checkpoint as a dict: settings, meta, step, weights and all else that a run needs to continue. Raises UserError."""
+    """A checkpoint as a dict: settings, meta, step, weights and all other state of a run. Raises UserError, of its
+    kind Damaged if another checkpoint has to be used."""
     try:
-        with zipfile.ZipFile(path) as file:  # torch.save writes checksums, but torch.load does not look at them
+        with zipfile.ZipFile(path) as file:  # torch.save writes checksums, but torch.load does not compare them
             if damaged := file.testzip():
                 raise zipfile.BadZipFile(damaged)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         assert {'settings', 'model_config', 'meta', 'step', 'weights'} <= checkpoint.keys()
     except FileNotFoundError:
-        there = {str(file) for file in (*Path('out').glob('*/ckpt_*.pt'), *path.parent.glob('ckpt_*.pt'))}
-        near = ', '.join(difflib.get_close_matches(str(path), there, 5, 0))
+        existing = {str(file) for file in (*Path('out').glob('*/ckpt_*.pt'), *path.parent.glob('ckpt_*.pt'))}
+        near = ', '.join(difflib.get_close_matches(str(path), existing, 5, 0))
         raise UserError(f'{path}: no such checkpoint; ' + (f'the nearest are {near}' if near else
                         'train first, and start this in the folder of the repository, whose out/ holds the runs'))
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error})')
     except Exception as error:  # the unpickler fails in many ways
-        raise UserError(f'{path}: damaged, truncated or not a checkpoint of this repository ({type(error).__name__}); '
-                        'delete it, or use another one in its folder')
+        others = ', '.join(file.name for file in others_of(path))
+        remedy = f'the others in its folder are {others}' if others else (
+            'its folder has no other one; --init_from=scratch moves a run aside and starts again')
+        raise Damaged(f'{path}: damaged, truncated or not a checkpoint of this repository ({type(error).__name__}); '
+                      + remedy)
     if checkpoint.get('format') != FORMAT:
-        raise UserError(f'{path}: a checkpoint of another edition of this repository (format {checkpoint.get("format", 1)}, not '
-                        f'{FORMAT}): train again, with another --out_dir= or --init_from=scratch, or use the edition that wrote it')
+        raise UserError(f'{path}: a checkpoint of another edition of this repository (format '
+                        f'{checkpoint.get("format", 1)}, not {FORMAT}): train again, with another --out_dir= or '
+                        '--init_from=scratch, or use the edition that wrote it')
     return checkpoint
+
+
+def others_of(path):
+    """The other checkpoints of a run folder with which the run can be resumed."""
+    return sorted(file for file in path.parent.glob('ckpt_*.pt') if file.name not in (path.name, 'ckpt_fault.pt'))
+
+
+def read_newest(out_dir):
+    """(path, checkpoint) from which the run in out_dir continues: ckpt_last.pt or, if it is damaged or missing, the
+    intact checkpoint of the latest step; (None, None) if there is no checkpoint. Raises Damaged if all are."""
+    last, newest, faults = out_dir / 'ckpt_last.pt', (None, None), []
+    for path in [last] * last.is_file() + others_of(last):
+        try:
+            checkpoint = read(path)
+        except Damaged as error:
+            faults.append(error)
+            continue
+        if path == last:
+            return last, checkpoint
+        if not newest[1] or checkpoint['step'] > newest[1]['step']:
+            newest = path, checkpoint
+    if faults and not newest[1]:
+        raise faults[0]
+    return newest
 
 
 def digest(path):
@@ -79,7 +113,8 @@ def digest(path):
 
 
 def find(name):
-    """The checkpoint of the run with this name or folder; weights that prepare/NAME.py fetches are fetched on their first use."""
+    """The path of ckpt_last.pt of the run with this name or folder. Weights that prepare/NAME.py downloads are
+    downloaded on their first use."""
     path = Path(name if Path(name).is_dir() else f'out/{name}', 'ckpt_last.pt')
     if not path.is_file() and name in processes.scripts('out'):
         processes.make_once(name, path)
@@ -87,8 +122,8 @@ def find(name):
 
 
 def load_network(path, build, what, remedy=''):
-    """A small network of a data set from its file, in evaluation mode: build(saved) makes it, saved['weights'] are loaded into it.
-    Raises UserError."""
+    """A small network of a data set from its file, in evaluation mode: build(saved) constructs it, then
+    saved['weights'] are loaded. Raises UserError."""
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         network = build(saved)
@@ -102,51 +137,53 @@ def load_network(path, build, what, remedy=''):
 # ---------------------------------------------------------------------------------------------------------------------
 # The state of a run
 
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # strict: layers that the loss does not reach have none
+# not strict: parameters that the loss does not depend on have no optimizer state
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
 def gather(model, ema_model, optimizers, scaler):
-    """Weights, EMA and optimizer states by parameter name, whole in the memory of process 0 and the same however many processes
-    share the model; every process calls this."""
-    stepped = any(optimizer.state for optimizer in optimizers)  # otherwise PyTorch would count a first step to make a state
+    """Weights, EMA and optimizer states by parameter name, unsharded, in the memory of process 0; the same for any
+    number of processes. A collective operation."""
+    stepped = any(optimizer.state for optimizer in optimizers)  # without a state PyTorch would make one by a first step
     state = dict(scaler=scaler.state_dict(), weights=get_model_state_dict(model, options=FULL),
                  optimizers=get_optimizer_state_dict(model, optimizers, options=FULL) if stepped else {})
     return state | (dict(ema=get_model_state_dict(ema_model, options=FULL)) if ema_model is not model else {})
 
 
 def scatter(checkpoint, model, ema_model, optimizers, scaler):
-    """The inverse of `gather`: each process takes its share. Learning rates have to be numbers, not tensors. Raises ValueError if
-    the model has other parameters."""
-    if other := checkpoint['weights'].keys() ^ model.state_dict().keys():  # PyTorch passes over these
+    """The inverse of `gather`: each process loads its shard. Learning rates must be numbers, not tensors. Raises
+    ValueError if the model has other parameters."""
+    if other := checkpoint['weights'].keys() ^ model.state_dict().keys():  # PyTorch ignores these
         raise ValueError(f'parameters in one of them alone: {", ".join(sorted(other)[:3])}')
     set_model_state_dict(model, checkpoint['weights'], options=FULL)
     if ema_model is not model:
         set_model_state_dict(ema_model, checkpoint['ema'], options=FULL)
     if checkpoint['optimizers']:
         set_optimizer_state_dict(model, optimizers, checkpoint['optimizers'], options=FULL)
-    scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())  # empty if the run was not in float16 so far
+    scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())  # empty if the run was not in float16
 
 
 def save_all(out_dir, names, checkpoint):
-    """Writes the same checkpoint under several names, in process 0; the others wait, since torchrun and srun end all processes when
-    the first one leaves."""
+    """Writes a checkpoint under several names, in process 0. The other processes wait: torchrun and srun end all
+    processes when the first one exits."""
     for name in names if processes.is_main() else ():
         save(out_dir / name, checkpoint)
     processes.barrier()
 
 
 def describe(settings, model, meta, dtype):
-    """What a checkpoint says about itself."""
+    """The entries of a checkpoint that describe the run."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    return dict(format=FORMAT, settings=settings, model_config=dataclasses.asdict(model.config), meta=meta, dtype=str(dtype),
-                threads=torch.get_num_threads() * world)
+    return dict(format=FORMAT, settings=settings, model_config=dataclasses.asdict(model.config), meta=meta,
+                dtype=str(dtype), threads=torch.get_num_threads() * world)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 
 def load_model(path):
-    """The model of a checkpoint (with the EMA of its weights, if it has one), in evaluation mode on the CPU, and the checkpoint."""
+    """(model, checkpoint) from a file, the model in evaluation mode on the CPU, with the EMA of its weights if there
+    is one."""
     checkpoint = read(path)
     with same_code(path):
         chapter = config.chapter(checkpoint['settings']['model'])
@@ -157,16 +194,17 @@ def load_model(path):
 
 @contextmanager
 def same_code(path):
-    """Says so if the contents of a checkpoint no longer fit the model: its code has changed since."""
+    """Raises UserError if the contents of a checkpoint do not fit the model, because its code has changed."""
     try:
         yield
     except (ImportError, TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f'{path} does not fit the code as it is now ({str(error).splitlines()[-1].strip()}): undo the change, or '
-                        'train again, with another --out_dir= or --init_from=scratch')
+        raise UserError(f'{path} does not fit the code as it is now ({str(error).splitlines()[-1].strip()}): undo the '
+                        'change, or train again, with another --out_dir= or --init_from=scratch')
 
 
 def read_sources(assigned):
-    """{part of the model: checkpoint that it starts from} by the setting init_from; the part '' is the whole model."""
+    """{part of the model: checkpoint that it starts from} from the setting init_from; the part '' is the whole
+    model."""
     init_from = str(assigned.get('init_from', ('resume',))[0])
     if init_from in ('resume', 'scratch'):
         return {}
@@ -175,20 +213,22 @@ def read_sources(assigned):
 
 
 def start_from(model, sources, folder, meta):
-    """Loads the weights of other runs; `sources` is emptied, since these may be as large as the model."""
+    """Loads the weights of other runs. Empties `sources`, whose checkpoints may be as large as the model."""
     for part in list(sources):
         load_part(model, part, sources.pop(part), folder, meta)
 
 
 def load_part(model, part, source, folder, meta):
-    """The weights of another run, or of the same part of it, into a part of the model, '' for all of it. If these read or predict
-    tokens, the tokens must mean the same: made by the same encoding, or the same data."""
-    own = {name.removeprefix(f'{part}.'): tensor for name, tensor in source['weights'].items() if name.startswith(f'{part}.')}
-    weights = own or source['weights']
-    tokens = not part or 'head.weight' in weights
+    """Loads the weights of another run, or of the same part of it, into a part of the model ('': the whole model). If
+    they embed or predict tokens, both runs must have the same encoding or the same data."""
+    prefix, weights = f'{part}.', source['weights']
+    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    weights = own or weights
+    tokens = not part or any(name.endswith('head.weight') for name in weights)
     if tokens and meta.get('encoding', meta) != source['meta'].get('encoding', source['meta']):
-        raise UserError(f'{folder} has other tokens than the run that init_from names ({meta.get("encoding", "its own")}, not '
-                        f'{source["meta"].get("encoding", "these")}): make it with the same encoding')
+        raise UserError(f'{folder} has other tokens than the run that init_from names '
+                        f'({meta.get("encoding", "its own")}, not {source["meta"].get("encoding", "these")}): make it '
+                        'with the same encoding')
     try:
         model.get_submodule(part).load_state_dict(weights)
     except AttributeError:

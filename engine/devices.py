@@ -1,5 +1,5 @@
 """
-The machine: device, dtype, threads, the attention kernel of a CPU, peak FLOP/s and the FLOPs of a model.
+The machine: device, dtype, threads, attention kernel on a CPU, peak FLOP/s; and the FLOPs of a model.
 """
 import ctypes
 import os
@@ -13,10 +13,10 @@ from config import UserError
 
 
 def find(name='auto'):
-    """The torch.device of this name; under torchrun the GPU of this process. Raises UserError."""
+    """The torch.device of this name; under torchrun, the GPU of this process. Raises UserError."""
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if name == 'cuda':  # one GPU a process
+    if name == 'cuda':  # one GPU per process
         name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         return torch.empty(0, device=name).device
@@ -25,8 +25,8 @@ def find(name='auto'):
 
 
 def find_dtype(name, device):
-    """'auto' is bfloat16 if the hardware computes it natively: its matmuls are then several times as fast as in float32,
-    otherwise slower. Raises UserError."""
+    """The torch.dtype of this name; 'auto' is bfloat16 if the hardware computes it natively, otherwise float32.
+    Emulated bfloat16 is slower than float32, native bfloat16 several times as fast. Raises UserError."""
     if name == 'auto':
         native = False
         if device.type == 'cuda':
@@ -40,8 +40,8 @@ def find_dtype(name, device):
 
 
 def find_threads(threads, checkpoint, world):
-    """CPU threads of this process: the setting; or, if that is 0, those of the run that continues from a checkpoint, spread over its
-    processes and at most one a core; or 0, PyTorch's choice."""
+    """Number of CPU threads of this process: the setting `threads`; if that is 0, on resume, the number in the
+    checkpoint, divided among the processes and at most one per core; otherwise 0, PyTorch's choice."""
     if threads or not checkpoint:
         return threads
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -51,10 +51,11 @@ def find_threads(threads, checkpoint, world):
 def set_up(device, threads=0, training=True, length=0):
     """Process-wide settings for sequences of `length` tokens.
 
-    A CPU has two kernels for attention: a fused one that never holds all T x T weights, and the formula written out. In training the
-    formula is faster for short sequences. PyTorch 2.13, backward pass of the fused kernel against the formula: in bfloat16 5 times
-    as long at 64 tokens, 1.4 times at 256, half as long at 1,024; in float32 equal up to 128 tokens, 0.6 to 0.75 of the time at
-    512. In generation, 32 texts at once, the fused one is faster.
+    A CPU has two kernels for attention: a fused one, which never stores all T x T weights, and plain matrix products
+    ("math"). In training, the plain one is faster for short sequences. Backward pass of the fused kernel, relative to
+    the plain one (PyTorch 2.13): in bfloat16 5 times as long at 64 tokens, 1.4 times at 256, half as long at 1,024; in
+    float32 equal up to 128 tokens, 0.6 to 0.75 of the time at 512. In generation, 32 texts at once, the fused kernel
+    is faster.
     """
     torch.set_float32_matmul_precision('high')
     if device.type == 'cuda':
@@ -64,23 +65,23 @@ def set_up(device, threads=0, training=True, length=0):
             torch.set_num_threads(threads)
         keep_memory()
         use_fused_attention(not training or length >= (192 if find_dtype('auto', device) == torch.float32 else 1024))
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # bfloat16 products without a detour by float32
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # products in bfloat16 itself, not in float32
 
 
 def use_fused_attention(fused):
-    """The CPU's attention kernel, see `set_up`; returns the choice before."""
+    """Chooses the attention kernel of the CPU, see `set_up`; returns the previous choice."""
     before = torch.backends.cuda.flash_sdp_enabled()
-    torch.backends.cuda.enable_flash_sdp(fused)  # named after CUDA, but it holds for the CPU as well
-    torch.compiler.config.cache_key_tag = f'fused={fused}'  # code compiled on disk for the other kernel does not fit
+    torch.backends.cuda.enable_flash_sdp(fused)  # also for the CPU, despite the name
+    torch.compiler.config.cache_key_tag = f'fused={fused}'  # code cached on disk for the other kernel does not fit
     return before
 
 
 def keep_memory():
-    """Freed memory stays with this process. The C library of Linux gives large pieces back to the system, which hands them out
-    again page by page, filled with zeros: up to a sixth of a training step."""
+    """Keeps freed memory in this process. By default the C library of Linux returns large blocks to the system, and
+    gets them back page by page, filled with zeros: up to a sixth of the time of a training step."""
     try:
         mallopt = ctypes.CDLL('libc.so.6').mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no piece is mapped for itself
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
     except (OSError, AttributeError):
         pass  # another system, another allocator
@@ -91,13 +92,13 @@ def autocast(device, dtype):
 
 
 def synchronize(device):
-    """Waits until the device has computed all that was asked of it."""
+    """Waits until the device has finished all its work."""
     if device.type != 'cpu':
         torch.accelerator.synchronize(device)
 
 
 def matmul_rate(device, dtype, seconds=0.5):
-    """Peak FLOP/s of this machine: a large square matrix product, the best of those that fit into the time given."""
+    """Peak FLOP/s of this machine: the best time of a large square matrix product, within about `seconds`."""
     def once(a, b):
         synchronize(device)
         start = time.perf_counter()
@@ -106,7 +107,7 @@ def matmul_rate(device, dtype, seconds=0.5):
         return time.perf_counter() - start
     end, n, best = time.perf_counter() + seconds, 128, 0.0
     while n < (8192 if device.type == 'cuda' else 2048) and best < seconds / 20:
-        n *= 2  # from small to large: an emulated dtype may take a thousand times as long
+        n *= 2  # starts small: an emulated dtype may take a thousand times as long
         pair = torch.randn(2, n, n, device=device).to(dtype)
         best = min(once(*pair), once(*pair))
     while time.perf_counter() < end:
@@ -115,19 +116,21 @@ def matmul_rate(device, dtype, seconds=0.5):
 
 
 def count_flops(model, batch):
-    """FLOPs of a forward and backward pass, counted operator by operator. Attention is written out, so that its products count on
-    every device (the counter does not know the fused CPU kernel)."""
-    with torch.compiler.set_stance('force_eager'), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """FLOPs of a forward and backward pass, counted operator by operator. Attention uses plain matrix products, so
+    that they are counted on every device: the counter does not know the fused CPU kernel."""
+    counter = FlopCounterMode(display=False)
+    with torch.compiler.set_stance('force_eager'), sdpa_kernel(SDPBackend.MATH), counter:
         model(batch)[0].backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
 
 def context_length(model):
-    """Tokens that attend to each other in a model with a context; 0 for the others, whose sequences are short."""
-    return getattr(model, 'length', getattr(model.config, 'block_size', 0))
+    """Context length of a model; 0 for models without one, whose sequences are short."""
+    return getattr(model, 'max_seq_len', getattr(model.config, 'block_size', 0))
 
 
 def is_block(module):
-    """Whether a module is a Transformer block, which is compiled and sharded as one: its class's name ends in Block."""
+    """Whether a module is a Transformer block, the unit of compilation and sharding: the name of its class ends in
+    Block."""
     return type(module).__name__.endswith('Block')

@@ -1,8 +1,8 @@
 """
-Fewer calls from Python: CUDA graphs for steps of training and of decoding, and torch.compile for a model's blocks.
+Lower launch overhead: CUDA graphs for training steps and decoding steps, and torch.compile for a model's blocks.
 
-On a GPU the host takes several times as long to call hundreds of small kernels as the GPU takes to run them. A CUDA graph is a
-sequence of kernels that is captured once and then launched by one call, on the same memory. What is computed is the same.
+The host takes several times as long to launch hundreds of small kernels as a GPU takes to run them. A CUDA graph is a
+sequence of kernels that is captured once and then launched by one call, on the same memory. The results are the same.
 """
 from collections import Counter
 from weakref import WeakKeyDictionary
@@ -19,31 +19,31 @@ DEVICE = 'cuda'  # the type of device that has CUDA graphs; tests set another
 
 
 def capture_cuda_graph(run, pool=None, device=None):
-    """Runs run() and captures its kernels: (what it returns, replay, the tensors that replay() writes that into). Graphs
-    that never run at the same time may share a memory pool."""
+    """Run run() once and capture its kernels. Returns its result, replay, and static_result, which replay() overwrites.
+    Graphs that never run at the same time may share a memory pool."""
     with torch.cuda.device(device):
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # a warm-up: what happens only the first time must not be captured
+        with torch.cuda.stream(side):  # warm-up: one-time work must not be captured
             result = run()
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, pool, capture_error_mode='thread_local'):  # other threads may use the GPU meanwhile
-            static_result = run()  # nothing is computed, though Python's own effects do happen again
+        with torch.cuda.graph(graph, pool, capture_error_mode='thread_local'):  # other threads may use the GPU
+            static_result = run()  # launches no kernel, but Python's side effects happen again
     return result, graph.replay, static_result
 
 
 def possible(device, world):
-    """Whether a run can use CUDA graphs: on a single GPU. If not, prints one line."""
+    """Return whether a run can use CUDA graphs: on a single GPU. If not, print one line."""
     if device.type == DEVICE and world == 1:
         return True
     if is_main():
-        print('graphs=True is for a run on a single GPU: going on without')
+        print('graphs=True needs a run on a single GPU: going on without')
     return False
 
 
 class GraphedSteps:
-    """run(*batches) as CUDA graphs: one for each combination of shapes, captured when it comes the third time, at most
-    max_graphs. What run changes, gradients or weights, has to keep its address. Raises UserError."""
+    """run(*batches) as CUDA graphs: one for each combination of shapes, captured at its third occurrence, at most
+    max_graphs. Tensors that run() changes (gradients, weights) must keep their addresses. Raises UserError."""
     def __init__(self, run, max_graphs=64):
         self.run, self.max_graphs, self.seen, self.graphs = run, max_graphs, Counter(), {}
         self.pool = torch.cuda.graph_pool_handle()
@@ -63,13 +63,13 @@ class GraphedSteps:
         return self.capture(shapes, batches)
 
     def capture(self, shapes, batches):
-        torch.cuda.empty_cache()  # a graph has its own memory
+        torch.cuda.empty_cache()  # a graph has its own memory pool
         static_batches = [{name: tensor.clone() for name, tensor in batch.items()} for batch in batches]
         try:
             result, replay, static_result = capture_cuda_graph(lambda: self.run(*static_batches), self.pool)
-        except RuntimeError as error:  # after a failed capture the state of the GPU is unknown: it cannot be tried again
-            raise UserError(f'graphs=True: this step fails ({str(error).splitlines()[0]}): most likely something in it waits for '
-                            'the GPU, or its memory is full; leave --graphs out')
+        except RuntimeError as error:  # the state of the GPU is unknown: no second try
+            raise UserError(f'graphs=True: capture failed ({str(error).splitlines()[0]}): most likely the step has a '
+                            'host-device sync, or the GPU is out of memory; leave --graphs out')
         self.graphs[shapes] = static_batches, replay, static_result
         return result
 
@@ -78,65 +78,70 @@ class GraphedSteps:
 # Decoding
 
 def graph_decoding(model):
-    """From now on, a GPT or VLM on a GPU decodes by CUDA graphs in `stream` and `generate`; other models stay as they are.
-    All steps of a stream have to be within one autocast, since a graph reads its copies of the weights."""
+    """Let a GPT or VLM on a GPU decode by CUDA graphs in `stream` and `generate`; other models stay unchanged.
+    All steps of a stream must run within one autocast context, because a graph reads its copies of the weights."""
     if not any(isinstance(module, gpt.GPT) for module in model.modules()):
         return
-    step, graphs = type(model).step.__get__(model), WeakKeyDictionary()  # {KVCache: its GraphedCache}
+    step, graphs = type(model).step.__get__(model), WeakKeyDictionary()  # {KVCache: GraphedCache}
 
     def graphed_step(tokens, cache):
-        grows = not cache.filled or cache.filled == next(iter(cache.store.values())).size(3)
+        grows = not cache.cur_len or cache.cur_len == cache.kv[0].size(3)
         if tokens.device.type != DEVICE or tokens.size(1) > 1 or grows:
-            graphs.pop(cache, None)  # the cache may move to other memory
+            graphs.pop(cache, None)  # the cache may be reallocated
             return step(tokens, cache)
         graph = graphs.get(cache)
-        if graph is None or graph.store is not cache.store or cache.filled >= graph.kv_len:
+        if graph is None or graph.kv is not cache.kv or cache.cur_len >= graph.kv_len:
             graph = graphs[cache] = GraphedCache(step, cache, tokens)
-        cache.filled += 1
-        return graph(tokens, cache.filled - 1)
+        cache.cur_len += 1
+        return graph(tokens, cache.cur_len - 1)
     model.step = graphed_step
 
 
 class GraphedCache:
-    """A KVCache for decoding steps of one token per row. The token's position is a value on the GPU, `cache_pos`; attention
-    always reads `kv_len` positions, and a mask hides those after the token. What a step returns is overwritten by the next
-    one."""
+    """A KVCache for decoding steps of one token per row. `cache_pos`, the token's position, is a tensor on the GPU;
+    attention always reads `kv_len` positions, and a mask excludes those after the token. The next step overwrites the
+    logits of a step."""
     def __init__(self, step, cache, tokens):
-        self.step, self.store, self.ragged, self.filled = step, cache.store, cache.ragged, cache.filled
-        kv = next(iter(self.store.values()))  # (2, B, nkv, S, hd)
-        self.kv_len, self.dtype = min(kv.size(3), max(256, 2 * self.filled)), kv.dtype
+        self.step, self.kv, self.left_padded, self.cur_len = step, cache.kv, cache.left_padded, cache.cur_len
+        S, self.dtype = self.kv[0].size(3), self.kv[0].dtype  # each (2, B, nkv, S, hd)
+        self.kv_len = min(S, max(256, 2 * self.cur_len))
         self.tokens, self.cache_pos, self.calls = torch.empty_like(tokens), tokens.new_empty(1), 0
-        for kv in self.store.values():
-            kv[:, :, :, self.filled:self.kv_len] = 0  # not written so far: may be nan, and 0 * nan is nan
-        if self.ragged:
-            self.valid = cache.valid = F.pad(cache.valid[:, :self.filled], (0, self.kv_len - self.filled))  # (B, kv_len)
-        self.last = cache.last = None if cache.last is None else cache.last.clone()
+        for kv in self.kv:
+            kv[:, :, :, self.cur_len:self.kv_len] = 0  # not written yet: may be nan, and 0 * nan is nan
+        if self.left_padded:
+            self.is_token = F.pad(cache.is_token[:, :self.cur_len], (0, self.kv_len - self.cur_len))  # (B, kv_len)
+            cache.is_token = self.is_token
+        if cache.prev_embedding is not None:
+            cache.prev_embedding = cache.prev_embedding.clone()
+        self.prev_embedding = cache.prev_embedding
 
-    def append(self, layer, k, v):
-        self.store[layer].index_copy_(3, self.cache_pos, torch.stack((k, v)))
-        return self.store[layer][:, :, :, :self.kv_len]
+    def update(self, layer, k, v):
+        kv = self.kv[layer.layer_idx]
+        kv.index_copy_(3, self.cache_pos, torch.stack((k, v)))
+        return kv[:, :, :, :self.kv_len]
 
     def prepare(self, tokens):
-        seen, places = torch.arange(self.kv_len, device=tokens.device) <= self.cache_pos, self.cache_pos  # (kv_len,), (1,)
-        if self.ragged:
-            self.valid.index_copy_(1, self.cache_pos, tokens >= 0)
-            seen, places = seen & self.valid, self.valid.sum(1).view(-1, 1, 1) - 1  # (B, kv_len), (B, 1, 1)
-        # added to the logits: each layer would make that of booleans
-        mask = torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, -torch.inf)
-        return False, mask.view(-1, 1, 1, self.kv_len), places
+        mask = torch.arange(self.kv_len, device=tokens.device) <= self.cache_pos  # (kv_len,)
+        position_ids = self.cache_pos  # (1,)
+        if self.left_padded:
+            self.is_token.index_copy_(1, self.cache_pos, tokens >= 0)
+            mask, position_ids = mask & self.is_token, self.is_token.sum(1).view(-1, 1, 1) - 1  # (B, kv_len), (B, 1, 1)
+        # added to logits; computed once, while each layer would convert a boolean mask
+        bias = torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, -torch.inf)
+        return False, bias.view(-1, 1, 1, self.kv_len), position_ids
 
     def run(self):
-        last = self.last
+        static = self.prev_embedding
         logits = self.step(self.tokens, self)
-        if last is not None:
-            self.last = last.copy_(self.last)  # the token's embedding, for the next token shift: always in the same memory
+        if static is not None:
+            self.prev_embedding = static.copy_(self.prev_embedding)  # for the next token shift, at the same address
         return logits
 
     def __call__(self, tokens, position):
         self.tokens.copy_(tokens)
         self.cache_pos.fill_(position)
         self.calls += 1
-        if self.calls <= 2:  # an answer of one or two words is not worth a capture
+        if self.calls <= 2:  # not worth a capture for one or two tokens
             return self.run()
         if self.calls == 3:
             logits, self.replay, self.logits = capture_cuda_graph(self.run, device=tokens.device)
@@ -149,10 +154,10 @@ class GraphedCache:
 # torch.compile
 
 def compile_blocks(model, device, stack=None):
-    """torch.compile for every Transformer block of a model, in place, and on a GPU for the cross-entropy, which in eager
-    mode writes its 16-bit logits once more in 32 bits and reads these; when `stack`, an ExitStack, closes, that is undone.
+    """Compile every Transformer block of a model in place, and on a GPU the cross-entropy, until `stack`, an ExitStack,
+    closes: in eager mode it writes its 16-bit logits again in 32 bits.
 
-    All blocks of a kind share one compiled function: seconds, where compiling a whole model took minutes. Returns whether a
+    All blocks of a class share one compiled function: seconds instead of minutes for a whole model. Returns whether a
     compiler works; if not, prints one line.
     """
     try:
@@ -161,12 +166,12 @@ def compile_blocks(model, device, stack=None):
         if is_main():
             print(f'torch.compile does not work here ({type(error).__name__}): going on without it, more slowly')
         return False
-    torch._dynamo.config.recompile_limit = 64  # one for each combination of shapes; chapters keep these few
+    torch._dynamo.config.recompile_limit = 64  # one for each combination of shapes; chapters have few
     for module in model.modules():
         if is_block(module):
             module.compile(dynamic=True)
     if device.type == DEVICE:
         if stack:
-            stack.callback(setattr, gpt, 'nll', gpt.nll)
-        gpt.nll = torch.compile(gpt.nll, dynamic=True)
+            stack.callback(setattr, gpt, 'token_nll', gpt.token_nll)
+        gpt.token_nll = torch.compile(gpt.token_nll, dynamic=True)
     return True

@@ -1,5 +1,6 @@
 """
-What a run measures: exact means over micro-batches and processes, tokens per second, MFU, the time spent waiting for data.
+Measurements of a run: exact means over micro-batches and processes, tokens per second, MFU, the time spent waiting for
+data.
 """
 import copy
 import math
@@ -14,12 +15,13 @@ from engine.processes import is_main
 
 
 def add_logs(total, logs):
-    """logs: {name: (sum, count)} on the device; adding them keeps every mean exact and needs no host-device sync."""
+    """Adds logs {name: (sum, count)} on the device. Sums and counts keep every mean exact and need no host-device
+    sync."""
     return total | {name: total.get(name, 0) + value for name, value in logs.items()}
 
 
 def means(total):
-    """({name: mean}, number of tokens), as floats, over the micro-batches of all processes; a host-device sync."""
+    """({name: mean}, number of tokens) as floats, over the micro-batches of all processes. A host-device sync."""
     names = sorted(total)
     sums = torch.stack([total[name].float() for name in names])
     if dist.is_initialized():
@@ -30,27 +32,31 @@ def means(total):
 
 
 def mean_loss(values):
-    """A model's loss for comparisons: the plain mean over its logs named loss... (one a modality in nano4M)."""
+    """The loss by which evaluations are compared: the mean over all logs named loss... (one per modality in nano4M)."""
     losses = [value for name, value in values.items() if name.startswith('loss')]
     return sum(losses) / len(losses) if losses else math.nan
 
 
 def others(values):
-    """The logs beside `loss`, which has a name of its own in a line."""
+    """The logs without `loss`, which has its own name in a line of log.jsonl."""
     return {name: value for name, value in values.items() if name != 'loss'}
 
 
+def progress(state):
+    """The first entries of a line of log.jsonl."""
+    return {'step': state.step, 'tokens': state.tokens, 'seconds': round(state.seconds, 2)}
+
+
 def evaluation_line(state, values):
-    """The line of log.jsonl of an evaluation."""
-    line = {'step': state.step, 'tokens': state.tokens, 'seconds': round(state.seconds, 2), 'val_loss': mean_loss(values)}
-    return line | {f'val_{name}': value for name, value in values.items()}
+    """The line of an evaluation in log.jsonl."""
+    return progress(state) | {'val_loss': mean_loss(values)} | {f'val_{name}': value for name, value in values.items()}
 
 
 class Meter:
-    """Sums of what happens between two lines of the log, from `restart` to `line`."""
+    """Sums over the steps between two lines of the log, from `restart` to `line`."""
     def __init__(self, model, device, dtype):
-        self.ghost = copy.deepcopy(model).to('meta')  # without values: FLOPs are counted at no cost of time or memory
-        self.flops = {}  # of a micro-batch, by its shapes
+        self.meta_model = copy.deepcopy(model).to('meta')  # without values: counting its FLOPs costs no time or memory
+        self.flops = {}  # {shapes of a micro-batch: FLOPs}
         self.device, self.peak_flops = device, devices.matmul_rate(device, dtype) if is_main() else 1
         self.restart()
 
@@ -62,9 +68,9 @@ class Meter:
         began = time.perf_counter()
         batch = to_device(next(batches), self.device)
         self.waited += time.perf_counter() - began
-        shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)  # not of lists of targets: always another
+        shapes = tuple(tensor.shape for tensor in batch.values() if tensor.ndim > 1)  # 1-D: lists of targets
         if shapes not in self.flops:
-            self.flops[shapes] = devices.count_flops(self.ghost, to_device(batch, torch.device('meta')))
+            self.flops[shapes] = devices.count_flops(self.meta_model, to_device(batch, torch.device('meta')))
         self.work += self.flops[shapes]
         return batch
 
@@ -72,13 +78,13 @@ class Meter:
         self.total = add_logs(self.total, logs)
 
     def line(self, state, norm, lr):
-        """The line of log.jsonl of the steps since the last one; adds their seconds and tokens to the state."""
-        now = time.perf_counter()
-        values, count = means(self.total)
-        took = now - self.since
-        state.tokens, state.seconds = state.tokens + round(count), state.seconds + took
-        line = {'step': state.step, 'tokens': state.tokens, 'seconds': round(state.seconds, 2), 'train_loss': mean_loss(values),
-                'lr': lr, 'grad_norm': norm if math.isfinite(norm) else str(norm), 'tokens_per_second': round(count / took),
-                'mfu': round(self.work / took / self.peak_flops, 4), 'data_wait': round(self.waited / took, 4)}
+        """The line of log.jsonl for the steps since the last one. Adds their seconds and tokens to the state."""
+        values, n_tokens = means(self.total)
+        seconds = time.perf_counter() - self.since
+        state.tokens, state.seconds = state.tokens + round(n_tokens), state.seconds + seconds
+        line = progress(state) | {
+            'train_loss': mean_loss(values), 'lr': lr, 'grad_norm': norm if math.isfinite(norm) else str(norm),
+            'tokens_per_second': round(n_tokens / seconds), 'mfu': round(self.work / seconds / self.peak_flops, 4),
+            'data_wait': round(self.waited / seconds, 4)}
         self.restart()
         return line | ({'skipped': state.skipped} if state.skipped else {}) | others(values)

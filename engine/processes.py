@@ -1,5 +1,6 @@
 """
-Many processes under torchrun or srun: the process group, replicas (DDP) or shards (FSDP2) of a model, and who does what once.
+Several processes under torchrun or srun: the process group, replicas (DDP) or shards (FSDP2) of a model, and work that
+one process does for all.
 """
 import os
 import subprocess
@@ -20,10 +21,14 @@ from engine.devices import is_block
 
 
 def join(device, stack):
-    """Joins the process group that torchrun or srun has announced, left when `stack` ends; (rank, number of processes)."""
+    """Joins the process group of torchrun or srun, if there is one, until `stack` closes: (rank, number of processes).
+    Raises UserError."""
     if 'RANK' in os.environ and not dist.is_initialized():
+        if missing := [name for name in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]:
+            raise UserError(f"RANK={os.environ['RANK']} is set, but not {', '.join(missing)}: unset RANK, or start with "
+                            'torchrun')
         gpu, (store, rank, world) = device.type == 'cuda', next(dist.rendezvous('env://'))
-        # after a restart: no addresses of the processes that died
+        # the prefix: after a restart, no addresses of the processes that died
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         dist.init_process_group('nccl' if gpu else 'gloo', store=store, rank=rank, world_size=world,
                                 timeout=timedelta(minutes=10), device_id=device if gpu else None)
@@ -36,7 +41,7 @@ def is_main():
 
 
 def any_of(value, device):
-    """Whether the value is true in any process; every process calls this."""
+    """Whether the value is true in any process. A collective operation."""
     flag = torch.tensor(float(bool(value)), device=device)
     if dist.is_initialized():
         dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -49,8 +54,9 @@ def barrier():
 
 
 def make_once(name, path):
-    """Runs python -m prepare.NAME if the file that it writes last is missing. Of several processes, or runs, one does and the others
-    wait for its lock; if it fails, the next one tries, so that none waits for ever. Raises UserError."""
+    """Runs python -m prepare.NAME if `path`, the file that it writes last, is missing. Of several processes or runs,
+    one does so and the others wait for its lock. If it fails, the next one tries, so that none waits forever. Raises
+    UserError."""
     if path.is_file():
         return
     path.parent.parent.mkdir(parents=True, exist_ok=True)
@@ -66,14 +72,15 @@ def make_once(name, path):
 
 def scripts(makes):
     """Names of the prepare scripts that make a data set ('data') or a run with weights ('out')."""
-    return sorted(path.stem for path in Path('prepare').glob('*.py') if f"\nMAKES = '{makes}" in path.read_text(encoding='utf-8'))
+    line = f"\nMAKES = '{makes}"
+    return sorted(path.stem for path in Path('prepare').glob('*.py') if line in path.read_text(encoding='utf-8'))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
 def place(model, device, dtype, sharded):
-    """Brings a model to the device: whole, or this process's shard of it."""
+    """Moves a model to the device: the whole model, or the shard of this process."""
     if sharded:
         shard(model, device, dtype)
     else:
@@ -81,24 +88,25 @@ def place(model, device, dtype, sharded):
 
 
 def shard(model, device, dtype):
-    """FSDP2 (arXiv 2304.11277), in place: each process keeps some rows of every parameter. The parameters of a block, and those
-    outside of all blocks, are gathered before they are used and dropped afterwards."""
+    """FSDP2 (arXiv 2304.11277), in place: each process keeps some rows of every parameter. The parameters of a block,
+    and those outside all blocks, are gathered before use and freed afterwards."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = [module for module in model.modules() if is_block(module)]
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # autocast would keep copies of whole matrices
+    # a policy and not autocast, which would keep copies of unsharded matrices
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def replicate(model, sharded):
-    """The module whose forward pass is called in training: DistributedDataParallel if there are several replicas."""
+    """The module to call in training: DistributedDataParallel if there are several replicas, otherwise the model."""
     several = dist.is_initialized() and dist.get_world_size() > 1
     return DistributedDataParallel(model) if several and not sharded else model
 
 
 def no_sync(model, last):
-    """A context for a micro-batch: only the backward pass of the last one sums the gradients over all processes."""
+    """A context for the passes of a micro-batch: gradients are averaged over the processes in the `last` one only."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()

@@ -1,5 +1,5 @@
 """
-A run's folder and its life: the lock, the checkpoint to continue from, signals, the log.
+A run folder and the life of a run: lock, checkpoint to resume from, signals, log.
 """
 import json
 import os
@@ -20,13 +20,14 @@ from engine.processes import is_main
 # The folder
 
 def folder_of(settings, arguments):
-    """out_dir, or out/NAME of the last config file, or of the model."""
-    named = [Path(argument).stem for argument in map(str, arguments) if not argument.startswith('--')]
-    return Path(settings['out_dir'] or f'out/{(named or [settings["model"]])[-1]}')
+    """out_dir; if it is '', out/NAME of the last config file, or of the model."""
+    names = [Path(argument).stem for argument in map(str, arguments) if not argument.startswith('--')]
+    return Path(settings['out_dir'] or f'out/{(names or [settings["model"]])[-1]}')
 
 
 def lock(out_dir):
-    """Held while a run writes into its folder, and released by the system however the process ends."""
+    """The lock of a run folder. The system releases it when the process ends, however that happens. Raises
+    UserError."""
     out_dir.mkdir(parents=True, exist_ok=True)
     held = FileLock(out_dir / 'lock')
     try:
@@ -36,12 +37,12 @@ def lock(out_dir):
 
 
 def enter(out_dir, settings, free, stack):
-    """The checkpoint of the run in out_dir, which continues, or None; process 0 locks the folder until `stack` ends. All settings but
-    those in `free` have to be those of before. Raises UserError."""
-    last = out_dir / 'ckpt_last.pt'
-    again = any(os.environ.get(f'{who}_RESTART_COUNT', '0') != '0' for who in ('TORCHELASTIC', 'SLURM'))
-    scratch = settings['init_from'] == 'scratch' and not again  # a run that torchrun or SLURM has restarted continues
-    if scratch and last.exists() and is_main():
+    """The checkpoint from which the run in out_dir continues, or None for a new run. Process 0 locks the folder until
+    `stack` closes. A folder with a checkpoint never gets a new run unless init_from is 'scratch', which moves it
+    aside. Settings outside `free` must be those of the checkpoint. Raises UserError."""
+    restarted = any(os.environ.get(f'{who}_RESTART_COUNT', '0') != '0' for who in ('TORCHELASTIC', 'SLURM'))
+    scratch = settings['init_from'] == 'scratch' and not restarted  # a restarted run continues
+    if scratch and any(out_dir.glob('ckpt_*.pt')) and is_main():
         aside = next(path for i in range(1, 10 ** 6) if not (path := Path(f'{out_dir}.{i}')).exists())
         with lock(out_dir):
             out_dir.rename(aside)
@@ -49,81 +50,92 @@ def enter(out_dir, settings, free, stack):
     if is_main():
         stack.enter_context(lock(out_dir))
     processes.barrier()
-    if scratch or not last.exists():
+    if scratch:
         return None
-    checkpoint = checkpoints.read(last)
+    path, checkpoint = checkpoints.read_newest(out_dir)
+    if not checkpoint:
+        return None
+    if path.name != 'ckpt_last.pt' and is_main():
+        print(f'{out_dir}/ckpt_last.pt is damaged or missing: continuing from {path}, step {checkpoint["step"]}')
     before = checkpoint['settings']
     if changed := [name for name in settings if name not in free and settings[name] != before.get(name)]:
-        differ = ', '.join(f'{name}={before.get(name)!r}, not {settings[name]!r}' for name in changed[:3])
-        raise UserError(f'{out_dir} holds a run with {differ}: choose another --out_dir=, or --init_from=scratch moves it aside')
+        differences = ', '.join(f'{name}={before.get(name)!r}, not {settings[name]!r}' for name in changed[:3])
+        raise UserError(f'{out_dir} holds a run with {differences}: choose another --out_dir=, or --init_from=scratch '
+                        'moves it aside')
     return checkpoint
 
 
 def check_room(out_dir, model):
-    """Raises UserError if the disk lacks room for checkpoints: weights, moments and EMA are 16 bytes a parameter, three times."""
+    """Raises UserError if the disk lacks room for three checkpoints of 16 bytes per parameter: weights, moments,
+    EMA."""
     needed = 48 * sum(p.numel() for p in model.parameters())
     if is_main() and shutil.disk_usage(out_dir).free < needed:
-        raise UserError(f'{out_dir}: less than {needed / 1e9:.1f} GB free, which its checkpoints may need: make room')
+        raise UserError(f'{out_dir}: less than {needed / 1e9:.1f} GB free, which checkpoints may need: free disk space')
 
 
 def prune(out_dir, keep):
-    """Leaves the newest `keep` of the numbered checkpoints; all of them if keep is 0."""
+    """Deletes all numbered checkpoints but the newest `keep`; none if keep is 0."""
     if is_main() and keep:
         for old in sorted(out_dir.glob('ckpt_[0-9]*.pt'), key=lambda path: (len(path.name), path))[:-keep]:
             old.unlink(missing_ok=True)
 
 
 def finished(out_dir, settings, state):
-    """A line that says so if there is nothing left to do, otherwise ''."""
+    """A message if nothing is left to do, otherwise a false value."""
     all_steps, reached = state.step >= settings['max_iters'], state.best <= settings['target_loss'] > 0
-    todo = ['raise max_iters'] * all_steps + ['lower target_loss'] * reached
-    return todo and (f'{out_dir}: finished at step {state.step}, best val_loss {state.best:.4f}; {" and ".join(todo)} to go on, or '
-                     '--init_from=scratch to start again')
+    todo = ' and '.join(['raise max_iters'] * all_steps + ['lower target_loss'] * reached)
+    return todo and (f'{out_dir}: finished at step {state.step}, best val_loss {state.best:.4f}; {todo} to continue, '
+                     'or --init_from=scratch to start again')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Signals
 
 def listen(stack):
-    """A list that receives the number of each signal that asks this process to stop. The run then saves and leaves; a second signal
-    ends it at once, unless it comes within two seconds: torchrun repeats a Ctrl-C that the process has already had."""
-    asked, times = [], []
+    """A list that receives the number of each signal that asks this process to stop; the run then saves and stops. A
+    second signal ends it at once, unless it comes within two seconds: torchrun sends a Ctrl-C again that the process
+    already has."""
+    received, times = [], []
 
-    def note(number, frame):
+    def handler(number, frame):
         times.append(time.monotonic())
         if times[-1] - times[0] > 2:
             raise KeyboardInterrupt
-        if not asked and is_main():
+        if not received and is_main():
             os.write(2, b'\nstopping at the next line of the log; once more stops at once\n')  # print is not reentrant
-        asked.append(number)
+        received.append(number)
     if threading.current_thread() is threading.main_thread():  # the only thread that may set handlers
         for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, 'SIGUSR1') else [])):
-            stack.callback(signal.signal, number, signal.signal(number, note))
-    return asked
+            stack.callback(signal.signal, number, signal.signal(number, handler))
+    return received
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The log
 
 def trim_log(path, step):
-    """Cuts off the lines of later steps, which a killed run did after its last checkpoint: they are done again."""
+    """Removes the lines after `step`: a killed run logged them after its last checkpoint, and the resumed run will
+    again."""
     if path.exists() and is_main():
-        kept = [line for line in path.read_bytes().splitlines(True) if line.endswith(b'\n') and json.loads(line)['step'] <= step]
+        kept = [line for line in path.read_bytes().splitlines(True)
+                if line.endswith(b'\n') and json.loads(line)['step'] <= step]
         os.truncate(path, sum(map(len, kept)))  # in place: a kill here loses nothing
 
 
 def open_log(out_dir, settings, state, stack):
-    """log(line): appends a line to log.jsonl and sends it to Weights & Biases if asked; in process 0 alone."""
+    """A function log(line) that appends a line to log.jsonl and, if asked, sends it to Weights & Biases; in process
+    0."""
     path = out_dir / 'log.jsonl'
     trim_log(path, state.step or -1)
     if settings['wandb_log'] and is_main():
         import wandb
-        state.wandb_id = wandb.init(project='nanofm', name=out_dir.name, config=settings, id=state.wandb_id, resume='allow').id
-        stack.callback(wandb.finish)  # offline it says how to send the run later
+        wandb_run = wandb.init(project='nanofm', name=out_dir.name, config=settings, id=state.wandb_id, resume='allow')
+        state.wandb_id = wandb_run.id
+        stack.callback(wandb.finish)  # offline, prints how to upload the run later
 
     def log(line):
         if is_main():
-            with open(path, 'a') as file:
+            with open(path, 'a', encoding='utf-8') as file:
                 file.write(json.dumps(line) + '\n')
             if settings['wandb_log']:
                 wandb.log(line, step=line['step'])

@@ -1,5 +1,5 @@
 """
-What is done with a trained model. For each chapter X.py there is lab/X.py, which generates, draws and scores:
+Work with trained models. For each chapter X.py there is lab/X.py, which generates, draws and scores:
 
     run = lab.open_run(Path('out/gpt_mnist/ckpt_last.pt'))
     module = lab.module_of(run.model)            lab/gpt.py
@@ -13,10 +13,11 @@ import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from config import UserError  # before torch, see config/__init__.py
+
 import numpy as np
 import torch
 
-from config import UserError
 from engine import checkpoints, devices, graphs
 from gpt import KVCache  # not `import gpt`: lab.gpt is lab/gpt.py
 from prepare import arrays
@@ -35,7 +36,7 @@ class Run:
     checkpoint: dict
     folder: Path            # data/NAME
     meta: dict              # of the data that it was trained on
-    fields: object          # the data set's own decoder and judge: `Fields` of prepare/NAME.py
+    dataset: object         # decodes, draws and scores its modalities: `Dataset` of prepare/NAME.py
     split: str = 'val'      # where held-out samples come from
     dtype: str = 'auto'     # of autocast
 
@@ -48,25 +49,26 @@ class Run:
 
     def ids(self, name, index):
         """Token ids of held-out samples, int64."""
-        return torch.from_numpy(self.fields.load(self.split, name)[index].astype(np.int64))
+        return torch.from_numpy(self.dataset.load(self.split, name)[index].astype(np.int64))
 
     def data(self):
         """The split as arrays of the fields that the model reads. Raises UserError."""
         block_size = getattr(self.model.config, 'block_size', 0)
-        return arrays.Data(self.folder, self.split, self.meta, self.model.fields, block_size)
+        return arrays.Data(self.folder, self.split, self.meta, self.model.batch_keys, block_size)
 
 
 def open_run(path, device='auto', split='val', dtype='auto'):
-    """The run with this checkpoint, whose data have to be those that it was trained on. Raises UserError."""
+    """The run with this checkpoint; its data must be those of its training. Raises UserError."""
     model, checkpoint = checkpoints.load_model(path)
     model.to(devices.find(device))
     folder, meta = Path('data', checkpoint['settings']['dataset']), checkpoint['meta']
-    if checkpoint['step']:  # otherwise weights that prepare/ fetched, which bring their own tokenizer
+    if checkpoint['step']:  # otherwise downloaded weights, with their own tokenizer
         arrays.agree(folder, arrays.read_meta(folder), checkpoint)
         splits = sorted(part.name for part in folder.glob('*/'))
         if split not in splits:
             raise UserError(f'split={split!r}: {folder} has {", ".join(splits)}')
-    run = Run(path, model, checkpoint, folder, meta, arrays.open_fields(folder, meta), split, dtype)
+    run = Run(path, model, checkpoint, folder, meta, arrays.open_dataset(folder, meta), split, dtype)
+    run.dataset.device = device  # for a judge that it may have to train first
     graphs.graph_decoding(model)
     return run
 
@@ -85,12 +87,12 @@ def module_of(model):
 
 
 def draw(model, folder, meta, path):
-    """What train.py draws at an evaluation: an image at `path`, or a text beside it."""
-    run = Run(path, model, {}, folder, meta, arrays.open_fields(folder, meta))
+    """The samples of train.py after an evaluation: an image at `path`, or a text beside it."""
+    run = Run(path, model, {}, folder, meta, arrays.open_dataset(folder, meta))
     module = module_of(model)
     settings = module.settings_of(run)
     if hasattr(settings, 'max_new_tokens'):
-        settings.max_new_tokens = 300  # shorter than in sample.py: an evaluation is not to wait
+        settings.max_new_tokens = 300  # shorter than in sample.py, to save time
     graphs.graph_decoding(model)
     texts = module.draw(run, settings, path)
     if texts:
@@ -101,7 +103,8 @@ def draw(model, folder, meta, path):
 # Precision and compilation
 
 def exact_dtype(device, name='auto'):
-    """float32 on a CPU unless another dtype is asked for: one token at a time gains nothing from faster matrix products."""
+    """The dtype of generation; 'auto' is float32 on a CPU, where generating one token at a time is not faster in
+    bfloat16."""
     return torch.float32 if name == 'auto' and device.type == 'cpu' else devices.find_dtype(name, device)
 
 
@@ -111,7 +114,7 @@ def exact(device, name='auto'):
 
 
 def compile_passes(model, dtype='auto'):
-    """Compiles the blocks of a model, for good; returns whether a compiler works. `append`, which has a dictionary of
+    """Compiles the blocks of a model, for good; returns whether a compiler works. `update`, which has a dictionary of
     layers, is not compiled: otherwise each layer would be compiled by itself. Raises UserError for a model without
     blocks."""
     blocks = [module for module in model.modules() if devices.is_block(module)]
@@ -121,7 +124,7 @@ def compile_passes(model, dtype='auto'):
     if not graphs.compile_blocks(model, device):
         return False
     for kind in KVCache, graphs.GraphedCache:
-        kind.append = torch.compiler.disable(kind.append)
+        kind.update = torch.compiler.disable(kind.update)
     model.requires_grad_(False)  # a likelihood of chapter 4 takes the gradient of its inputs alone,
     torch._functorch.config.donated_buffer = False  # several times of one pass
     if hasattr(model, 'stream'):  # always within `exact`, and compiled code would cast the weights again in each pass
@@ -151,7 +154,7 @@ def left_pad(rows):
 
 
 def grey_out(images, tokens, grid):
-    """Images (n, H, W, 3) uint8, grey where tokens (n, N) of a grid are unknown."""
+    """Makes images (n, H, W, 3) uint8 grey where tokens (n, N) of a grid are unknown."""
     rows, columns = (np.arange(side) * n // side for side, n in zip(images.shape[1:], grid))
     unknown = (tokens < 0).view(-1, *grid).numpy()[:, rows][:, :, columns, None]
     return np.where(unknown, np.uint8(128), images)

@@ -3,7 +3,7 @@ nano4M's chains: modalities that are given, and targets, each of which is genera
 
     caption:w2,depth>segmentation:mean8,rgb:25:halton:t0.7..0.3:g1..3:best4
 
-The parts after a target's name replace the settings of sample.py for this target alone; a given modality may have a weight.
+The parts after a target's name replace the settings of sample.py for this target; a given modality may have a weight.
 
     25                    decoding steps of an image
     halton, confidence    order of decoding
@@ -23,12 +23,14 @@ import torch
 from config import UserError
 from engine import devices
 from lab import options
+from lab.retrieval import decode_modality, log_prob
 from maskgit import ORDERS, SCHEDULES
 
 NUMBER = r'-?\d+(?:\.\d+)?'
 RANGE = rf'{NUMBER}(?:\.\.{NUMBER})?'
-PART = re.compile(rf'(?P<steps>\d+)|(?P<order>{"|".join(ORDERS)})|(?P<schedule>{"|".join(SCHEDULES)})|mean(?P<mean>\d+)|'
-                  rf'best(?P<best>\d+)|t(?P<temperature>{RANGE})|g(?P<guidance>{RANGE})|w(?P<weight>{NUMBER})')
+PART = re.compile(rf'(?P<steps>\d+)|(?P<order>{"|".join(ORDERS)})|(?P<schedule>{"|".join(SCHEDULES)})|'
+                  rf'mean(?P<mean>\d+)|best(?P<best>\d+)|t(?P<temperature>{RANGE})|'
+                  rf'g(?P<guidance>{RANGE})|w(?P<weight>{NUMBER})')
 
 
 @dataclass
@@ -59,9 +61,9 @@ def read_link(entry, settings):
     for part in parts:
         found = PART.fullmatch(part)
         if not found:
-            raise UserError(f'{entry!r}: {part!r} is none of a number of steps, an order ({", ".join(ORDERS)}), a schedule '
-                            f'({", ".join(SCHEDULES)}), t0.7 or t0.9..0.3 (temperature), g2 or g1..3 (guidance), w-1 '
-                            '(weight as a condition), mean8, best8 (of 8 samples)')
+            raise UserError(f'{entry!r}: {part!r} is none of a number of steps, an order ({", ".join(ORDERS)}), a '
+                            f'schedule ({", ".join(SCHEDULES)}), t0.7 or t0.9..0.3 (temperature), g2 or g1..3 '
+                            '(guidance), w-1 (weight as a condition), mean8, best8 (of 8 samples)')
         link = replace(link, **{key: types.get(key, str)(value) for key, value in found.groupdict().items() if value})
     if min(link.mean, link.best) < 1 or link.steps == 0:
         raise UserError(f'{entry!r}: steps, mean and best are at least 1')
@@ -71,8 +73,9 @@ def read_link(entry, settings):
 
 
 def parse_chain(chain, settings, model, hidden=(), begun=()):
-    """'caption,depth:w2>rgb:25' -> links given, links to generate. If it has no targets, these are the modalities `hidden`,
-    which are given in part, or else all others. Those in `hidden` and `begun` may stand on both sides. Raises UserError."""
+    """'caption,depth:w2>rgb:25' -> links given, links to generate. If it has no targets, these are the modalities
+    `hidden`, which are given in part, or else all others. Those in `hidden` and `begun` may stand on both sides. Raises
+    UserError."""
     if chain.count('>') != 1:
         raise UserError(f'chain={chain!r}: write given>target,target:steps:order, as in "rgb>depth:8,scene_desc"')
     given, targets = ([entry.strip() for entry in side.split(',') if entry.strip()] for side in chain.split('>'))
@@ -80,7 +83,7 @@ def parse_chain(chain, settings, model, hidden=(), begun=()):
         raise UserError(f'chain={chain!r}: what is given has nothing but a weight, as in "caption:w2>rgb"')
     given = [read_link(entry, settings) for entry in given]
     names = [link.name for link in given]
-    targets = targets or hidden or [name for name in model.fields if name not in names]
+    targets = targets or hidden or [name for name in model.batch_keys if name not in names]
     targets = [read_link(entry, settings) for entry in targets]
     check_chain(chain, given, targets, {*hidden, *begun}, model)
     return given, targets
@@ -89,15 +92,16 @@ def parse_chain(chain, settings, model, hidden=(), begun=()):
 def check_chain(chain, given, targets, both_sides, model):
     """Raises UserError if the links of a chain do not fit the model or each other."""
     left, right = ([link.name for link in links] for links in (given, targets))
-    if unknown := [name for name in left + right if name not in model.fields]:
-        raise UserError(f'there is no modality {unknown[0]!r}; this model has {", ".join(model.fields)}')
+    if unknown := [name for name in left + right if name not in model.batch_keys]:
+        raise UserError(f'there is no modality {unknown[0]!r}; this model has {", ".join(model.batch_keys)}')
     for name in left + right:
         if left.count(name) > 1 or right.count(name) > 1 or name in left and name in right and name not in both_sides:
             raise UserError(f'{name!r} stands twice among given and targets')
     if targets and targets[-1].weight != 1:
         raise UserError(f'chain={chain!r}: nothing follows {right[-1]} that its weight could be for')
     for i, link in enumerate(targets):
-        if link.mean > 1 and model.modality[link.name].is_text or link.best > 1 and not {*left, *right[:i]} - {link.name}:
+        alone = not {*left, *right[:i]} - {link.name}
+        if link.mean > 1 and model.modality[link.name].is_text or link.best > 1 and alone:
             raise UserError(f'{link.name}: mean is for images, and best needs something given that it is judged by')
 
 
@@ -105,10 +109,10 @@ def check_chain(chain, given, targets, both_sides, model):
 # Generation along a chain
 
 def sampling_of(model, link, known, weighted):
-    """The arguments of model.generate for a link. If the rgb image is known, hardly more than one output is right: the most
-    probable one, in one step. Otherwise many are, and the tokens of an image have to fit each other: a few are sampled at a
-    time. known: ids {name: (B, size)}; weighted: whether a condition has a weight of its own, which takes the place of
-    guidance."""
+    """The arguments of model.generate for a link. If the rgb image is known, hardly more than one output is right: the
+    most probable one, in one step. Otherwise many are, and the tokens of an image have to fit each other: a few are
+    sampled at a time. known: ids {name: (B, max_tokens)}; weighted: whether a condition has a weight of its own, which
+    takes the place of guidance."""
     is_text = model.modality[link.name].is_text
     certain = is_text or link.name != 'rgb' and (known.get('rgb', -torch.ones(1)) >= 0).all()
     steps, temperature, guidance = (1, '0', '1') if certain else (8, '0.4', '1' if weighted else '2')
@@ -117,16 +121,16 @@ def sampling_of(model, link, known, weighted):
     elif link.best > 1 and certain:
         temperature = '0.7'
     temperature, temperature_end = options.ends(temperature if link.temperature is None else link.temperature)
-    guidance_start, guidance = options.ends(guidance if link.guidance is None else link.guidance)
-    return dict(steps=steps if link.steps is None else link.steps, temperature=temperature, temperature_end=temperature_end,
-                top_k=link.top_k, top_p=link.top_p, order=link.order, schedule=link.schedule, guidance=guidance,
-                guidance_start=guidance_start)
+    guidance, guidance_end = options.ends(guidance if link.guidance is None else link.guidance)
+    return dict(steps=steps if link.steps is None else link.steps, temperature=temperature,
+                temperature_end=temperature_end, top_k=link.top_k, top_p=link.top_p, order=link.order,
+                schedule=link.schedule, guidance=guidance, guidance_end=guidance_end)
 
 
 def best_samples(model, known, name, ids, n):
-    """Of each scene's n samples of modality `name`, ids (B * n, size), the one that makes the known tokens most probable:
-    (B, size)."""
-    total = sum(model.log_prob(model.ask({name: ids}, other), other, condition.repeat_interleave(n, 0))
+    """Of each scene's n samples of modality `name`, ids (B * n, max_tokens), the one that makes the known tokens most
+    probable: (B, max_tokens)."""
+    total = sum(log_prob(model, decode_modality(model, {name: ids}, other), other, condition.repeat_interleave(n, 0))
                 for other, condition in known.items() if other != name)
     return ids.view(-1, n, ids.size(1))[torch.arange(len(ids) // n), total.view(-1, n).argmax(1).cpu()]
 
@@ -139,8 +143,8 @@ def mean_of(name, raw):
 
 
 def generate(run, given, chain, generator=None):
-    """Runs a chain from ids given, {name: (B, size)}: the ids of all modalities known in the end, and the raw values of
-    those that were generated. Raises UserError."""
+    """Runs a chain from ids given, {name: (B, max_tokens)}: the ids of all modalities known in the end, and the raw
+    values of those that were generated. Raises UserError."""
     known, raw, weights = dict(given), {}, {link.name: link.weight for link in chain[0]}
     for link in chain[1]:
         name, n = link.name, max(link.mean, link.best)
@@ -148,14 +152,15 @@ def generate(run, given, chain, generator=None):
         repeated = {other: ids.repeat_interleave(n, 0) for other, ids in known.items()}
         with devices.autocast(run.device, devices.find_dtype(run.dtype, run.device)):
             sampling = sampling_of(run.model, link, known, bool(others))
-            ids = run.model.generate(repeated, [name], **sampling, weights=others, generator=generator)[name].cpu()
+            ids = run.model.generate(repeated, [name], **sampling, condition_weights=others, generator=generator)
+            ids = ids[name].cpu()
             if link.best > 1:
                 ids = best_samples(run.model, known, name, ids, n)
-        raw[name] = run.fields.decode(name, ids)
+        raw[name] = run.dataset.decode(name, ids)
         if link.mean > 1:
-            if not hasattr(run.fields, 'encode'):
+            if not hasattr(run.dataset, 'encode'):
                 raise UserError(f'{name}: this data set has no encoder, which the mean of several samples needs')
             raw[name] = mean_of(name, raw[name].reshape(-1, n, *raw[name].shape[1:]))
-            ids = run.fields.encode(name, raw[name])  # what the next links see
+            ids = run.dataset.encode(name, raw[name])  # what the next links see
         known[name], weights[name] = ids, link.weight
     return known, raw

@@ -16,7 +16,7 @@ SCENES = 'rgb:16*16*16*16:8x8 depth:8*8*8*8:8x8 normal:8*8*8*8:8x8 segmentation:
 FOLDER = 'rgb:16*16*16*16:8x8 grey:8*8*8*8:8x8 edges:8*8*8*8:8x8 palette:16*16*16:1x5 low:16*16*16:8x8 caption:300:26'
 CLEVR = ' '.join(f'{name}:5*5*5*8*8*8:16x16' for name in ('rgb', 'depth', 'normal')) + ' scene_desc:500:128 caption:500:64'
 IMAGE = dict(image_size=64, channels=3)
-TALK = dict(vocab_size=341, image_token=340, n_images=1, n_named=0, n_names=0)
+TALK = dict(vocab_size=341, image_token=340, n_images=1, n_patch_labels=0, max_label_tokens=0)
 DATA = {  # NAME: ({field: (number of ids, 0 for real numbers; shape of a sample)}, {} for a stream of tokens; meta['config'])
     'shakespeare': ({}, dict(vocab_size=65)),
     'tinystories': ({}, dict(vocab_size=4096)),
@@ -30,18 +30,18 @@ DATA = {  # NAME: ({field: (number of ids, 0 for real numbers; shape of a sample
     'folder': (dict(image=(256, (64, 64, 3))), dict(modalities=FOLDER)),
     'cifar10_modalities': (dict(image=(256, (32, 32, 3))), dict(modalities=FOLDER)),
     'multiclevr': (dict(image=(256, (64, 64, 3))), dict(modalities=CLEVR)),
-    'scenes_align': (dict(tokens=(340, (104,)), counted=(2, (104,)), image=(256, (64, 64, 3)), names=(340, (64, 4))),
-                     IMAGE | TALK | dict(block_size=104, n_named=64, n_names=4)),
-    'scenes_qa': (dict(tokens=(340, (160,)), counted=(2, (160,)), image=(256, (64, 64, 3))),
+    'scenes_align': (dict(tokens=(340, (104,)), loss_mask=(2, (104,)), image=(256, (64, 64, 3)), patch_labels=(340, (64, 4))),
+                     IMAGE | TALK | dict(block_size=104, n_patch_labels=64, max_label_tokens=4)),
+    'scenes_qa': (dict(tokens=(340, (160,)), loss_mask=(2, (160,)), image=(256, (64, 64, 3))),
                   IMAGE | TALK | dict(block_size=160)),
-    'vqa': (dict(tokens=(49151, (256,)), counted=(2, (256,)), image=(256, (224, 224, 3))),
+    'vqa': (dict(tokens=(49151, (256,)), loss_mask=(2, (256,)), image=(256, (224, 224, 3))),
             TALK | dict(vocab_size=49152, image_token=49151, image_size=224, channels=3, block_size=256)),
 }
 WEIGHTS = dict(
-    smollm2=dict(vocab_size=49152, block_size=8192, n_layer=30, n_head=9, n_embd=576, n_kv_head=3, mlp='swiglu', mlp_width=1536,
-                 qk_norm=False, rope_theta=1e5, norm_eps=1e-5, token_shift=False),
-    siglip=dict(image_size=224, channels=3, patch=16, eyes_embd=768, eyes_layer=12, eyes_head=12, eyes_mlp='gelu_tanh',
-                eyes_mlp_width=3072, eyes_norm_eps=1e-6, eyes_bias=True, eyes_qk_norm=False, eyes_rope_theta=0.0))
+    smollm2=dict(vocab_size=49152, block_size=8192, n_layer=30, n_head=9, n_embd=576, n_kv_head=3, activation='swiglu', mlp_hidden_dim=1536,
+                 qk_norm=False, rope_base=1e5, norm_eps=1e-5, token_shift=False),
+    siglip=dict(image_size=224, channels=3, patch_size=16, vision_embd=768, vision_layer=12, vision_head=12, vision_activation='gelu_tanh',
+                vision_mlp_hidden_dim=3072, vision_norm_eps=1e-6, vision_bias=True, vision_qk_norm=False, vision_rope_base=0.0))
 
 
 def write(folder, name, block_size, n=64):
@@ -52,7 +52,8 @@ def write(folder, name, block_size, n=64):
     kind = 'rows' if fields else 'stream'
     fields = dict(fields) or dict(tokens=(decided['vocab_size'], (block_size + 1,)))
     if 'modalities' in decided:
-        fields |= {m.name: (m.vocabulary, (m.size,)) for m in fourm.parse(fourm.Config(decided['modalities']))}
+        modalities = fourm.parse_modalities(fourm.Config(decided['modalities']))
+        fields |= {m.name: (m.vocab_size, (m.max_tokens,)) for m in modalities}
     made = {}
     for field, (ids, shape) in fields.items():
         array = random.integers(ids, size=(n, *shape), dtype=np.int32) if ids else random.random((n, *shape), dtype=np.float32)

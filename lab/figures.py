@@ -1,5 +1,5 @@
 """
-Figures: grids of images, animations and answers by Pillow, loss curves and score curves by matplotlib.
+Figures: image grids, animations and answers with Pillow, curves of losses and scores with matplotlib.
 """
 import math
 import textwrap
@@ -38,8 +38,9 @@ def save_grid(columns, path, scale=2):
 
 
 def save_gif(frames, path, scale=2, seconds=3.0):
-    """Frames (T, H, W) or (T, H, W, 3) uint8 as an animation of about this many seconds; the last frame stays longer."""
-    frames = [Image.fromarray(frame).convert('RGB').quantize(24, dither=Image.Dither.NONE)  # few: noise does not compress
+    """Frames (T, H, W) or (T, H, W, 3) uint8 as an animation of about this many seconds; the last frame stays
+    longer."""
+    frames = [Image.fromarray(frame).convert('RGB').quantize(24, dither=Image.Dither.NONE)  # few colors: noise compresses badly
               for frame in np.asarray(frames)]
     frames = [resized(frame, frame.width * scale, frame.height * scale) for frame in frames]
     duration = max(20, int(1000 * seconds / len(frames)))  # milliseconds
@@ -60,8 +61,8 @@ def tile(images, columns, gap=1):
 
 
 def save_answers(images, talks, path, side=160):
-    """Images (n, H, W, 3) uint8 beside the questions about each, talks [[(question, answer, truth), ...], ...]. Right answers
-    are green, wrong ones red and followed by the truth."""
+    """Images (n, H, W, 3) uint8 beside the questions about each, talks [[(question, answer, truth), ...], ...]. Right
+    answers are green, wrong ones red and followed by the truth."""
     width, line, columns = 620, 13, []
     for talk in talks:
         texts = [(text, x, color) for question, answer, truth in talk for text, x, color in (
@@ -127,7 +128,7 @@ def draw_losses(axes, curves, x, unit=1):
         label = f'{name}, val_loss {val[1, -1]:.4g}' if val.size else name
         axes.plot(train[0] / unit, train[1], color=color, linewidth=1)
         axes.plot(val[0] / unit, val[1], linestyle='', clip_on=False, zorder=3, **circles)
-        axes.plot([], [], linewidth=1, label=label, **circles)  # for the legend alone
+        axes.plot([], [], linewidth=1, label=label, **circles)  # for the legend only
     axes.xaxis.set_major_formatter('{x:,g}')
 
 
@@ -147,8 +148,8 @@ def save_losses(curves, path):
 
 
 def save_curves(curves, path, title, x_label, baseline):
-    """Scores from 0 to 1 with their intervals, curves {name: {x: score}}, and the baseline (name, value) as a dashed line. The
-    values of x are equally far apart."""
+    """Scores from 0 to 1 with their intervals, curves {name: {x: score}}, and the baseline (name, value) as a dashed
+    line. The values of x are equally far apart."""
     figure, (axes,) = plot(5.2, 3.9)
     xs = list(next(iter(curves.values())))
     for i, ((name, curve), color) in enumerate(zip(curves.items(), cycle(COLORS))):

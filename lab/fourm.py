@@ -1,5 +1,5 @@
 """
-Chapter 3's models at work: any modality from any others, in-painting and editing, retrieval, and scores with their bounds.
+Chapter 3's models at work: any modality from any others, in-painting, editing, retrieval, scores with their bounds.
 
     python sample.py --out_dir=out/nano4m --chain="rgb>depth:8,normal:8,scene_desc"
     python sample.py --out_dir=out/nano4m --given=caption --text="two large red metal spheres" --target=depth,rgb
@@ -31,8 +31,9 @@ class AnyToAny:
     target: str = ''           # modalities to generate, in this order; '': all others
     chain: str = ''            # both at once, with settings for each target: 'caption>depth:8,rgb:25:halton:t0.7'
                                # (lab/chains.py); several with semicolons between
-    hide: str = ''             # a part of what is given that is generated again: 'rgb=16,16,48,48' (x0,y0,x1,y1 in pixels),
-                               # 'rgb=outside 16,16,48,48', 'rgb=red cube', 'caption=red'; 'caption=7' keeps seven tokens
+    hide: str = ''             # a part of what is given that is generated again: 'rgb=16,16,48,48' (x0,y0,x1,y1 in
+                               # pixels), 'rgb=outside 16,16,48,48', 'rgb=red cube', 'caption=red'; 'caption=7' keeps
+                               # seven tokens
     replace: str = ''          # a word of the given texts and its replacement: 'red=blue'
     text: str = ''             # your text for the given text modality; it may go on if it ends in '...'
     image: str = ''            # your image file for the given rgb
@@ -42,10 +43,10 @@ class AnyToAny:
     steps: int | None = None   # decoding steps of an image; None: 1 if rgb is known, otherwise 8
     order: str = 'random'      # of decoding: random (ROAR), confidence (MaskGIT), raster, halton
     schedule: str = 'linear'   # how many tokens each step fills: linear, cosine, constant
-    temperature: str | None = None  # also 0.9..0.3, from the first to the last step; None: 0 for texts and if rgb is known,
-                                    # otherwise 0.4
-    guidance: str | None = None  # scale of guidance by all that is given; also 1..3, from the first to the last step; None: 1
-                                 # for texts and if rgb is known, otherwise 2
+    temperature: str | None = None  # also 0.9..0.3, from the first to the last step; None: 0 for texts and if rgb is
+                                    # known, otherwise 0.4
+    guidance: str | None = None  # scale of guidance by all that is given; also 1..3, from the first to the last step;
+                                 # None: 1 for texts and if rgb is known, otherwise 2
     top_k: int = 0             # only the k most probable values of a digit; 0: all
     top_p: float = 1.0         # only the most probable values that together hold this probability
     seed: int = 0              # of everything random
@@ -55,17 +56,17 @@ class AnyToAny:
 class Scores:
     given: str = ''            # from which modalities; '': from each
     target: str = ''           # which modalities; '': each
-    chain: str = ''            # these chains instead, with semicolons between (lab/chains.py); they have a file of their own
+    chain: str = ''            # these chains instead, separated by semicolons (lab/chains.py), in a file of their own
     hide: str = ''             # as in sample.py: a part of what is given that is generated again
     replace: str = ''          # as in sample.py: a word of the given texts and its replacement
     n_score: int = 200         # held-out scenes; 1000, for the record, also gives recall of retrieval
     steps: int | None = None   # decoding steps of an image; None: 1 if rgb is known, otherwise 8
     order: str = 'random'      # of decoding: random (ROAR), confidence (MaskGIT), raster, halton
     schedule: str = 'linear'   # how many tokens each step fills: linear, cosine, constant
-    temperature: str | None = None  # also 0.9..0.3, from the first to the last step; None: 0 for texts and if rgb is known,
-                                    # otherwise 0.4
-    guidance: str | None = None  # scale of guidance by all that is given; also 1..3, from the first to the last step; None: 1
-                                 # for texts and if rgb is known, otherwise 2
+    temperature: str | None = None  # also 0.9..0.3, from the first to the last step; None: 0 for texts and if rgb is
+                                    # known, otherwise 0.4
+    guidance: str | None = None  # scale of guidance by all that is given; also 1..3, from the first to the last step;
+                                 # None: 1 for texts and if rgb is known, otherwise 2
     top_k: int = 0             # only the k most probable values of a digit; 0: all
     top_p: float = 1.0         # only the most probable values that together hold this probability
     seed: int = 0              # of everything random
@@ -80,17 +81,18 @@ def scores_of(run):
 
 
 def draw(run, settings, path):
-    """The image at `path` that the settings ask for; without any: each modality from rgb alone, and rgb from the caption."""
+    """The image at `path` that the settings ask for; without any: each modality from rgb alone, and rgb from the
+    caption."""
     options.apart(settings, 'chain', 'given', 'target')
     options.apart(settings, 'retrieve', 'chain', 'target', 'hide', 'replace')
-    index = np.arange(min(settings.n, len(run.fields.load(run.split, run.model.fields[0]))))
+    index = np.arange(min(settings.n, len(run.dataset.load(run.split, run.model.batch_keys[0]))))
     if settings.retrieve:
         return save_grid(nearest_scenes(run, settings, index), path)
     columns = {}
     for i, chain in enumerate(read_chains(run, settings)):
         for title, images in columns_of(run, settings, chain, index).items():
-            drawn = not title.endswith(')')  # what is given and true is shown once, what another chain generates beside it
-            columns[f'{title}, chain {i + 1}' if drawn and title in columns else title] = images
+            generated = not title.endswith(')')  # given and true columns are shown once, generated ones for each chain
+            columns[f'{title}, chain {i + 1}' if generated and title in columns else title] = images
     save_grid(columns, path)
 
 
@@ -108,7 +110,7 @@ def read_chains(run, settings):
     """The chains that the settings name, or those of the grid of examples."""
     model, chains = run.model, settings.chain or f'{settings.given}>{settings.target}'
     if chains == '>' and not any((settings.text, settings.image, settings.hide, settings.replace)):
-        first, *others = model.fields
+        first, *others = model.batch_keys
         chains = ';'.join([f'{first}>{name}' for name in others] + [f'caption>{first}'] * ('caption' in others))
     begun = [m.name for m in model.modalities if m.is_text] if settings.text.endswith('...') else []
     return [parse_chain(chain, settings, model, hidden_name(settings), begun) for chain in chains.split(';')]
@@ -118,17 +120,17 @@ def read_chains(run, settings):
 # What is given, whole or in part
 
 def own_ids(run, settings, names):
-    """The user's text and image as ids (1, size) of the given modalities; {} if there are none. After a text that ends in
-    '...' all is unknown. Raises UserError."""
+    """The user's text and image as ids (1, max_tokens) of the given modalities; {} if there are none. After a text that
+    ends in '...' all is unknown. Raises UserError."""
     own = {}
     for name in names if settings.text or settings.image else []:
         m = run.model.modality[name]
         if m.is_text and settings.text:
-            own[name] = run.fields.read_text(name, settings.text.removesuffix('...').strip())
+            own[name] = run.dataset.read_text(name, settings.text.removesuffix('...').strip())
             if settings.text.endswith('...'):
-                own[name] = own[name].masked_fill(own[name] == m.vocabulary - 1, -1)
+                own[name] = own[name].masked_fill(own[name] == m.vocab_size - 1, -1)
         elif not m.is_text and settings.image:
-            own[name] = run.fields.read_image(name, settings.image)
+            own[name] = run.dataset.read_image(name, settings.image)
         else:
             raise UserError(f'--given={name} needs {"--text" if m.is_text else "--image"} beside '
                             f'{"--image" if m.is_text else "--text"}; or give neither, for held-out scenes')
@@ -138,83 +140,89 @@ def own_ids(run, settings, names):
 
 
 def replace_words(run, text, ids, known):
-    """Texts, {name: (B, size)}, with a word replaced as in text='red=blue'; it has to be a word of the texts `known`,
-    {name: list}. Raises UserError."""
+    """Texts, {name: (B, max_tokens)}, with a word replaced as in text='red=blue'; it has to be a word of the texts
+    `known`, {name: list}. Raises UserError."""
     old, _, new = text.partition('=')
     if not old or not new:
         raise UserError(f'replace={text!r}: write OLD=NEW, as in "red=blue"')
     word, all_texts = re.compile(rf'\b{re.escape(old)}\b'), [one for texts in known.values() for one in texts]
     if not any(map(word.search, all_texts)):
-        raise UserError(f'replace={text!r}: {old!r} is no word of {", ".join(known)}; one such text is {all_texts[0]!r}')
-    return {name: torch.cat([run.fields.read_text(name, word.sub(new, one)) for one in run.fields.decode(name, rows)])
+        raise UserError(f'replace={text!r}: {old!r} is no word of {", ".join(known)}; one such text is '
+                        f'{all_texts[0]!r}')
+    return {name: torch.cat([run.dataset.read_text(name, word.sub(new, one)) for one in run.dataset.decode(name, rows)])
             for name, rows in ids.items()}
 
 
 def hidden_words(run, m, ids, what):
-    """Which tokens (B, size) of a text modality m are hidden: words, 'large,red', or all after the first seven, '7'."""
+    """Which tokens (B, max_tokens) of a text modality m are hidden: words, 'large,red', or all after the first seven,
+    '7'."""
     if what.isdecimal():
-        return torch.arange(m.size).expand_as(ids) >= int(what)
-    words = [word.strip() for word in run.fields.decode(m.name, torch.arange(m.vocabulary)[:, None])]
+        return torch.arange(m.max_tokens).expand_as(ids) >= int(what)
+    words = [word.strip() for word in run.dataset.decode(m.name, torch.arange(m.vocab_size)[:, None])]
     hidden = names_in(what)
     if unknown := [word for word in hidden if word not in words]:
         near = difflib.get_close_matches(unknown[0], filter(None, words), 3, 0)
-        raise UserError(f'hide={m.name}={what}: {unknown[0]!r} is no token of {m.name}; the nearest are {", ".join(near)}')
+        raise UserError(f'hide={m.name}={what}: {unknown[0]!r} is no token of {m.name}; the nearest are '
+                        f'{", ".join(near)}')
     return torch.tensor([word in hidden for word in words])[ids.clamp(min=0)] & (ids >= 0)
 
 
 def hidden_pixels(run, settings, ids, m, what, generator):
     """Which pixels (B, H, W) of an image modality m are hidden: a box x0,y0,x1,y1, all 'outside' it, or objects, 'red
     cube', by the segmentation that is given or predicted."""
-    height, width = run.fields.picture(m.name, run.fields.decode(m.name, ids[m.name][:1])[0]).shape[:2]
+    height, width = run.dataset.picture(m.name, run.dataset.decode(m.name, ids[m.name][:1])[0]).shape[:2]
     if box := re.fullmatch(r'(outside )?(\d+),(\d+),(\d+),(\d+)', what):
         x0, y0, x1, y1 = map(int, box.groups()[1:])
         if not (x0 < x1 <= width and y0 < y1 <= height):
-            raise UserError(f'hide={settings.hide!r}: a box is x0,y0,x1,y1 with x0 < x1 <= {width} and y0 < y1 <= {height}')
+            raise UserError(f'hide={settings.hide!r}: a box is x0,y0,x1,y1 with x0 < x1 <= {width} and '
+                            f'y0 < y1 <= {height}')
         pixels = np.full((len(ids[m.name]), height, width), bool(box[1]))
         pixels[:, y0:y1, x0:x1] ^= True
         return pixels
-    if 'segmentation' not in run.model.fields or not hasattr(run.fields, 'classes_named'):
+    if 'segmentation' not in run.model.batch_keys or not hasattr(run.dataset, 'classes_named'):
         raise UserError(f'hide={settings.hide!r}: this model has no segmentation that could find objects: give a box')
     if 'segmentation' in ids:
-        classes = run.fields.decode('segmentation', ids['segmentation'])
+        classes = run.dataset.decode('segmentation', ids['segmentation'])
     else:
         chain = parse_chain(f'{",".join(ids)}>segmentation', settings, run.model)
         classes = generate(run, ids, chain, generator)[1]['segmentation']
-    return np.isin(classes, run.fields.classes_named(what))
+    return np.isin(classes, run.dataset.classes_named(what))
 
 
 def hide(run, settings, ids, generator):
-    """The ids {name: (B, size)} without the part that settings.hide names: -1 there. Raises UserError."""
+    """The ids {name: (B, max_tokens)} without the part that settings.hide names: -1 there. Raises UserError."""
     name, _, what = settings.hide.partition('=')
     if name not in ids or not what:
-        raise UserError(f'hide={settings.hide!r}: write NAME=WHAT, NAME one of what is given ({", ".join(ids)}), WHAT a box '
-                        'x0,y0,x1,y1, "outside" and a box, objects, as "red cube"; of a text words, or how many are kept')
+        raise UserError(f'hide={settings.hide!r}: write NAME=WHAT, NAME one of what is given ({", ".join(ids)}), '
+                        'WHAT a box x0,y0,x1,y1, "outside" and a box, objects, as "red cube"; of a text words, or how '
+                        'many are kept')
     m = run.model.modality[name]
     if m.is_text:
         hidden = hidden_words(run, m, ids[name], what)
     else:
         pixels = hidden_pixels(run, settings, ids, m, what, generator)
-        hidden = F.adaptive_max_pool2d(torch.from_numpy(pixels)[:, None].float(), m.grid).flatten(1) > 0  # (B, size)
+        pixels = torch.from_numpy(pixels)[:, None].float()  # (B, 1, H, W)
+        hidden = F.adaptive_max_pool2d(pixels, m.grid).flatten(1) > 0  # (B, max_tokens)
     return ids | {name: ids[name].masked_fill(hidden, -1)}
 
 
 def given_ids(run, settings, chain, index, generator, own={}):
-    """The ids that a chain starts from, {name: (B, size)}: the user's own, or those of held-out scenes; words are replaced,
-    parts hidden. Raises UserError."""
+    """The ids that a chain starts from, {name: (B, max_tokens)}: the user's own, or those of held-out scenes; words are
+    replaced, parts hidden. Raises UserError."""
     ids = {name: row.repeat(len(index), 1) for name, row in own.items()}
     ids = ids or {link.name: run.ids(link.name, index) for link in chain[0]}
     if settings.replace:
         texts = {m.name: ids[m.name] for m in run.model.modalities if m.is_text and m.name in ids}
         if not texts:
             raise UserError('replace needs a text among what is given')
-        known = {name: run.fields.decode(name, own[name]) if own else run.fields.truth(run.split, name, slice(None))
+        known = {name: run.dataset.decode(name, own[name]) if own else run.dataset.truth(run.split, name, slice(None))
                  for name in texts}
         ids |= replace_words(run, settings.replace, texts, known)
     if settings.hide:
         ids = hide(run, settings, ids, generator)
     if not ids:  # from nothing
         name = chain[1][0].name
-        ids = {name: torch.full((len(index), run.model.modality[name].size), -1)}
+        ids = {name: torch.full((len(index), run.model.modality[name].max_tokens), -1)}
     return ids
 
 
@@ -222,11 +230,11 @@ def given_ids(run, settings, chain, index, generator, own={}):
 # Images
 
 def to_images(run, name, ids, filled):
-    """Ids (B, size) of a modality as images (H, W, 3), grey where they are unknown; `filled` holds the ids that a
+    """Ids (B, max_tokens) of a modality as images (H, W, 3), grey where they are unknown; `filled` holds the ids that a
     tokenizer's decoder, which sees neighbours, reads there."""
     m = run.model.modality[name]
-    raw = run.fields.decode(name, ids if m.is_text else torch.where(ids < 0, filled, ids))
-    images = [run.fields.picture(name, one) for one in raw]
+    raw = run.dataset.decode(name, ids if m.is_text else torch.where(ids < 0, filled, ids))
+    images = [run.dataset.picture(name, one) for one in raw]
     return images if m.is_text else list(lab.grey_out(np.stack(images), ids, m.grid))
 
 
@@ -238,16 +246,16 @@ def columns_of(run, settings, chain, index):
     ids = given_ids(run, settings, chain, index, generator, own)
     found, raw = generate(run, ids, chain, generator)
     for name in dict.fromkeys([*names, *raw]):
-        truth = [] if own else [run.fields.picture(name, one) for one in run.fields.truth(run.split, name, index)]
+        truth = [] if own else [run.dataset.picture(name, one) for one in run.dataset.truth(run.split, name, index)]
         if truth and names and (name in raw or changed):
             columns[f'{name} (truth)'] = truth
         if name in names:
             plain = truth and not changed
             columns[f'{name} (given)'] = truth if plain else to_images(run, name, ids[name], found[name].clamp(min=0))
         if name in raw:
-            columns[name] = [run.fields.picture(name, one) for one in raw[name]]
+            columns[name] = [run.dataset.picture(name, one) for one in raw[name]]
         if run.model.modality[name].is_text and (own or len(index) <= 2):
-            texts = raw[name] if name in raw else run.fields.decode(name, found[name])
+            texts = raw[name] if name in raw else run.dataset.decode(name, found[name])
             print('\n'.join(dict.fromkeys(f'{name}: {text}' for text in texts)))  # equal ones once
     return columns
 
@@ -259,16 +267,18 @@ def open_index(run, *names):
 def nearest_scenes(run, settings, index):
     """Columns: queries, held-out or the user's own, and the ten held-out scenes nearest to each. Raises UserError."""
     names, gallery = names_in(settings.given), settings.retrieve
-    if len(names) != 1 or {*names, gallery} - {*run.model.fields} or gallery in names or settings.by not in retrieval.WAYS:
+    if (len(names) != 1 or {*names, gallery} - {*run.model.batch_keys} or gallery in names
+            or settings.by not in retrieval.WAYS):
         raise UserError(f'retrieve={gallery!r} and given={settings.given!r}: one modality each, two different ones of '
-                        f'{", ".join(run.model.fields)}; by is one of {", ".join(retrieval.WAYS)}')
+                        f'{", ".join(run.model.batch_keys)}; by is one of {", ".join(retrieval.WAYS)}')
     ids = own_ids(run, settings, names)
     ids = ids[names[0]] if ids else run.ids(names[0], index)
     pairs = open_index(run, names[0], gallery)
     nearest = retrieval.nearness(run.model, pairs, names[0], ids, settings.by).topk(min(10, pairs['n'])).indices.numpy()
     columns = {f'{names[0]} (query)': to_images(run, names[0], ids, ids.clamp(min=0))}
     for i, column in enumerate(nearest.T):  # the nearest of all queries, then the second nearest
-        columns[str(i + 1)] = [run.fields.picture(gallery, one) for one in run.fields.truth(run.split, gallery, column)]
+        truth = run.dataset.truth(run.split, gallery, column)
+        columns[str(i + 1)] = [run.dataset.picture(gallery, one) for one in truth]
     return columns
 
 
@@ -276,8 +286,8 @@ def nearest_scenes(run, settings, index):
 # Scores
 
 def score(run, settings):
-    """Yields scores, cell by cell: every modality from every other, or the chains named, each target's metrics with ceiling
-    and baseline; also the parser's own scores on true renders, and recall of retrieval."""
+    """Yields scores, cell by cell: every modality from every other, or the chains named, each target's metrics with
+    ceiling and baseline; also the parser's own scores on true renders, and recall of retrieval."""
     options.apart(settings, 'chain', 'given', 'target')
     index, bounds = np.arange(min(settings.n_score, run.data().n)), {}
     cells = cells_of(run, settings)
@@ -286,19 +296,19 @@ def score(run, settings):
         for name, metrics in found.items():
             if name not in bounds:
                 bounds[name] = bounds_of(run, name, index)
-                if name == 'rgb' and hasattr(type(run.fields), 'parser'):  # the judge of images, itself judged
+                if name == 'rgb' and hasattr(type(run.dataset), 'parser'):  # the judge of images, itself judged
                     yield parser_scores(run, index)
             title = f'{cell}/' + f'{name}/' * (len(found) > 1)
             yield {f'{title}{key}': bootstrap(parts) | bounds[name][key] for key, parts in metrics.items()}
         yield {f'{cell}/ms a scene': alone(milliseconds, len(index))}
     every = not (settings.chain or settings.given or settings.target)
-    if every and {'rgb', 'caption'} <= {*run.model.fields} and settings.n_score >= retrieval.GALLERY:
+    if every and {'rgb', 'caption'} <= {*run.model.batch_keys} and settings.n_score >= retrieval.GALLERY:
         yield judged(retrieval.recalls(run.model, open_index(run, 'caption', 'rgb')))
 
 
 def cells_of(run, settings):
     """{'a>b': chain} of all pairs, or of the chains that the settings name."""
-    names = run.model.fields
+    names = run.model.batch_keys
     if settings.chain:
         cells = settings.chain.split(';')
     else:
@@ -317,23 +327,23 @@ def score_chain(run, settings, chain, index):
         _, raw = generate(run, ids, chain, generator)
         seconds += time.perf_counter() - started
         for name, values in raw.items():
-            for key, rows in run.fields.score(name, values, run.split, part).items():
+            for key, rows in run.dataset.score(name, values, run.split, part).items():
                 parts.setdefault(name, {}).setdefault(key, []).append(rows)
     found = {name: {key: np.concatenate(rows) for key, rows in metrics.items()} for name, metrics in parts.items()}
     return found, 1000 * seconds / len(index)
 
 
 def bounds_of(run, name, index):
-    """{metric: dict(ceiling, baseline)}: what the true tokens reach (the tokenizer's reconstruction, or the text itself),
-    and a predictor that sees nothing."""
-    fields, split = run.fields, run.split
-    ceiling = fields.score(name, fields.decode(name, run.ids(name, index)), split, index)
-    baseline = fields.score(name, fields.baseline(name, split, index), split, index)
+    """{metric: dict(ceiling, baseline)}: what the true tokens reach (the tokenizer's reconstruction, or the text
+    itself), and a predictor that sees nothing."""
+    dataset, split = run.dataset, run.split
+    ceiling = dataset.score(name, dataset.decode(name, run.ids(name, index)), split, index)
+    baseline = dataset.score(name, dataset.baseline(name, split, index), split, index)
     return {key: dict(ceiling=bootstrap(ceiling[key], 1)['value'], baseline=bootstrap(baseline[key], 1)['value'])
             for key in ceiling}
 
 
 def parser_scores(run, index):
     """What the parser, which reads objects back from generated images, finds in true ones."""
-    found = run.fields.score('rgb', run.fields.truth(run.split, 'rgb', index), run.split, index)
+    found = run.dataset.score('rgb', run.dataset.truth(run.split, 'rgb', index), run.split, index)
     return {f'parser on true renders/{key}': bootstrap(parts) for key, parts in found.items()}

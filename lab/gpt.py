@@ -17,6 +17,7 @@ from tqdm import tqdm
 import lab
 from config import UserError
 from engine import checkpoints
+from gpt import chunked_cross_entropy  # not `import gpt`: lab.gpt is this file
 from lab import options
 from lab.figures import save_grid
 from lab.speculate import generate_speculative
@@ -33,15 +34,15 @@ class Text:
     top_k: int = 0             # only the k most probable tokens; 0: all
     top_p: float = 1.0         # only the most probable tokens that together hold this probability
     min_p: float = 0.0         # only tokens with at least this fraction of the largest probability
-    draft: str = ''            # the run of a smaller GPT on the same data: speculative decoding, which makes a single text on a
-                               # CPU faster; the distribution stays the same
+    draft: str = ''            # the run of a smaller GPT on the same data, for speculative decoding: faster for a
+                               # single text on a CPU, with the same distribution
     seed: int = 0              # of everything random
 
 
 @dataclass
 class Images:
-    n: int = 10                # images of each class, or held-out ones
-    complete: float = 0.0      # the fraction of held-out images that is given, from above; 0: images from nothing
+    n: int = 10                # images per class, or held-out images
+    complete: float = 0.0      # the fraction of held-out images that is given, from the top; 0: images from nothing
     temperature: float = 1.0   # 0: always the most probable token
     top_k: int = 0             # only the k most probable tokens; 0: all
     top_p: float = 1.0         # only the most probable tokens that together hold this probability
@@ -51,7 +52,7 @@ class Images:
 
 @dataclass
 class Scores:
-    n_score: int = 1000        # digits that are generated for the classifier
+    n_score: int = 1000        # generated digits for the evaluation classifier
     temperature: float = 1.0   # of these digits, as are the next three
     top_k: int = 0             # only the k most probable tokens; 0: all
     top_p: float = 1.0         # only the most probable tokens that together hold this probability
@@ -60,43 +61,43 @@ class Scores:
 
 
 def settings_of(run):
-    """Text or Images, with defaults that fit the opened model."""
-    if hasattr(run.fields, 'classes'):
+    """Text or Images, with the defaults for the opened model."""
+    if hasattr(run.dataset, 'classes'):
         return Images()
-    return Images(n=6) if hasattr(run.fields, 'tokenizers') else Text()
+    return Images(n=6) if hasattr(run.dataset, 'tokenizers') else Text()
 
 
 def scores_of(run):
     return Scores()
 
 
-def sampling(run, settings, end=-1):
+def sampling(run, settings, eos_id=-1):
     """The arguments of model.stream after the tokens and their number."""
     generator = torch.Generator(run.device).manual_seed(settings.seed)
-    return settings.temperature, settings.top_k, settings.top_p, settings.min_p, end, generator
+    return settings.temperature, settings.top_k, settings.top_p, settings.min_p, eos_id, generator
 
 
 def draw(run, settings, path):
-    """Texts on the screen, which are returned; or an image at `path`."""
+    """Print texts and return them, or save an image at `path`."""
     if isinstance(settings, Text):
         return write_texts(run, settings)
     if not 0 <= settings.complete < 1:
         raise UserError(f'complete={settings.complete} must be at least 0 and below 1')
-    if hasattr(run.fields, 'classes'):
-        columns = digits_from_above(run, settings) if settings.complete else digits_of_classes(run, settings)
+    if hasattr(run.dataset, 'classes'):
+        columns = complete_digits(run, settings) if settings.complete else digits_of_classes(run, settings)
         save_grid(columns, path, scale=4)
     else:
-        save_grid(images_from_above(run, settings), path)
+        save_grid(complete_images(run, settings), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts
 
 def read_prompts(run, settings):
-    """The prompts as rows of ids (B, T0), shorter ones padded with -1 on the left. Raises UserError."""
+    """The prompts as ids (B, T0), left-padded with -1. Raises UserError."""
     options.apart(settings, 'prompts', 'prompt')
     texts = lab.read_lines(settings.prompts) if settings.prompts else [settings.prompt]
-    rows = [run.fields.encode(text).tolist() or [run.fields.start] for text in texts for _ in range(settings.n)]
+    rows = [run.dataset.encode(text).tolist() or [run.dataset.start] for text in texts for _ in range(settings.n)]
     tokens, T = lab.left_pad(rows), run.model.config.block_size
     if tokens.size(1) > T:
         raise UserError(f'the prompt has {tokens.size(1)} tokens, the context of this model holds {T}: shorten it')
@@ -104,36 +105,36 @@ def read_prompts(run, settings):
 
 
 def read_draft(run, settings):
-    """The smaller GPT of another run, whose tokens have to be the same. Raises UserError."""
+    """The smaller GPT of another run; its vocabulary must be the same. Raises UserError."""
     draft = lab.open_run(checkpoints.find(settings.draft), run.device)
     own, its = run.model.config, draft.model.config
     if lab.chapter_of(draft.model) != 'gpt' or its.block_size < own.block_size:
         raise UserError(f'draft={settings.draft!r}: must be a GPT with a context of at least {own.block_size} tokens')
     ids = range(own.vocab_size)
-    if its.vocab_size != len(ids) or any(draft.fields.decode([i]) != run.fields.decode([i]) for i in ids):
+    if its.vocab_size != len(ids) or any(draft.dataset.decode([i]) != run.dataset.decode([i]) for i in ids):
         raise UserError(f'draft={settings.draft!r} has other tokens than this run: train it on the same data')
     return draft.model
 
 
 def write_texts(run, settings):
-    """Continues the prompts and prints them; a single text appears while it is generated. Returns the texts."""
+    """Continue the prompts, print the texts and return them; a single text is printed while it is generated."""
     tokens, stream = read_prompts(run, settings).to(run.device), run.model.stream
     single, rows, shown = len(tokens) == 1, tokens.tolist(), 0
     if settings.draft:
         if not single:
             raise UserError('draft makes a single text faster: leave it out, or give one prompt and no n')
         stream = partial(generate_speculative, run.model, read_draft(run, settings))
-    end = -1 if run.fields.end is None else run.fields.end
+    eos_id = -1 if run.dataset.end is None else run.dataset.end
     with run.exact():
-        for new in stream(tokens, settings.max_new_tokens, *sampling(run, settings, end)):
-            for row, token in zip(rows, new.tolist()):
+        for new_tokens in stream(tokens, settings.max_new_tokens, *sampling(run, settings, eos_id)):
+            for row, token in zip(rows, new_tokens.tolist()):
                 row.append(token)
-            text = run.fields.decode(rows[0][shown:]) if single else ''
-            if not text.endswith('\ufffd'):  # otherwise the token ends within a character of several bytes
+            text = run.dataset.decode(rows[0][shown:]) if single else ''
+            if not text.endswith('\ufffd'):  # otherwise the last character is incomplete in UTF-8
                 print(text, end='', flush=True)
                 shown = len(rows[0])
-    texts = [run.fields.decode(row) for row in rows]
-    print(run.fields.decode(rows[0][shown:]) if single else '\n-----\n'.join(texts))
+    texts = [run.dataset.decode(row) for row in rows]
+    print(run.dataset.decode(rows[0][shown:]) if single else '\n-----\n'.join(texts))
     return texts
 
 
@@ -141,74 +142,81 @@ def write_texts(run, settings):
 # Images
 
 def generate_images(run, settings, tokens):
-    """Rows of tokens (n, T0), a class and perhaps the first patches, completed to (n, 1 + patches)."""
-    rest = run.model.config.block_size + 1 - tokens.shape[1]
+    """Complete tokens (n, T0), a class and optionally the first patches, to (n, 1 + patches)."""
+    n_new = run.model.config.block_size + 1 - tokens.shape[1]
     with run.exact():
         tokens = torch.from_numpy(np.array(tokens, np.int64)).to(run.device)
-        return run.model.generate(tokens, rest, *sampling(run, settings)).cpu()
+        return run.model.generate(tokens, n_new, *sampling(run, settings)).cpu()
 
 
 def digits(run, labels, seed=0):
-    """Binary images (n, 14, 14) of digits with these labels (n,), by the default settings."""
-    return run.fields.decode(generate_images(run, Images(seed=seed), labels[:, None]))
+    """Generate binary images (n, 14, 14) of digits with labels (n,), with the default settings."""
+    return run.dataset.decode(generate_images(run, Images(seed=seed), labels[:, None]))
 
 
 def in_color(run, tokens):
-    """Rows of tokens (n, 50) as images (n, 14, 14, 3)."""
-    return np.repeat(run.fields.decode(tokens)[..., None], 3, -1)
+    """Tokens (n, 50) -> images (n, 14, 14, 3)."""
+    return np.repeat(run.dataset.decode(tokens)[..., None], 3, -1)
 
 
 def digits_of_classes(run, settings):
-    """Columns of images, one for each class."""
-    classes = run.fields.classes
+    """Generated images, a column for each class."""
+    classes = run.dataset.classes
     images = in_color(run, generate_images(run, settings, np.repeat(np.arange(len(classes)), settings.n)[:, None]))
     return dict(zip(classes, images.reshape(len(classes), settings.n, *images.shape[1:])))
 
 
-def digits_from_above(run, settings):
-    """Columns: what is given of held-out images, three completions, the truth."""
-    truth = run.fields.load(run.split, 'tokens')[:settings.n, 0]
-    length = 1 + round(settings.complete * 49)
-    known = np.where(np.arange(50) < length, 25, 10) * np.ones_like(truth)  # white patches where the image is given
+def complete_digits(run, settings):
+    """Columns: the given part of held-out images, three completions, the true images."""
+    truth = run.dataset.load(run.split, 'tokens')[:settings.n, 0]
+    n_given = 1 + round(settings.complete * 49)  # the class and the first patches
+    known = np.where(np.arange(50) < n_given, 25, 10) * np.ones_like(truth)  # given patches are white
     columns = {'given': np.where(in_color(run, known), in_color(run, truth), 128).astype(np.uint8)}
     for i in (1, 2, 3):
         again = replace(settings, seed=settings.seed + i)
-        columns[f'drawn {i}'] = in_color(run, generate_images(run, again, truth[:, :length]))
+        columns[f'drawn {i}'] = in_color(run, generate_images(run, again, truth[:, :n_given]))
     return columns | {'truth': in_color(run, truth)}
 
 
-def images_from_above(run, settings):
-    """Columns: held-out images without classes, and their completions from the first patch on, or from more."""
+def complete_images(run, settings):
+    """Columns: held-out images without classes, and their completions from the first patch or more."""
     truth = run.ids('rgb', slice(settings.n))
     tokens = generate_images(run, settings, truth[:, :max(1, round(settings.complete * truth.size(1)))].numpy())
-    return dict(truth=list(run.fields.decode('rgb', truth)), drawn=list(run.fields.decode('rgb', tokens)))
+    return dict(truth=list(run.dataset.decode('rgb', truth)), drawn=list(run.dataset.decode('rgb', tokens)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 
+@torch.no_grad()
+def log_prob(model, tokens):
+    """ln p in nats of tokens[:, 1:], each given all tokens before it: (B, T + 1) -> (B,)."""
+    x, targets = model.backbone(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+    return -chunked_cross_entropy(x, model.lm_head.weight, targets).view(len(tokens), -1).sum(1)
+
+
 def score(run, settings):
-    """Yields scores: the exact negative log-likelihood of all held-out data, each token predicted once; for digits also the
-    classifier's scores of generated ones, and the speed."""
+    """Yield scores: the exact negative log-likelihood of all held-out data, each token predicted once; for digits also
+    the evaluation classifier's scores of generated digits, and the speed."""
     data, nll = run.data(), []
     for ids in tqdm(np.array_split(np.arange(data.n), -(-data.n // 32)), desc='likelihood', unit='batch', leave=False):
         tokens = data.rows(ids)['tokens'].to(run.device)
         with run.exact():
-            nll.append(torch.stack((-run.model.log_prob(tokens), (tokens[:, 1:] >= 0).sum(1)), -1).cpu())
+            nll.append(torch.stack((-log_prob(run.model, tokens), (tokens[:, 1:] >= 0).sum(1)), -1).cpu())
     nll = torch.cat(nll)[:, None].double().numpy()  # (n, 1, 2): nats and tokens of each window or image
     yield {'nats/token': bootstrap(nll) | dict(baseline=math.log(run.model.config.vocab_size))}
     if run.meta['kind'] == 'stream':
         yield {'bits/byte': bootstrap(nll / [math.log(2), 1 / run.meta['bytes_per_token']]) | dict(baseline=8.0)}
-    elif hasattr(run.fields, 'classes'):
+    elif hasattr(run.dataset, 'classes'):
         yield {'nats/image given the class': bootstrap(nll / [1, 49])}
         yield score_digits(run, settings)
 
 
 def score_digits(run, settings):
-    """The classifier's scores of n_score generated digits, and tokens per second."""
+    """The evaluation classifier's scores of n_score generated digits, and tokens per second."""
     labels, started = np.arange(settings.n_score) % 10, time.perf_counter()
     tokens = torch.cat([generate_images(run, replace(settings, seed=settings.seed + i), part[:, None])
                         for i, part in enumerate(np.array_split(labels, -(-len(labels) // 500)))])
     rate = tokens[:, 1:].numel() / (time.perf_counter() - started)
-    found = judged(run.fields.score(run.fields.decode(tokens), labels))
+    found = judged(run.dataset.score(run.dataset.decode(tokens), labels))
     return found | {'generation, tokens/s': alone(rate, len(labels))}

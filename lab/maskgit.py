@@ -1,5 +1,5 @@
 """
-Chapter 2's models at work: images and texts filled in step by step, and how good they are by order and number of steps.
+Sample and score chapter 2's models: generation, in-painting and infilling; scores by order and number of steps.
 
     python sample.py --out_dir=out/maskgit_mnist --order=halton --steps=16
     python sample.py --out_dir=out/maskgit_text --prompt="ROMEO:" --after="JULIET:" --gap=100
@@ -19,7 +19,7 @@ from config import UserError
 from lab import options
 from lab.figures import save_gif, save_grid, tile
 from lab.statistics import alone, bootstrap, judged, read_scores
-from maskgit import ORDERS
+from maskgit import ORDERS, random_mask
 
 SHAPES, SHOWS = ('half', 'box', 'random'), ('grid', 'gif', 'swap')
 
@@ -27,14 +27,14 @@ SHAPES, SHOWS = ('half', 'box', 'random'), ('grid', 'gif', 'swap')
 @dataclass
 class Text:
     prompt: str = ''           # the beginning of the text
-    after: str = ''            # the text after a gap
+    after: str = ''            # the text after the gap
     gap: int = 50              # tokens between prompt and after
     n: int = 1                 # texts
     steps: int = 64            # decoding steps
     order: str = 'random'      # of decoding: random, confidence (MaskGIT), raster, halton
-    schedule: str = 'cosine'   # how many tokens each step fills: cosine, linear, constant
+    schedule: str = 'cosine'   # of the number of tokens to unmask: cosine, linear, constant
     temperature: str = '1'     # 0: always the most probable token; from the first to the last step: 1..0.5
-    choice_temperature: float = 0.0  # of the noise on confidences
+    choice_temperature: float = 0.0  # of the Gumbel noise on confidences
     top_k: int = 0             # only the k most probable tokens; 0: all
     top_p: float = 1.0         # only the most probable tokens that together hold this probability
     seed: int = 0              # of everything random
@@ -43,14 +43,14 @@ class Text:
 @dataclass
 class Images:
     n: int = 10                # images of each class, or held-out ones
-    complete: float = 0.0      # the fraction of held-out images that is given; 0: images from nothing (show=swap: 0.3)
-    shape: str = 'half'        # what is given: half (the upper one), box (all around one), random (patches)
+    complete: float = 0.0      # fraction of tokens of held-out images that are given; 0: generate all (show=swap: 0.3)
+    shape: str = 'half'        # of the given part: half (the upper one), box (all around a box), random (tokens)
     show: str = 'grid'         # grid, gif (the steps of decoding), swap (held-out images with other classes)
-    steps: int = 16            # decoding steps, at most one for each token that is not given
+    steps: int = 16            # decoding steps; at most one for each masked token
     order: str = 'random'      # of decoding: random, confidence (MaskGIT), raster, halton
-    schedule: str = 'cosine'   # how many tokens each step fills: cosine, linear, constant
+    schedule: str = 'cosine'   # of the number of tokens to unmask: cosine, linear, constant
     temperature: str = '1'     # 0: always the most probable token; from the first to the last step: 1..0.5
-    choice_temperature: float = 0.0  # of the noise on confidences
+    choice_temperature: float = 0.0  # of the Gumbel noise on confidences
     guidance: str = '1'        # scale of classifier-free guidance; from the first to the last step: 1..3
     top_k: int = 0             # only the k most probable tokens; 0: all
     top_p: float = 1.0         # only the most probable tokens that together hold this probability
@@ -59,16 +59,16 @@ class Images:
 
 @dataclass
 class Scores:
-    n_score: int = 1000        # images that are generated for the classifier, in each order and number of steps
+    n_score: int = 1000        # generated images for each order and number of steps
     steps: str = '1,4,8,16,32,49'  # numbers of decoding steps, for each order
     order: str = ','.join(ORDERS)  # orders of decoding
-    schedule: str = 'cosine'   # how many tokens each step fills: cosine, linear, constant
+    schedule: str = 'cosine'   # of the number of tokens to unmask: cosine, linear, constant
     temperature: str = '1'     # 0: always the most probable token; from the first to the last step: 1..0.5
-    choice_temperature: float = 0.0  # of the noise on confidences
+    choice_temperature: float = 0.0  # of the Gumbel noise on confidences
     guidance: str = '1'        # scale of classifier-free guidance; from the first to the last step: 1..3
     top_k: int = 0             # only the k most probable tokens; 0: all
     top_p: float = 1.0         # only the most probable tokens that together hold this probability
-    against: str = ''          # scores.json of a GPT on the same data, whose exact values are shown as the floor
+    against: str = ''          # scores.json of a GPT on the same data: its exact values are the floor
     seed: int = 0              # of everything random
 
 
@@ -84,52 +84,55 @@ def scores_of(run):
 
 
 def guided(config):
-    """Defaults of a model that can be guided."""
+    """Defaults of a model that supports classifier-free guidance."""
     return dict(temperature='0.8', guidance='1.5') if config.n_classes and config.label_dropout else {}
 
 
-def fill(run, settings, tokens, classes=None, history=False):
-    """model.generate with these settings, for tokens (n, N) and classes (n,)."""
+def generate(run, settings, tokens, classes=None, return_intermediates=False):
+    """model.generate with these settings for tokens (n, N), -1 if masked, and classes (n,). Raises UserError for more
+    than 2^27 tokens of intermediate states, which is 1 GiB."""
     device, steps = run.device, min(settings.steps, int((tokens < 0).sum(1).max()))
+    size = (steps + 1) * tokens.numel()
+    if return_intermediates and size > 2 ** 27:
+        raise UserError(f'{size:,} tokens of intermediate states would take {size >> 27} GiB: lower n or steps')
     temperature, temperature_end = options.ends(settings.temperature)
-    guidance_start, guidance = options.ends(getattr(settings, 'guidance', '1'))  # texts have none
+    guidance, guidance_end = options.ends(getattr(settings, 'guidance', '1'))  # texts have none
     with run.exact():
         return run.model.generate(
             tokens.to(device), None if classes is None else classes.to(device), steps, temperature, temperature_end,
-            settings.top_k, settings.top_p, settings.order, settings.schedule, guidance, guidance_start,
-            settings.choice_temperature, torch.Generator(device).manual_seed(settings.seed), history).cpu()
+            settings.top_k, settings.top_p, settings.order, settings.schedule, guidance, guidance_end,
+            settings.choice_temperature, torch.Generator(device).manual_seed(settings.seed), return_intermediates).cpu()
 
 
 def draw(run, settings, path):
-    """Texts on the screen, which are returned; or an image at `path`."""
+    """Print and return texts, or save an image at `path`."""
     if isinstance(settings, Text):
-        return fill_texts(run, settings)
+        return generate_texts(run, settings)
     if settings.show not in SHOWS or settings.shape not in SHAPES:
         raise UserError(f'show is one of {", ".join(SHOWS)}, shape one of {", ".join(SHAPES)}')
     if not 0 <= settings.complete < 1:
         raise UserError(f'complete={settings.complete} must be at least 0 and below 1')
-    scale = max(1, 60 // to_images(run, unknown(run, 1)).shape[1])
+    scale = max(1, 60 // to_images(run, masked_tokens(run, 1)).shape[1])
     if settings.show == 'gif':
         frames = [tile(to_images(run, tokens), settings.n) for tokens in decoding_steps(run, settings)]
         return save_gif(frames, path.with_suffix('.gif'), scale)  # a row for each class, or of held-out images
-    columns = swapped(run, settings) if settings.show == 'swap' else completed(run, settings) if settings.complete else (
-        from_nothing(run, settings))
-    save_grid(columns, path, scale)
+    columns = swapped if settings.show == 'swap' else completed if settings.complete else generated
+    save_grid(columns(run, settings), path, scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts
 
-def fill_texts(run, settings):
-    """Texts of the model's whole length from a prompt, a gap and what follows; prints and returns them."""
-    prompt, after, N = run.fields.encode(settings.prompt), run.fields.encode(settings.after), run.model.N
+def generate_texts(run, settings):
+    """Generate texts of N tokens around settings.prompt and settings.after; print and return them."""
+    prompt, after, N = run.dataset.encode(settings.prompt), run.dataset.encode(settings.after), run.model.N
     start = len(prompt) + (settings.gap if settings.after else 0)
     if settings.gap < 1 or start + len(after) > N:
-        raise UserError(f'prompt, gap and after have {start + len(after)} tokens, this model fills {N}, and a gap has at least '
-                        '1: shorten them')
-    tokens = unknown(run, settings.n)
+        raise UserError(f'prompt, gap and after have {start + len(after)} tokens, this model generates {N}, and a '
+                        'gap has at least 1: shorten them')
+    tokens = masked_tokens(run, settings.n)
     tokens[:, :len(prompt)], tokens[:, start:start + len(after)] = prompt, after
-    texts = [run.fields.decode(row) for row in fill(run, settings, tokens).tolist()]
+    texts = [run.dataset.decode(row) for row in generate(run, settings, tokens).tolist()]
     print('\n-----\n'.join(texts))
     return texts
 
@@ -137,41 +140,40 @@ def fill_texts(run, settings):
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 
-def unknown(run, n):
+def masked_tokens(run, n):
     return torch.full((n, run.model.N), -1)
 
 
 def to_images(run, tokens):
-    """Images (n, H, W, 3) uint8 of tokens (n, N), grey where they are unknown."""
+    """Images (n, H, W, 3) uint8 of tokens (n, N), grey where they are masked."""
     if run.model.config.n_classes:
-        images = np.repeat(run.fields.decode(tokens)[..., None], 3, -1)
+        images = np.repeat(run.dataset.decode(tokens)[..., None], 3, -1)
     else:
-        images = run.fields.decode('rgb', tokens.clamp(min=0))
+        images = run.dataset.decode('rgb', tokens.clamp(min=0))
     return lab.grey_out(images, tokens, run.model.grid)
 
 
 def digits(run, labels, seed=0):
-    """Binary images (n, 14, 14) of digits with these labels (n,), by the default settings."""
+    """Generate binary images (n, 14, 14) of digits with these labels (n,), with the default settings."""
     settings = replace(settings_of(run), seed=seed)
-    return run.fields.decode(fill(run, settings, unknown(run, len(labels)), torch.as_tensor(labels)))
+    return run.dataset.decode(generate(run, settings, masked_tokens(run, len(labels)), torch.as_tensor(labels)))
 
 
-def nothing_given(run, n, groups):
-    """Unknown tokens and classes of n images in each group: the classes, or `groups` groups if there are none."""
+def all_masked(run, n, groups):
+    """Masked tokens and classes of n images for each class, or for each of `groups` groups if there are no classes."""
     C = run.model.config.n_classes
-    return unknown(run, n * (C or groups)), torch.arange(C).repeat_interleave(n) if C else None
+    return masked_tokens(run, n * (C or groups)), torch.arange(C).repeat_interleave(n) if C else None
 
 
-def from_nothing(run, settings):
+def generated(run, settings):
     """Columns of images, one for each class, or six."""
-    images = to_images(run, fill(run, settings, *nothing_given(run, settings.n, 6)))
-    names = run.fields.classes if run.model.config.n_classes else [f'drawn {i + 1}' for i in range(6)]
+    images = to_images(run, generate(run, settings, *all_masked(run, settings.n, 6)))
+    names = run.dataset.classes if run.model.config.n_classes else [f'sample {i + 1}' for i in range(6)]
     return dict(zip(names, images.reshape(-1, settings.n, *images.shape[1:])))
 
 
-def hidden_places(grid, fraction, shape, seed):
-    """The places (N,) of a grid that are not given if a fraction of them is: the lower ones, a box in the middle, or
-    random."""
+def masked_positions(grid, fraction, shape, seed):
+    """Positions (N,) of a grid to mask so that a fraction is given: the lower ones, a box in the middle, or random."""
     N = math.prod(grid)
     if shape == 'box':
         scale = (1 - fraction) ** 0.5
@@ -182,48 +184,48 @@ def hidden_places(grid, fraction, shape, seed):
 
 
 def held_out(run, settings):
-    """n held-out images: all tokens (n, N), those that are given, classes (n,) or None."""
+    """n held-out images: their tokens (n, N), the same with -1 if masked, classes (n,) or None."""
     if run.model.config.n_classes:
         tokens = run.ids('tokens', slice(settings.n))[:, 0]
         truth, classes = tokens[:, 1:], tokens[:, 0]
     else:
         truth, classes = run.ids('rgb', slice(settings.n)), None
-    hidden = hidden_places(run.model.grid, settings.complete or 0.3, settings.shape, settings.seed)
-    return truth, truth.masked_fill(hidden, -1), classes
+    mask = masked_positions(run.model.grid, settings.complete or 0.3, settings.shape, settings.seed)
+    return truth, truth.masked_fill(mask, -1), classes
 
 
 def completed(run, settings):
-    """Columns: held-out images, what is given of them, three completions."""
+    """Columns: held-out images, the given part, three samples of the rest."""
     truth, given, classes = held_out(run, settings)
     columns = dict(truth=truth, given=given)
     for i in (1, 2, 3):
-        columns[f'drawn {i}'] = fill(run, replace(settings, seed=settings.seed + i), given, classes)
+        columns[f'sample {i}'] = generate(run, replace(settings, seed=settings.seed + i), given, classes)
     return {title: to_images(run, tokens) for title, tokens in columns.items()}
 
 
 def swapped(run, settings):
-    """Columns: held-out images, what is given of them, completions as each class."""
+    """Columns: held-out images, the given part, samples of the rest for each class."""
     truth, given, classes = held_out(run, settings)
     if classes is None:
-        raise UserError('show=swap needs a model of classes: choose grid or gif')
+        raise UserError('show=swap needs a model with classes: choose grid or gif')
     columns = dict(truth=truth, given=given)
-    for i, name in enumerate(run.fields.classes):
-        columns[name] = fill(run, settings, given, classes * 0 + i)
+    for i, name in enumerate(run.dataset.classes):
+        columns[name] = generate(run, settings, given, classes * 0 + i)
     return {title: to_images(run, tokens) for title, tokens in columns.items()}
 
 
 def decoding_steps(run, settings):
-    """The tokens (steps + 1, n, N) after each step."""
-    start = held_out(run, settings)[1:] if settings.complete else nothing_given(run, settings.n, settings.n)
-    return fill(run, settings, *start, history=True)
+    """Tokens (steps + 1, n, N) at the start and after each step."""
+    start = held_out(run, settings)[1:] if settings.complete else all_masked(run, settings.n, settings.n)
+    return generate(run, settings, *start, return_intermediates=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 
 def score(run, settings):
-    """Yields scores: the bound on the likelihood of the held-out data, beside the exact value of a GPT; if there are
-    classes, the classifier's scores of images that were generated in each order and number of steps, and the speed."""
+    """Yield scores: the upper bound on the nats of held-out data beside the exact value of a GPT; if there are classes,
+    scores of generated images by the evaluation classifier for each order and number of steps, and the speed."""
     floors, sweep = read_floors(settings.against), options.counts(settings.steps)
     yield {f'{name}, at most': score | floors.get(name, {}) for name, score in bounds(run, settings).items()}
     for order in settings.order.split(',') if run.model.config.n_classes else []:
@@ -243,15 +245,30 @@ def read_floors(path):
     return {name: dict(floor=score['value']) for name, score in read_scores(Path(path)).items()} if path else {}
 
 
+@torch.no_grad()
+def nll_upper_bound(model, tokens, classes=None, n_samples=16, generator=None):
+    """Unbiased estimate of an upper bound on -ln p(tokens | class) in nats, (B,): the cost of encoding tokens (B, N)
+    one by one, averaged over all orders (2110.02037, section 3), from n_samples masks of stratified sizes."""
+    valid, total = tokens >= 0, 0
+    for i in range(n_samples):
+        u, noise = (torch.rand(len(tokens), n, generator=generator).to(tokens.device) for n in (1, model.N))
+        mask = random_mask(valid, (i + u) / n_samples, noise, 'uniform')
+        h = model.backbone(tokens.masked_fill(mask, -1), classes)[mask]  # (R, D)
+        nll = torch.zeros(tokens.shape, device=h.device).masked_scatter(mask, model.head(h, tokens[mask]))
+        total = total + nll.sum(1) / mask.sum(1) * valid.sum(1) / n_samples
+    return total
+
+
 def bounds(run, settings):
-    """{metric: score} of the bound, by a mean over 16 masks for each sample."""
+    """{metric: score} of `nll_upper_bound` on the held-out data."""
     model, config, data, found = run.model, run.model.config, run.data(), []
     generator = torch.Generator().manual_seed(settings.seed)
     for ids in tqdm(np.array_split(np.arange(data.n), -(-data.n // 64)), desc='bound', unit='batch', leave=False):
-        tokens = data.rows(ids)['tokens'].to(run.device)
+        rows = data.rows(ids)['tokens'].to(run.device)
+        tokens, classes = rows[:, -model.N:], rows[:, 0] if config.n_classes else None
         with run.exact():
-            bound = model.log_prob_bound(tokens[:, -model.N:], tokens[:, 0] if config.n_classes else None, 16, generator)
-        found.append(torch.stack((bound, (tokens[:, -model.N:] >= 0).sum(1)), -1).cpu())
+            bound = nll_upper_bound(model, tokens, classes, generator=generator)
+        found.append(torch.stack((bound, (tokens >= 0).sum(1)), -1).cpu())
     nll = torch.cat(found)[:, None].double().numpy()  # (n, 1, 2): nats and tokens of each sample
     scores = {'nats/token': bootstrap(nll) | dict(baseline=math.log(config.vocab_size))}
     if len(model.grid) == 2:
@@ -260,12 +277,12 @@ def bounds(run, settings):
 
 
 def score_images(run, settings, order, steps):
-    """The classifier's scores of n_score generated images, with seconds an image; and the tokens of the images."""
-    how = Images(steps=steps, order=order, schedule=settings.schedule, temperature=settings.temperature, top_k=settings.top_k,
-                 top_p=settings.top_p, guidance=settings.guidance, choice_temperature=settings.choice_temperature)
+    """Scores of n_score generated images by the evaluation classifier, with seconds/image; and the images' tokens."""
+    shared = ('schedule', 'temperature', 'choice_temperature', 'guidance', 'top_k', 'top_p')
+    images = Images(steps=steps, order=order, **{name: getattr(settings, name) for name in shared})
     classes, started = torch.arange(settings.n_score) % run.model.config.n_classes, time.perf_counter()
-    tokens = torch.cat([fill(run, replace(how, seed=settings.seed + i), unknown(run, len(part)), part)
+    tokens = torch.cat([generate(run, replace(images, seed=settings.seed + i), masked_tokens(run, len(part)), part)
                         for i, part in enumerate(classes.split(64))])
-    seconds, images = time.perf_counter() - started, run.fields.decode(tokens)
-    found = judged(run.fields.score(images, classes.numpy()))
+    seconds = time.perf_counter() - started
+    found = judged(run.dataset.score(run.dataset.decode(tokens), classes.numpy()))
     return found | {'seconds/image': alone(seconds / len(classes), len(classes))}, tokens

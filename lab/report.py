@@ -1,6 +1,7 @@
 """
-A run as a page of Markdown, for a hand-in: loss curves, what training took, settings, scores, samples, and the command that
-makes the run again. Several runs are shown side by side; generators of the same digits are also compared by one classifier.
+A report on a run as a Markdown page: loss curves, cost of training, settings, scores, samples, and the command that
+repeats the run. Several runs are shown side by side; generators of the same digits are also compared by one
+classifier.
 
     python -m lab.report --out_dir=out/gpt_mnist                                 out/gpt_mnist/report.md
     python -m lab.report --compare=out/nano4m,out/nano4m_long                    out/compare.md
@@ -29,14 +30,14 @@ SETTINGS = dict(
     out_dir='out/nano4m',     # the run
     compare='',               # several runs, 'out/a,out/b', in place of out_dir: side by side in out/compare.md
     checkpoint='ckpt_last.pt',  # or ckpt_best.pt
-    n_score=1000,             # digits that each generator draws for the classifier
+    n_score=1000,             # digits per generator for the classifier
     seed=0,                   # of these digits
     device='auto',            # that draws them: cuda, mps or cpu
 )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is known about a run
+# Facts about a run
 
 @dataclass
 class Record:
@@ -81,7 +82,7 @@ def read_log(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What made the run
+# Settings and command
 
 def changed(run, base):
     """{setting: value} of a run that differ from the settings `base`, without those that the data set decides."""
@@ -91,7 +92,7 @@ def changed(run, base):
 
 
 def command(run):
-    """The shortest command that starts this run: with the config file that leaves the fewest settings to be set."""
+    """The shortest command that starts this run, over all config files."""
     commands, folder = [], run.folder.as_posix()
     for file in ['', *sorted(path.as_posix() for path in Path('config').glob('[!_]*.py'))]:
         try:
@@ -138,8 +139,9 @@ def same_digits(runs):
 
 
 def compare_generators(runs, settings, path):
-    """Which generator of digits is best? A row for each run: size, training time, likelihood (comparable only in equal units),
-    the classifier's scores of its digits as 14x14 binary images, speed. Returns Markdown; the digits go to `path`."""
+    """Which generator of digits is best? A row for each run: size, training time, likelihood (comparable only in equal
+    units), the classifier's scores of its digits as 14x14 binary images, speed. Returns Markdown; the digits go to
+    `path`."""
     device, labels = devices.find(settings['device']), np.arange(settings['n_score']) % 10
     devices.set_up(device, training=False)
     rows, columns, order = [], {}, np.argsort(labels[:100], kind='stable')
@@ -148,12 +150,12 @@ def compare_generators(runs, settings, path):
         parts, started = np.array_split(labels, -(-len(labels) // 64)), time.perf_counter()
         images = np.concatenate([digits_of(run)(opened, part, settings['seed'] + i) for i, part in enumerate(parts)])
         seconds = (time.perf_counter() - started) / len(labels)
-        scores = judged(opened.fields.score(images, labels))
+        scores = judged(opened.dataset.score(images, labels))
         rows.append(generator_row(name, run, scores, seconds))
         columns[name] = [sheet(images[:100][order])]
-    fields = opened.fields
-    order = np.concatenate([np.flatnonzero(fields.load('val', 'label') == c)[:10] for c in range(10)])
-    columns['held out'] = [sheet(fields.real('val', 14)[order])]
+    dataset = opened.dataset
+    order = np.concatenate([np.flatnonzero(dataset.load('val', 'label') == c)[:10] for c in range(10)])
+    columns['held out'] = [sheet(dataset.real('val', 14)[order])]
     real = {metric: score.get('ceiling', score.get('floor')) for metric, score in scores.items()}
     rows.append({'': 'real digits', **quality(real)})
     table = markdown_table(rows)
@@ -219,7 +221,8 @@ def machine():
 
 
 def write_page(runs, path, more=''):
-    """The page of runs {name: Record} at `path`, its loss curves beside it; `more` is Markdown after the table of facts."""
+    """The page of runs {name: Record} at `path`, its loss curves beside it; `more` is Markdown after the table of
+    facts."""
     curves = path.with_name(f'{path.stem}_loss.png')
     save_losses({name: run.log for name, run in runs.items()}, curves)
     text = [f'# {", ".join(runs)}', f'![losses]({curves.name})', side_by_side(runs, facts), more,

@@ -1,13 +1,13 @@
 """
-Retrieval with nano4M: which of 1,000 held-out scenes does a sentence describe? Any modality can be the query for any other.
+Retrieval with nano4M: which of 1,000 held-out scenes does a caption describe? Any modality can be the query.
 
     python -m lab.retrieval --out_dir=out/nano4m --pair=caption,rgb              recall both ways, by both measures
     python sample.py --out_dir=out/nano4m --retrieve=rgb --given=caption --text="two large red metal spheres"
 
-By likelihood: a and b are near if ln p(b | a) - ln p(b) is large, where b is all tokens of the shorter of the two modalities.
-The decoder's outputs for one a score any number of b. They are computed once and stored: a new a takes one forward pass, a new
-b none. By embedding: the mean of the encoder's outputs, through a small network for each modality, trained on the training
-scenes to find which two belong together (CLIP, arXiv 2103.00020, figure 3). A query is one forward pass and one product.
+By likelihood: a and b are near if ln p(b | a) - ln p(b) is large, where b is all tokens of the shorter of the two
+modalities. The decoder's outputs for one a score any number of b. They are computed once and stored: a new a takes one
+forward pass, a new b none. By embedding: the mean of the encoder's outputs, through a small network for each modality,
+trained to match the two modalities of a scene (CLIP, arXiv 2103.00020, figure 3): one forward pass and one product.
 
 The index, index_A_B_SPLIT.pt in the run's folder, holds both. It is made on its first use, and again for other weights.
 """
@@ -40,6 +40,36 @@ WIDTH = 64      # of an embedding
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Likelihoods and embeddings of a nano4M
+
+@torch.no_grad()
+def decode_modality(model, known, name):
+    """Decoder outputs (B, max_tokens, D) at all positions of modality `name`, given {name: (B, max_tokens) ids}, -1 if
+    unknown; its own tokens are taken as unknown."""
+    ids, token_slice = model.pack_modalities(known), model.modality[name].token_slice
+    ids[:, token_slice] = -1
+    position_ids = torch.arange(model.N, device=ids.device)[token_slice].expand(len(ids), -1)
+    return model.decode(*model.encode_known(ids), position_ids)
+
+
+@torch.no_grad()
+def log_prob(model, decoder_out, name, ids):
+    """ln p (B,) of ids (B, max_tokens) of modality `name`, its tokens taken as independent, given outputs of
+    `decode_modality`. Queries have no content, so that the outputs of one pass serve any number of candidates."""
+    ids = ids.to(decoder_out.device)
+    nll = model.heads[name](decoder_out.flatten(0, 1), ids.clamp(min=0).flatten()).view(ids.shape)
+    return -(nll * (ids >= 0)).sum(1)
+
+
+@torch.no_grad()
+def pooled_embedding(model, known):
+    """Mean of the encoder's outputs over all known tokens: (B, D)."""
+    context, position_ids = model.encode_known(model.pack_modalities(known))
+    is_token = (position_ids < model.N)[..., None]
+    return (context * is_token).sum(1) / is_token.sum(1).clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Embeddings that can be compared
 
 def tower(D):
@@ -47,8 +77,8 @@ def tower(D):
 
 
 def train_towers(features, device='cpu', steps=1500, batch_size=512, seed=0):
-    """Two towers for features (n, D) of two modalities of the same scenes, trained so that the pair of a scene is more alike
-    than all pairs of different scenes in the batch; returned on the CPU."""
+    """Two towers for features (n, D) of two modalities of the same scenes, trained so that the pair of a scene is more
+    alike than all pairs of different scenes in the batch; returned on the CPU."""
     n, features = len(features[0]), [f.to(device) for f in features]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's: the same weights and batches on every device
@@ -72,7 +102,8 @@ def train_towers(features, device='cpu', steps=1500, batch_size=512, seed=0):
 # The index
 
 def read_tokens(folder, split, name, n=None):
-    """Token ids (n, size) of a modality, of all samples if n is None; the first view if there are several. Raises UserError."""
+    """Token ids (n, max_tokens) of a modality, of all samples if n is None; the first view if there are several. Raises
+    UserError."""
     ids = arrays.load(Path(folder, split, f'{name}.npy'))[:n].astype(np.int64)
     return torch.from_numpy(ids[:, 0] if ids.ndim == 3 else ids)
 
@@ -82,23 +113,25 @@ def in_parts(function, ids, size=250):
 
 
 def embeddings(model, name, ids):
-    """The mean of the encoder's outputs for ids (n, size) of a modality: (n, D) on the CPU."""
-    return in_parts(lambda part: model.embed({name: part}).float().cpu(), ids)
+    """Pooled embeddings (n, D), on the CPU, of ids (n, max_tokens) of a modality."""
+    return in_parts(lambda part: pooled_embedding(model, {name: part}).float().cpu(), ids)
 
 
 def make_index(model, folder, names, split):
-    """All that queries need: tokens, the decoder's outputs, towers and embeddings. names: the longer modality comes first."""
+    """All that queries need: tokens, the decoder's outputs, towers and embeddings. names: the longer modality comes
+    first."""
     source, target = names
     ids = {name: read_tokens(folder, split, name, GALLERY) for name in names}
     if not len(ids[target]):
         raise UserError(f'{folder}/{split}: an empty gallery; prepare some held-out samples')
-    answers = in_parts(lambda part: model.ask({source: part}, target).float().cpu(), ids[source])
-    nothing = model.ask({source: torch.full_like(ids[source][:1], -1)}, target)
-    prior = in_parts(lambda part: model.log_prob(nothing.expand(len(part), -1, -1), target, part).float().cpu(), ids[target])
+    decoder_out = in_parts(lambda part: decode_modality(model, {source: part}, target).float().cpu(), ids[source])
+    uncond = decode_modality(model, {source: torch.full_like(ids[source][:1], -1)}, target)
+    prior = in_parts(lambda part: log_prob(model, uncond.expand(len(part), -1, -1), target, part).float().cpu(),
+                     ids[target])
     features = [embeddings(model, name, read_tokens(folder, 'train', name, 20_000)) for name in names]
-    towers = train_towers(features, model.turn.device)
-    index = dict(names=list(names), split=split, n=len(ids[target]), ids=ids, answers=answers.half(), prior=prior,
-                 towers=[t.state_dict() for t in towers])
+    towers = train_towers(features, model.rope.device)
+    index = dict(names=list(names), split=split, n=len(ids[target]), ids=ids, decoder_out=decoder_out.half(),
+                 prior=prior, towers=[t.state_dict() for t in towers])
     return index | dict(vectors={name: embed(model, index, name, ids[name]) for name in names})
 
 
@@ -111,9 +144,10 @@ def digest(model):
 
 
 def open_index(model, folder, checkpoint, a, b, split):
-    """The index of modalities a and b beside this checkpoint (a path), made if it is missing, damaged or of other weights."""
-    sizes = {m.name: m.size for m in model.modalities}
-    names = sorted((a, b), key=lambda name: (-sizes[name], name))  # the shorter one is scored given the longer: fewer tokens
+    """The index of modalities a and b beside this checkpoint (a path), made if it is missing, damaged or of other
+    weights."""
+    sizes = {m.name: m.max_tokens for m in model.modalities}
+    names = sorted((a, b), key=lambda name: (-sizes[name], name))  # the shorter is scored given the longer
     path, key = checkpoint.parent / f'index_{names[0]}_{names[1]}_{split}.pt', digest(model)
     try:
         index = torch.load(path, weights_only=True)
@@ -139,21 +173,22 @@ def embed(model, index, name, ids):
 
 
 def nearness(model, index, name, ids, by='likelihood'):
-    """How near queries ids (q, size) of modality `name` are to all n items of the other one: (q, n). For the shorter modality
-    ln p(query) is left out, which is the same for all items."""
+    """How near queries ids (q, max_tokens) of modality `name` are to all n items of the other one: (q, n). For the
+    shorter modality ln p(query) is left out, which is the same for all items."""
     source, target = index['names']
     if by == 'embedding':
         return embed(model, index, name, ids) @ index['vectors'][target if name == source else source].T
     if name == source:
-        own, candidates = in_parts(lambda part: model.ask({source: part}, target), ids), index['ids'][target]
+        own = in_parts(lambda part: decode_modality(model, {source: part}, target), ids)
+        candidates = index['ids'][target]
     else:
-        stored = index['answers'].float().to(model.turn.device)
+        stored = index['decoder_out'].float().to(model.rope.device)
     rows = []
     for i in tqdm(range(len(ids)), desc=f'queries of {name}', unit='query', leave=False, disable=len(ids) < 50):
         if name == source:
-            row = model.log_prob(own[i].expand(len(candidates), -1, -1), target, candidates).cpu() - index['prior']
+            row = log_prob(model, own[i].expand(len(candidates), -1, -1), target, candidates).cpu() - index['prior']
         else:
-            row = model.log_prob(stored, target, ids[i].expand(len(stored), -1)).cpu()
+            row = log_prob(model, stored, target, ids[i].expand(len(stored), -1)).cpu()
         rows.append(row.float())
     return torch.stack(rows)
 
@@ -167,8 +202,8 @@ def hits(near, same, k):
 
 
 def recalls(model, index):
-    """{'a>b/recall at k of n': dict(parts=(n, 1, 2), baseline=by chance)} both ways, by both measures. Equal tokens of the
-    shorter modality count as the same."""
+    """{'a>b/recall at k of n': dict(parts=(n, 1, 2), baseline=by chance)} both ways, by both measures. Equal tokens of
+    the shorter modality count as the same."""
     source, target = index['names']
     ids, found = index['ids'], {}
     same = (ids[target][:, None] == ids[target][None]).all(-1)
@@ -178,9 +213,10 @@ def recalls(model, index):
         for way, rows in ((f'{source}>{target}', near), (f'{target}>{source}', near.T)):
             for k in (1, 5, 10):
                 hit = hits(rows, same, k).double()
-                miss = torch.stack([(wrong - i).clamp(min=0) / (n - i) for i in range(min(k, n))]).prod(0)  # all k wrong
+                miss = torch.stack([(wrong - i).clamp(min=0) / (n - i) for i in range(min(k, n))]).prod(0)  # all wrong
                 found[f'{way}/recall at {k} of {n}{by}'] = dict(
-                    parts=torch.stack((hit, torch.ones_like(hit)), -1)[:, None].numpy(), baseline=1 - miss.mean().item())
+                    parts=torch.stack((hit, torch.ones_like(hit)), -1)[:, None].numpy(),
+                    baseline=1 - miss.mean().item())
     return found
 
 
@@ -190,7 +226,7 @@ def main(*arguments, **overrides):
     devices.set_up(device, training=False)
     path, names = Path(settings['out_dir'], settings['checkpoint']), settings['pair'].split(',')
     run = lab.open_run(path, device, settings['split'])
-    if lab.chapter_of(run.model) != 'fourm' or len({*names} & {*run.model.fields}) != 2 or len(names) != 2:
+    if lab.chapter_of(run.model) != 'fourm' or len({*names} & {*run.model.batch_keys}) != 2 or len(names) != 2:
         raise UserError(f'pair={settings["pair"]!r}: two modalities of a run of fourm, as in "caption,rgb"')
     index = open_index(run.model, run.folder, path, *names, settings['split'])
     print(table(judged(recalls(run.model, index))))

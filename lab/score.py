@@ -1,5 +1,6 @@
 """
-The scores of a run, with 95 % intervals, floors, ceilings and baselines: printed as they are computed, kept in scores.json.
+The scores of a run, with 95 % intervals, floors, ceilings and baselines: printed as they are computed, kept in
+scores.json.
 
     python -m lab.score --out_dir=out/gpt_shakespeare                     exact likelihoods
     python -m lab.score --out_dir=out/nano4m                              every modality from every other
@@ -7,10 +8,10 @@ The scores of a run, with 95 % intervals, floors, ceilings and baselines: printe
     python -m lab.score --out_dir=out/nano4m --given=rgb                  from rgb alone
     python -m lab.score --out_dir=out/nano4m --chain="caption>rgb:g1;caption>rgb:g2"
     python -m lab.score --out_dir=out/maskgit_mnist --steps=8,16 --order=random --against=docs/logs/gpt_mnist_scores.json
-    python -m lab.score --out_dir=out/vlm_scenes --blind=out/vlm_scenes_blind
+    python -m lab.score --out_dir=out/vlm_scenes --text_only_run=out/vlm_scenes_text_only
     python -m lab.score --out_dir=out/flow_mnist --help                   the settings of this run
 
-What is computed is written in lab/CHAPTER.py, `score`. An interrupted scoring keeps what it has finished.
+The scores are defined in lab/CHAPTER.py, `score`. After an interruption, finished scores are kept.
 """
 from pathlib import Path
 
@@ -34,7 +35,7 @@ SETTINGS = dict(
 
 
 def open_run(assigned):
-    """The run that the settings name, and its lab module, which has to have scores. Raises UserError."""
+    """The run named by the settings, and its lab module, which must have scores. Raises UserError."""
     s = config.apply({name: value for name, value in assigned.items() if name in SETTINGS}, SETTINGS)
     device = devices.find(s['device'])
     devices.set_up(device, training=False)
@@ -46,7 +47,7 @@ def open_run(assigned):
 
 
 def help(assigned):
-    """The settings that a run adds, if one can be opened."""
+    """The settings of the run's chapter, if the run can be opened."""
     try:
         run, module = open_run(assigned)
         return options.help_of(module.scores_of(run))
@@ -55,7 +56,7 @@ def help(assigned):
 
 
 def main(*arguments, **overrides):
-    """Computes the scores and returns all that the file holds in the end. Raises UserError."""
+    """Computes the scores and returns all scores in the file. Raises UserError."""
     assigned = config.read(arguments, overrides)
     run, module = open_run(assigned)
     common, settings = options.apply(assigned, SETTINGS, module.scores_of(run))

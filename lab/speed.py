@@ -1,17 +1,17 @@
 """
-What a config costs on this machine: a training step part by part, eager and compiled, and generation with its model.
+The speed of a config on this machine: a training step part by part, eager and compiled, and generation.
 
     python -m lab.speed config/nano4m.py                       takes the config's settings too: --n_embd=256
     python -m lab.speed config/nano4m.py --trace=step.json
     python -m lab.speed --all=True                             every config, to out/bench_all.json and out/bench_all.md
     python -m lab.speed --all=True config/nano4m.py config/flow_mnist.py
 
-First the peaks of the machine are measured: large matrix products in each dtype that it computes natively, and copies. FLOPs are
-counted operator by operator. `of limit` is their rate over that of the large product, `of roof` their rate over that of the
-step's own matrix products, run one after the other with nothing between them. Times are medians, `+-` half of the interquartile
-range. Data and weights that are not here are replaced by random values of the same shapes.
+First the peaks of the machine are measured: large matrix products in each dtype that it computes natively, and copies.
+FLOPs are counted operator by operator. `of limit` is their rate over that of the large product, `of roof` their rate
+over that of the step's own matrix products, run one after the other with nothing between them. Times are medians, `+-`
+half of the interquartile range. Data and weights that are not here are replaced by random values of the same shapes.
 
-With --all=True each config has a process of its own: if one does not fit in memory, the next is measured all the same.
+With --all=True each config has its own process: if one does not fit in memory, the others are still measured.
 """
 import copy
 import functools
@@ -71,8 +71,8 @@ def built(assigned, device):
         torch.manual_seed(options['seed'])
         model = config.build(chapter, options, meta, {}).to(device)
         devices.set_up(device, length=devices.context_length(model))
-        optimizers.freeze(model, options['rates'])
-        yield options, model, arrays.Data(folder, 'train', meta, model.fields, block_size)
+        optimizers.freeze(model, options['lr_multipliers'])
+        yield options, model, arrays.Data(folder, 'train', meta, model.batch_keys, block_size)
 
 
 def dtypes_of(peaks):
@@ -81,7 +81,8 @@ def dtypes_of(peaks):
 
 
 def find_job(options, model, data, settings, device, peaks):
-    """The arguments of batches.micro_batch; it is smaller if it would take longer than `seconds` at the machine's peak."""
+    """The arguments of batches.micro_batch; it is smaller if it would take longer than `seconds` at the machine's
+    peak."""
     one = options | dict(batch_size=1, micro_batch_size=1)
     flops = devices.count_flops(model, batches.to_device(batches.micro_batch(data, model, one, 0, 0), device))
     fitting = int(settings['seconds'] * peaks[dtypes_of(peaks)[-1]] / flops)
@@ -92,12 +93,13 @@ def find_job(options, model, data, settings, device, peaks):
 # A training step
 
 class Steps:
-    """Training steps as in train.py, always of the first micro-batch; `graphed`: forward and backward are one part, `both`."""
+    """Training steps as in train.py, always of the first micro-batch; `graphed`: forward and backward are one part,
+    `both`."""
     def __init__(self, model, job, options, device, dtype, graphed):
         self.model, self.options, self.device, self.dtype, self.graphed = model, options, device, dtype, graphed
         self.clock, self.losses = timing.Clock(device), []
         self.batches = batches.prefetched(batches.micro_batch, itertools.repeat(job), device)
-        self.optimizers, self.scaler = optimizers.make(model, options), torch.amp.GradScaler(enabled=False)
+        self.optimizers, self.scaler = optimizers.make(model, options, dtype), torch.amp.GradScaler(enabled=False)
         self.ema_model = copy.deepcopy(model) if options['ema'] else None
         self.passes = self.whole_pass if graphed else self.timed_pass
         self.finish = functools.partial(optimizers.optimizer_step, self.optimizers, self.scaler, set_to_none=not graphed)
@@ -203,7 +205,8 @@ def bench_steps(name, options, model, data, settings, device, peaks):
 # Generation
 
 def generation(model, B):
-    """(a function that generates B samples, how many of what, number of passes), None for a chapter that is unknown here."""
+    """(a function that generates B samples, how many of what, number of passes), None for a chapter that is unknown
+    here."""
     device, c = next(model.parameters()).device, model.config
     zeros = torch.zeros(B, 1, dtype=torch.long, device=device)
     match lab.chapter_of(model):
@@ -215,13 +218,13 @@ def generation(model, B):
             return lambda: model.generate(zeros.expand(-1, model.N) - 1, classes, steps=8), B * model.N, 'tokens', 8
         case 'fourm':
             given, wanted = model.modalities[:2]
-            given = {given.name: zeros.expand(-1, given.size)}
-            return lambda: model.generate(given, [wanted.name], 8), B * wanted.size, 'tokens', 8
+            given = {given.name: zeros.expand(-1, given.max_tokens)}
+            return lambda: model.generate(given, [wanted.name], 8), B * wanted.max_tokens, 'tokens', 8
         case 'flow':
             return lambda: model.generate(zeros[:, 0], steps=20), B, 'samples', 20
         case 'vlm':
-            look = torch.zeros(B, 1, c.image_size, c.image_size, c.channels, device=device)
-            return lambda: model.generate(zeros, model.read(zeros + c.image_token, look), 16), B * 16, 'tokens', 17
+            images = torch.zeros(B, 1, c.image_size, c.image_size, c.channels, device=device)
+            return lambda: model.generate(zeros, model.prefill(zeros + c.image_token, images), 16), B * 16, 'tokens', 17
 
 
 def bytes_of_weights(model):
@@ -303,7 +306,8 @@ def in_child(function, *arguments):
 
 
 def measure_all(paths, settings, peaks, tables):
-    """Adds the rows of each config to the tables and saves them; a config that fails or is killed is reported and left out."""
+    """Adds the rows of each config to the tables and saves them; a config that fails or is killed is reported and left
+    out."""
     for path in paths:
         print(f'\n{Path(path).stem}', flush=True)
         try:

@@ -1,8 +1,8 @@
 """
-Scores: bootstrap intervals, the file scores.json, tables as text and as Markdown.
+Scores: 95 % intervals, the file scores.json, tables as text and as Markdown.
 
-A score is dict(value, low, high, n), where low and high are a 95 % interval from n samples. It may also hold the bounds floor
-and ceiling, what real data reach, and baseline, what chance does.
+A score is dict(value, low, high, n): a value and its 95 % interval from n samples. It may also hold the keys floor or
+ceiling, the value of real data, and baseline, the value without a model.
 """
 import json
 import os
@@ -17,17 +17,31 @@ BOUNDS = 'floor', 'ceiling', 'baseline'
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 
+def wilson(p, n):
+    """The 95 % interval of a proportion p of n independent trials (Wilson, 1927): never empty, also for p = 0 and 1."""
+    z2 = 1.96 ** 2 / n
+    middle, half = (p + z2 / 2) / (1 + z2), (z2 * (p * (1 - p) + z2 / 4)) ** 0.5 / (1 + z2)
+    return middle - half if p > 0 else 0.0, middle + half if p < 1 else 1.0
+
+
 def bootstrap(parts, draws=1000):
-    """The score of a metric given as numerators and denominators (n, k, 2) of n samples: the mean over k of the ratio of their
-    sums. The interval comes from `draws` resamplings of the n samples."""
+    """The score of a metric given as numerators and denominators (n, k, 2) of n samples: the mean over k of the ratio
+    of their sums. The interval is from `draws` bootstrap resamples; if each sample is one trial, right or wrong, it is
+    Wilson's, and also if all counts are right or all are wrong, where resamples would all be equal."""
     n, random = len(parts), np.random.default_rng(0)
 
     def value(weight):  # (n,)
         numerator, denominator = np.einsum('n,nkc->ck', weight, parts)
         return np.nanmean(np.where(denominator > 0, numerator / np.maximum(denominator, 1e-12), np.nan))
-    resampled = [value(random.multinomial(n, np.ones(n) / n).astype(float)) for _ in range(draws)]
-    low, high = np.percentile(resampled, (2.5, 97.5))
-    return dict(value=float(value(np.ones(n))), low=float(low), high=float(high), n=n)
+    whole, (numerator, denominator) = float(value(np.ones(n))), np.moveaxis(parts, -1, 0)
+    counts = parts.shape[1] == 1 and (denominator >= numerator).all() and (numerator >= 0).all() and np.any(denominator)
+    counts = counts and (parts == np.round(parts)).all()
+    if counts and (denominator.max() == 1 or whole in (0, 1)):
+        low, high = wilson(whole, (denominator > 0).sum())
+    else:
+        resampled = [value(random.multinomial(n, np.ones(n) / n).astype(float)) for _ in range(draws)]
+        low, high = np.percentile(resampled, (2.5, 97.5))
+    return dict(value=whole, low=float(low), high=float(high), n=n)
 
 
 def alone(value, n):
@@ -36,7 +50,7 @@ def alone(value, n):
 
 
 def judged(metrics):
-    """What a judge of prepare/ returns, {metric: dict(parts or value, bounds)}, as scores."""
+    """The result of an evaluation in prepare/, {metric: dict(parts or value, bounds)}, as scores."""
     n = max(len(metric.get('parts', ())) for metric in metrics.values())
     return {name: (bootstrap(metric['parts']) if 'parts' in metric else alone(metric['value'], n))
             | {bound: metric[bound] for bound in BOUNDS if bound in metric} for name, metric in metrics.items()}
@@ -46,8 +60,8 @@ def judged(metrics):
 # scores.json
 
 def scores_path(checkpoint, split='val'):
-    """The file for the scores of a checkpoint on a split: scores.json in its folder for ckpt_last.pt and val, otherwise
-    scores_CHECKPOINT_SPLIT.json."""
+    """The file for the scores of a checkpoint on a split: scores.json for ckpt_last.pt and val, otherwise
+    scores_CHECKPOINT_SPLIT.json, in the folder of the checkpoint."""
     parts = ['scores'] + [checkpoint.stem] * (checkpoint.stem != 'ckpt_last') + [split] * (split != 'val')
     return checkpoint.with_name(f'{"_".join(parts)}.json')
 
@@ -55,26 +69,29 @@ def scores_path(checkpoint, split='val'):
 def read_scores(path, digest=None):
     """The scores of a file, {} if it does not exist; with a digest only those of that checkpoint. Raises UserError."""
     try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
         scores = found.get('scores', found)  # the files in docs/logs hold the scores alone
-        assert all(isinstance(score[key], (int, float)) for score in scores.values() for key in ('value', 'low', 'high'))
+        assert all(isinstance(score[key], (int, float))
+                   for score in scores.values() for key in ('value', 'low', 'high'))
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f'{path}: not a file of scores ({type(error).__name__}); delete it and compute the scores again')
+        raise UserError(f'{path}: not a file of scores ({type(error).__name__}); delete it and score again')
     return scores if digest in (None, found.get('checkpoint')) else {}
 
 
 def save_scores(scores, path, digest):
-    """Writes {'checkpoint': digest, 'scores': scores}, atomically and cheaply enough to be called after each metric. Scores of the
-    same checkpoint that are in the file stay; those of other weights go. Returns all that the file holds.
+    """Adds scores to a file, {'checkpoint': digest, 'scores': {...}}, atomically; cheap enough to be called after each
+    metric. Scores of the same checkpoint in the file are kept, those of other weights removed. Returns all scores of
+    the file.
 
-    digest: checkpoints.digest of the checkpoint, computed when the model was loaded: a run may go on while it is scored.
+    digest: checkpoints.digest of the checkpoint, computed when the model was loaded: training may continue while it is
+    scored.
     """
     try:
         scores = read_scores(path, digest) | scores
     except UserError:  # damaged
         pass
     new = path.with_suffix('.tmp')
-    new.write_text(json.dumps(dict(checkpoint=digest, scores=scores), indent=1))
+    new.write_text(json.dumps(dict(checkpoint=digest, scores=scores), indent=1), encoding='utf-8')
     os.replace(new, path)
     return scores
 
@@ -86,7 +103,7 @@ TABLE_HEAD = f'{"":42}{"value":>9}{"95 % interval":>20}' + ''.join(f'{bound:>10}
 
 
 def table_row(name, score):
-    """A score as a line of text below TABLE_HEAD."""
+    """A score as a line of text under TABLE_HEAD."""
     interval = f'{score["low"]:.4g} .. {score["high"]:.4g}'
     bounds = ''.join(f'{score[bound]:10.4g}' if bound in score else f'{"":10}' for bound in BOUNDS)
     return f'{name:42}{score["value"]:9.4g}{interval:>20}{bounds}'
@@ -109,12 +126,12 @@ def markdown_row(values):
 
 
 def markdown_head(columns):
-    """The two lines above the rows of a table that is printed row by row."""
+    """The two header lines of a table that is printed row by row."""
     return f'{markdown_row(columns)}\n|{"---|" * len(columns)}'
 
 
 def markdown_table(rows):
-    """Rows [{column: value}] as a Markdown table, '' if there are none; a cell is empty if its row lacks the column."""
+    """Rows [{column: value}] as a Markdown table, '' if there are no rows; a missing column is an empty cell."""
     if not rows:
         return ''
     columns = list(dict.fromkeys(name for row in rows for name in row))

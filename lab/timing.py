@@ -1,6 +1,6 @@
 """
-How long a computation takes, how much memory it needs, and what this machine reaches at most: for bench.py, lab/speed.py and
-tests/comparisons.py. Results are rows {column: value}, printed one by one as a Markdown table.
+Timers, memory and the peak rates of this machine, for bench.py, lab/speed.py and tests/comparisons.py. Results are rows
+{column: value}, printed one by one as a Markdown table.
 """
 import collections
 import json
@@ -20,9 +20,9 @@ from lab.statistics import markdown_head, markdown_row, markdown_table
 
 
 def timed(run, seconds=2.0):
-    """Times run(): a Measurement of torch.utils.benchmark, with `median` and `iqr`. A fast run() is repeated within a sample, so
-    that a GPU does not wait for its host. At least four samples, more until the IQR is a tenth of the median; fewer if
-    `seconds` are over."""
+    """Times run(): a Measurement of torch.utils.benchmark, with `median` and `iqr`. A fast run() is repeated within a
+    sample, so that a GPU does not wait for its host. At least four samples, more until the IQR is a tenth of the
+    median; fewer if `seconds` are over."""
     run()  # compiles, allocates
     timer = Timer('run()', globals=dict(run=run), num_threads=torch.get_num_threads())
     return timer.adaptive_autorange(min_run_time=0.2, max_run_time=seconds)
@@ -35,7 +35,8 @@ def spread(times):
 
 
 def find_peaks(device):
-    """What this machine reaches at most: {dtype: FLOP/s of a matrix product, 'copy': bytes/s of a copy, read and written}."""
+    """The peak rates of this machine: {dtype: FLOP/s of a matrix product, 'copy': bytes/s of a copy, read and
+    written}."""
     native = devices.find_dtype('auto', device)
     if native == torch.float32:
         print('bfloat16 is not native here: only float32 is measured')
@@ -175,5 +176,6 @@ def make_folders(*paths):
 
 def save(path, tables):
     """Tables {title: rows} as PATH.json and PATH.md."""
-    Path(f'{path}.md').write_text('\n'.join(f'### {title}\n\n{markdown_table(rows)}\n' for title, rows in tables.items()))
-    Path(f'{path}.json').write_text(json.dumps(tables, indent=1))
+    Path(f'{path}.md').write_text('\n'.join(f'### {title}\n\n{markdown_table(rows)}\n' for title, rows in tables.items()),
+                               encoding='utf-8')
+    Path(f'{path}.json').write_text(json.dumps(tables, indent=1), encoding='utf-8')

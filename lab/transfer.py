@@ -5,8 +5,8 @@ Transfer: how useful is a trained nano4M's encoder in a task that it was not tra
     python -m lab.transfer --out_dir=out/nano4m --task=shape                     what shape has the leftmost one?
     python -m lab.transfer --out_dir=out/nano4m_cifar10 --task=label             which of CIFAR-10's classes is it?
 
-The decoder is left out (4M, 2312.06647, section 4): a linear layer classifies the mean of the encoder's outputs for the tokens
-of one modality. Four ways to train it, each with 50, 200, 1,000 and 5,000 labels:
+The decoder is not used (4M, 2312.06647, section 4): a linear layer classifies the mean of the encoder's outputs for the
+tokens of one modality. Four ways to train it, each with 50, 200, 1,000 and 5,000 labels:
 
     probe     the linear layer alone, on the encoder as it is
     random    the same, on an encoder of random weights: what the architecture contributes by itself
@@ -56,13 +56,13 @@ class Classifier(nn.Module):
     """The encoder of a copy of a nano4M and a linear layer: tokens (B, N) of one modality -> logits (B, classes)."""
     def __init__(self, model, given, classes):
         super().__init__()
-        self.model, self.head = copy.deepcopy(model), nn.Linear(model.config.n_embd, classes, device=model.turn.device)
+        self.model, self.head = copy.deepcopy(model), nn.Linear(model.config.n_embd, classes, device=model.rope.device)
         nn.init.zeros_(self.head.weight)
-        self.places = model.modality[given].places
+        self.token_slice = model.modality[given].token_slice
 
     def features(self, ids):
-        index = torch.arange(self.places.start, self.places.stop, device=ids.device).expand(len(ids), -1)
-        return self.model.encode(ids, index).mean(1)  # (B, D)
+        position_ids = torch.arange(self.model.N, device=ids.device)[self.token_slice].expand(len(ids), -1)
+        return self.model.encode(ids, position_ids).mean(1)  # (B, D)
 
     def forward(self, ids):
         return self.head(self.features(ids))
@@ -75,7 +75,8 @@ def in_parts(function, ids, device):
 
 
 def train_probe(classifier, ids, labels):
-    """Fits the linear layer alone, to the end: on standardized features the loss has one minimum, which L-BFGS finds."""
+    """Fits the linear layer alone, to the end: on standardized features the loss has one minimum, which L-BFGS
+    finds."""
     x = in_parts(classifier.features, ids, classifier.head.weight.device)
     mean, std = x.mean(0), x.std(0) + 1e-6
     linear = nn.Linear(x.size(1), classifier.head.out_features)
@@ -92,7 +93,7 @@ def train_probe(classifier, ids, labels):
 
 
 def train_all(classifier, ids, labels, settings, name, rates=''):
-    """Trains encoder and linear layer on batches drawn from the labelled samples."""
+    """Trains encoder and linear layer on random batches of the labelled samples."""
     random, device = np.random.default_rng((settings['seed'], 9)), classifier.head.weight.device
 
     def batch_of():
@@ -117,7 +118,8 @@ def check(settings, run):
         raise UserError('steps, batch_size and n_val must be at least 1')
     if lab.chapter_of(run.model) != 'fourm':
         raise UserError(f'{run.path}: a run of {lab.chapter_of(run.model)}; transfer is for nano4M, that is fourm')
-    given, images = settings['given'] or run.model.fields[0], [m.name for m in run.model.modalities if not m.is_text]
+    given = settings['given'] or run.model.batch_keys[0]
+    images = [m.name for m in run.model.modalities if not m.is_text]
     if settings['task'] not in TASKS or given not in images:
         raise UserError(f'task is one of {", ".join(TASKS)}, given one of {", ".join(images)}')
     return given
@@ -134,7 +136,7 @@ def read_counts(settings, least, most):
 def predictions(model, given, ids, labels, val_ids, counts, settings):
     """Trains in all four ways with these numbers of labels; yields (way, number, class of each held-out sample)."""
     torch.manual_seed(settings['seed'])
-    device = model.turn.device
+    device = model.rope.device
     random = type(model)(model.config).to(device).eval()
     order = np.random.default_rng((settings['seed'], 8)).permutation(len(ids))  # fewer labels are a part of more
     for n in counts:
@@ -151,7 +153,8 @@ def predictions(model, given, ids, labels, val_ids, counts, settings):
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
-    device, checkpoint, task = devices.find(settings['device']), Path(settings['out_dir'], 'ckpt_last.pt'), settings['task']
+    device, task = devices.find(settings['device']), settings['task']
+    checkpoint = Path(settings['out_dir'], 'ckpt_last.pt')
     devices.set_up(device, training=False)
     run = lab.open_run(checkpoint, device)
     given, digest = check(settings, run), checkpoints.digest(checkpoint)

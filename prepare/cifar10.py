@@ -1,12 +1,13 @@
 """
-CIFAR-10 (Krizhevsky, 2009): 32x32 color photographs of ten kinds of things, 50,000 to train on, 10,000 for validation.
+CIFAR-10 (Krizhevsky, 2009): 32x32 color photographs of ten classes, 50,000 for training, 10,000 for validation.
 
     python -m prepare.cifar10
 
-The binary version of the public archive: files of records, each a byte of class and 3 x 1,024 bytes of red, green and blue.
-Nothing is unpickled, and no path is trusted: the known names are read from the archive, nothing is written where it says.
-image.npy holds (n, views, 32, 32, 3): two for training, the picture and its mirror image, one for validation; label.npy (n,). The
-archive is downloaded once into the cache folder. prepare/cifar10_modalities.py makes six modalities of the same photographs.
+The binary version of the public archive: files of records, each a byte for the class and 3 x 1,024 bytes of red, green
+and blue. Nothing is unpickled, and only members with known names are read from the archive, into memory. image.npy is
+(n, views, 32, 32, 3): two views for training, the image and its mirror image, one for validation; label.npy is (n,).
+The archive is downloaded once into the cache folder. prepare/cifar10_modalities.py makes six modalities of the same
+photographs.
 """
 import tarfile
 from pathlib import Path
@@ -20,7 +21,7 @@ from prepare.download import download
 
 MAKES = 'data/cifar10'
 SETTINGS = dict(
-    seed=0,     # of the judge
+    seed=0,     # of the evaluation classifier
     out=MAKES,  # the data folder
 )
 URL, ARCHIVE = 'https://www.cs.toronto.edu/~kriz/', 'cifar-10-binary.tar.gz'
@@ -32,7 +33,7 @@ JUDGE_STEPS = 4000
 
 
 def read_archive(path):
-    """{split: (images (n, 32, 32, 3) uint8, labels (n,) uint8)}, read from the archive's known members alone."""
+    """{split: (images (n, 32, 32, 3) uint8, labels (n,) uint8)}, from the known members of the archive."""
     try:
         with tarfile.open(path) as archive:
             members = {Path(member.name).name: member for member in archive
@@ -52,7 +53,7 @@ def read_archive(path):
 
 
 def fetch():
-    """What read_archive returns, from the archive in the cache folder; downloaded once."""
+    """The result of read_archive for the archive in the cache folder, which is downloaded once."""
     return read_archive(download(URL + ARCHIVE, ARCHIVE, MD5))
 
 
@@ -62,10 +63,10 @@ def views(images, split):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The folder as sample.py sees it
+# Scoring, for sample.py and lab/
 
-class Fields:
-    """Scores the pictures of a data folder, (n, 32, 32, 3) uint8."""
+class Dataset:
+    """Scores images (n, 32, 32, 3) uint8 with a data folder."""
     def __init__(self, folder):
         self.folder, self.classes = Path(folder), CLASSES
 
@@ -73,7 +74,7 @@ class Fields:
         return arrays.load(self.folder / split / f'{name}.npy')
 
     def score(self, images, labels, split='val'):
-        """{metric: dict} of pictures (n, 32, 32, 3) uint8 made for labels (n,), as judge.score returns it."""
+        """judge.score of images (n, 32, 32, 3) uint8 generated for labels (n,)."""
         n, train = min(len(images), len(self.load(split, 'label'))), self.load('train', 'image')
         return judge.score(judge.Judge.load(self.folder / 'judge.pt'), images[:n], np.asarray(labels)[:n],
                            self.load(split, 'image')[:n, 0], self.load(split, 'label')[:n], [train[:, 0], train[:, 1]],
@@ -81,22 +82,20 @@ class Fields:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Making it
+# Making the data set
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     splits = fetch()
     folder = Path(settings['out'])
-    (folder / 'meta.json').unlink(missing_ok=True)  # an older one is not to vouch for these files
+    arrays.begin(folder, 'cifar10')
     for split, (images, labels) in splits.items():
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        np.save(folder / split / 'image.npy', views(images, split))
-        np.save(folder / split / 'label.npy', labels)
+        arrays.write(folder / split, dict(image=views(images, split), label=labels))
     network = judge.train_judge(*splits['train'], settings['seed'], JUDGE_STEPS)
     network.save(folder / 'judge.pt')
     held_out, truth = splits['val']
     right = float((network.logits(held_out).argmax(1) == truth).mean())
-    print(f'judge of 32x32 pictures: {right:.1%} of {len(truth):,} held-out ones right')
+    print(f'evaluation classifier of 32x32 images: {right:.1%} of {len(truth):,} held-out images right')
     meta = dict(kind='rows', fields=dict(image=256, label=10), views=dict(image=2), prepare='cifar10', classes=CLASSES,
                 config=dict(image_size=32, channels=3, n_classes=10), quality=dict(judge=right), settings=settings)
     arrays.save_meta(folder, meta)

@@ -1,16 +1,16 @@
 """
-CIFAR-10's photographs in six modalities for nano4M: rgb, grey, edges, palette, low resolution and the class as a caption, made by
-prepare/folder.py as for your own pictures. Tokens are of 4x4 pixels; the mirror image is a second view.
+The photographs of CIFAR-10 in six modalities for nano4M: rgb, grey, edges, palette, low resolution, and the class as a
+caption, made by prepare/folder.py as for your own images. A token is a patch of 4x4 pixels; the mirror image is a
+second view.
 
-    python -m prepare.cifar10_modalities    (train.py runs it by itself when data/cifar10_modalities is missing)
+    python -m prepare.cifar10_modalities    (train.py runs this if data/cifar10_modalities is missing)
     python train.py config/nano4m_cifar10.py
 """
 from pathlib import Path
 
-import numpy as np
-
 import config
 from config import UserError
+from prepare.arrays import write
 from prepare.cifar10 import CLASSES, fetch, views
 from prepare.folder import make
 
@@ -19,7 +19,7 @@ SETTINGS = dict(
     out=MAKES,         # the data folder
     steps=800,         # of the training of each image tokenizer
     vocab_size=512,    # of the captions' encoding
-    caption_tokens=8,  # longest caption
+    caption_tokens=8,  # of the longest caption, with its end token
     seed=0,
 )
 
@@ -31,8 +31,7 @@ def main(*arguments, **overrides):
         raise UserError(f'{out} exists already: delete it, or choose another --out')
     splits = fetch()
     for split, (_, labels) in splits.items():
-        (out / split).mkdir(parents=True, exist_ok=True)
-        np.save(out / split / 'label.npy', labels)  # for prepare/transfer.py
+        write(out / split, dict(label=labels))  # for lab/transfer.py
     captions = [f'a photo of {"an" if name[0] in "aeiou" else "a"} {name}' for name in CLASSES]
     make(out, {split: (views(images, split), [captions[label] for label in labels])
                for split, (images, labels) in splits.items()}, settings)

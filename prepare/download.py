@@ -1,7 +1,7 @@
 """
-Files from the internet, kept in one cache folder: fetched once, taken up where a broken download stopped, checked by their hash.
+Downloads into one cache folder: each file once, resumed after an interruption, checked by its hash.
 
-A machine without internet needs nothing but the files themselves, copied into the cache folder under the names that errors give.
+On a machine without internet, copy the files into the cache folder under the names in the error messages.
 """
 import hashlib
 import os
@@ -19,15 +19,16 @@ PAUSES = 1, 3, 10   # seconds before the second, third and last attempt
 
 
 def cache_folder():
-    """Where downloads are kept: NANO_CACHE, or a folder in the user's cache directory."""
+    """The folder of downloads: NANO_CACHE, or ~/.cache/nanofm."""
     return Path(os.environ.get('NANO_CACHE') or Path.home() / '.cache' / 'nanofm')
 
 
 def download(url, name, digest=''):
-    """The path of the file `name` (it may contain '/') in the cache folder, fetched from url if it is not there.
+    """The path of the file `name` (it may contain '/') in the cache folder, downloaded from url if it is missing.
 
-    digest: hex, 64 characters of SHA-256 or 32 of MD5; without one, a download is checked against the SHA-256 that its server
-    tells, if it does. Raises UserError where the file cannot be had, cannot be written or is not the expected one.
+    digest: hex, 64 characters of SHA-256 or 32 of MD5; without one, a download is checked against the SHA-256 of the
+    server's headers, if there is one. Raises UserError if the file cannot be downloaded, cannot be written or has
+    another digest.
     """
     path = cache_folder() / name
     part = path.with_name(f'{path.name}.part')
@@ -37,21 +38,22 @@ def download(url, name, digest=''):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        told = fetch(url, part)
-        if fault := mismatch(part, digest or told):
-            part.unlink()  # or the next run would go on with it
+        from_server = fetch(url, part)
+        if fault := mismatch(part, digest or from_server):
+            part.unlink()  # or the next run would resume it
             raise UserError(f'{url}: {fault}; the download has been deleted, run this again')
         os.replace(part, path)
     except requests.RequestException as error:
         reason = type(error).__name__ if error.response is None else f'HTTP {error.response.status_code}'
-        raise UserError(f'{url} cannot be had ({reason}); run this again to go on with it, or copy the file to {path}')
+        raise UserError(f'{url} cannot be downloaded ({reason}); run this again to resume it, or copy the file to {path}')
     except OSError as error:
-        raise UserError(f'{path} cannot be written ({error.strerror}); make room, or set NANO_CACHE to another folder')
+        raise UserError(f'{path} cannot be written ({error.strerror}); free disk space, or set NANO_CACHE to another '
+                        'folder')
     return path
 
 
 def mismatch(path, digest):
-    """What is wrong with the file's hash, '' if nothing is or no digest is known."""
+    """A message if the file has another digest, otherwise ''; also '' if no digest is given."""
     if not digest:
         return ''
     kind = 'md5' if len(digest) == 32 else 'sha256'
@@ -61,7 +63,7 @@ def mismatch(path, digest):
 
 
 def fetch(url, part):
-    """Completes the file `part`, in several attempts if need be; returns the SHA-256 that the server tells, or ''."""
+    """Completes the file `part`, in up to four attempts; returns the SHA-256 of the server's headers, or ''."""
     print(f'downloading {url}')
     for pause in (*PAUSES, None):
         try:
@@ -75,28 +77,29 @@ def fetch(url, part):
 
 
 def stream(url, part):
-    """One attempt: appends the bytes that `part` lacks. A stream cut short raises one of requests' errors."""
+    """One attempt: appends the missing bytes to `part`. An incomplete transfer raises an error of requests."""
     part.touch()
     size = part.stat().st_size
-    headers = {'Range': f'bytes={size}-', 'Accept-Encoding': 'identity'}  # identity: bytes as they are stored, not compressed
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-        if answer.status_code == 416:  # there is nothing from `size` on: the part is complete, or longer than the file
-            if answer.headers.get('Content-Range') != f'bytes */{size}':
+    headers = {'Range': f'bytes={size}-', 'Accept-Encoding': 'identity'}  # identity: not compressed
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code == 416:  # nothing after `size`: the part is complete or too long
+            if response.headers.get('Content-Range') != f'bytes */{size}':
                 part.unlink()
                 raise requests.ConnectionError('the partial download does not belong to this file')
-            return told_digest(answer)
-        answer.raise_for_status()
-        size *= answer.status_code == 206  # 200: the server knows no ranges and sends everything
-        left = int(answer.headers.get('Content-Length', 0))
+            return server_digest(response)
+        response.raise_for_status()
+        size *= response.status_code == 206  # 200: the server has no ranges and sends the whole file
+        left = int(response.headers.get('Content-Length', 0))
         with (open(part, 'ab' if size else 'wb') as file,
               tqdm(desc=part.stem, initial=size, total=size + left or None, unit='B', unit_scale=True, disable=None) as bar):
-            for block in answer.iter_content(1 << 16):
+            for block in response.iter_content(1 << 16):
                 file.write(block)
                 bar.update(len(block))
-        return told_digest(answer)
+        return server_digest(response)
 
 
-def told_digest(answer):
-    """The SHA-256 of a large file on the Hugging Face Hub, which stands in the answer that redirects to the storage; else ''."""
-    tags = [one.headers.get('X-Linked-Etag', '').strip('"') for one in (*answer.history, answer)]
+def server_digest(response):
+    """The SHA-256 of a large file on the Hugging Face Hub, from the headers of the redirect to its storage; otherwise
+    ''."""
+    tags = [one.headers.get('X-Linked-Etag', '').strip('"') for one in (*response.history, response)]
     return next((tag for tag in tags if re.fullmatch('[0-9a-f]{64}', tag)), '')

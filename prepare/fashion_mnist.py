@@ -1,5 +1,6 @@
 """
-FashionMNIST (Xiao et al., 1708.07747): ten kinds of clothes, made like MNIST's digits (prepare/mnist.py), in data/fashion_mnist.
+FashionMNIST (Xiao et al., 1708.07747): ten classes of clothes in the format of MNIST (prepare/mnist.py), in
+data/fashion_mnist.
 
     python -m prepare.fashion_mnist [--subset=t10k]
 """

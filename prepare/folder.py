@@ -1,19 +1,20 @@
 """
-Your own pictures: a folder of them, each with its caption in a text file of the same name, as six modalities for nano4M.
+Your own images with captions, in text files of the same names, as six modalities for nano4M.
 
     python -m prepare.folder --source=FOLDER    FOLDER/NAME.jpg (png, webp, ...; folders in it too) with NAME.txt beside it
     python train.py config/nano4m_folder.py
 
-    rgb       the picture                                  8x8 tokens of 16^4 codes, by a tokenizer trained here
-    grey      how light it is                              8x8 tokens of 8^4 codes, the same
-    edges     where that changes (Sobel)                   8x8 tokens of 8^4 codes, the same
-    palette   its five colors (median cut), in order      1x5 tokens, each one of 16^3 colors
-    low       the picture in 8x8 pixels                    8x8 tokens, each one of 16^3 colors
-    caption   byte-pair tokens, learned from the captions  up to 64
+    rgb       the image                                    8x8 tokens of 16^4 codes, by a tokenizer trained here
+    grey      its luminance                                8x8 tokens of 8^4 codes, the same
+    edges     the gradient of luminance (Sobel)            8x8 tokens of 8^4 codes, the same
+    palette   five colors (median cut), most frequent first  1x5 tokens, each one of 16^3 colors
+    low       the image in 8x8 pixels                      8x8 tokens, each one of 16^3 colors
+    caption   BPE tokens, trained on the captions          up to 64
 
-Of each picture there are a few square views, the first from its middle, the others a little smaller and anywhere, so that few
-pictures last longer. All modalities are functions of pictures (n, H, W, 3) alone: another data set's script can use them too.
-What cannot be read is named and left out. All passes through memory: for some ten thousand pictures, not for millions.
+Each training image has several square views: the first is the central crop, the others are slightly smaller random
+crops, as augmentation. All modalities but captions are functions of images (n, H, W, 3), so that scripts of other data
+sets can use them. Files that cannot be read are named and left out. All images are held in memory: ten thousands of
+them, not millions.
 """
 import textwrap
 from collections import Counter
@@ -47,11 +48,11 @@ MAKES = 'data/folder'
 SETTINGS = dict(
     source='',          # your folder of images and captions
     out=MAKES,          # the data folder
-    size=64,            # pixels of a side
-    views=4,            # crops of each training image; 1 is the image alone
+    size=64,            # pixels per side
+    views=4,            # crops per training image; 1 is the central crop alone
     steps=400,          # of the training of each image tokenizer
     vocab_size=1024,    # of the captions' encoding
-    caption_tokens=64,  # longest caption
+    caption_tokens=64,  # of the longest caption, with its end token
     seed=0,
 )
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff')
@@ -61,15 +62,15 @@ ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff')
 # Files
 
 def read_caption(path):
-    """One line. Raises UserError."""
+    """A caption as one line. Raises UserError."""
     try:
-        return ' '.join(path.read_text(encoding='utf-8').split())
+        return ' '.join(path.read_text(encoding='utf-8-sig').split())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: no caption in UTF-8 ({type(error).__name__})')
 
 
 def squares(image, size, views, random):
-    """(views, size, size, 3): the square in the middle, then random ones, of at least 0.8 of its side."""
+    """(views, size, size, 3): the central square, then random squares of at least 0.8 of its side."""
     pictures = []
     for view in range(views):
         side = min(image.size) * (random.uniform(0.8, 1) if view else 1)
@@ -80,11 +81,12 @@ def squares(image, size, views, random):
 
 
 def read_folder(source, size, views, random):
-    """Pictures (n, views, size, size, 3) and their n captions, in the order of their names. Prints a line for each fault."""
+    """Images (n, views, size, size, 3) and their n captions, sorted by name. Prints a line for each file that is left
+    out."""
     files = sorted(path for path in source.rglob('*') if not path.name.startswith('.'))
     paths = [path for path in files if path.suffix.lower() in ENDINGS]
     stems, pictures, captions = {path.with_suffix('') for path in paths}, [], []
-    faults = [f'{path}: no picture beside it' for path in files if path.suffix == '.txt' and path.with_suffix('') not in stems]
+    faults = [f'{path}: no image beside it' for path in files if path.suffix == '.txt' and path.with_suffix('') not in stems]
     for path in tqdm(paths, 'read', unit='picture'):
         try:
             caption, image = read_caption(path.with_suffix('.txt')), read_picture(path)
@@ -95,23 +97,24 @@ def read_folder(source, size, views, random):
         captions.append(caption)
     print(''.join(f'left out: {fault}\n' for fault in faults), end='')
     if len(pictures) < 2:
-        raise UserError(f'{source}: {len(pictures)} pictures with captions, at least 2 are needed: NAME{ENDINGS[0]} and NAME.txt')
+        raise UserError(f'{source}: {len(pictures)} images with captions, at least 2 are needed: NAME{ENDINGS[0]} and '
+                        'NAME.txt')
     return np.stack(pictures), captions
 
 
 def shorten(text, encoding, most):
-    """The text without the last words that do not fit into so many tokens, the end token included."""
+    """Removes words at the end until the text has fewer than `most` tokens, so that an end token fits."""
     while len(encoding.encode_ordinary(text)) >= most:
-        text = text.rpartition(' ')[0] or text[:-1]  # of a script without spaces, the last character
+        text = text.rpartition(' ')[0] or text[:-1]  # without spaces: the last character
     return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The folder as sample.py sees it; of each picture the first view
+# Decoding, drawing and scoring of the first view of each image, for sample.py and lab/
 
-class Fields:
-    """Decodes, encodes, draws and scores the tokens of a data folder. `raw` values: pictures (n, h, w, 1 or 3) uint8, of as many
-    pixels as the modality has; captions a list of n strings."""
+class Dataset:
+    """Decodes, encodes, draws and scores the tokens of a data folder. `raw` values: images (n, h, w, 1 or 3) uint8 in
+    the modality's own size; captions as a list of n strings."""
     def __init__(self, folder):
         self.folder = Path(folder)
         self.encoding = load_encoding(self.folder / 'caption.json')
@@ -135,7 +138,7 @@ class Fields:
         return from_tokens(name, ids, self.tokenizers.get(name))
 
     def encode(self, name, raw):
-        """Raw pictures -> token ids (n, size)."""
+        """Raw images -> token ids (n, size)."""
         return torch.from_numpy(to_tokens(name, raw, self.tokenizers.get(name))).long()
 
     def read_text(self, name, text):
@@ -143,12 +146,12 @@ class Fields:
         return torch.from_numpy(encode_rows(self.encoding, [text], self.load('val', name).shape[1])).long()
 
     def read_image(self, name, path):
-        """The modality of a user's picture file, of its middle -> token ids (1, size)."""
+        """The central square of a user's image file -> token ids (1, size) of a modality."""
         picture = squares(read_picture(path), self.size, 1, None)
         return torch.from_numpy(tokenize(name, picture, self.tokenizers.get(name))).long()
 
     def picture(self, name, raw):
-        """One raw value as an RGB picture (H, W, 3) uint8: pixels enlarged, a caption written out."""
+        """One raw value as an RGB image (H, W, 3) uint8: enlarged pixels, or the text of a caption."""
         if name == 'caption':
             canvas = Image.new('RGB', (128, 128), 'white')
             ImageDraw.Draw(canvas).text((4, 2), '\n'.join(textwrap.wrap(raw, 20)), fill='black')
@@ -156,8 +159,8 @@ class Fields:
         return enlarged(raw, self.size)
 
     def score(self, name, raw, split, index):
-        """{metric: (n, 1, 2)}, numerators and denominators: of pictures the mean difference of a pixel's value (of 255), of
-        captions the words shared with the true one as a share of all words of both, and whether they are the same."""
+        """{metric: (n, 1, 2)}, numerators and denominators. Images: mean absolute difference of pixel values (of 255).
+        Captions: intersection over union of the words, and whether the captions are equal."""
         truth = self.truth(split, name, index)
         if name != 'caption':
             return pixel_error(truth, raw)
@@ -166,7 +169,7 @@ class Fields:
                     exact=np.array([[[a == b, 1]] for a, b in bags], float))
 
     def baseline(self, name, split, index):
-        """Raw values by a predictor that sees nothing: the training pictures' mean, their most frequent caption."""
+        """Raw values of the constant predictor: the mean of the training images, their most frequent caption."""
         raw = self.truth('train', name, slice(2000))
         if name == 'caption':
             return [Counter(raw).most_common(1)[0][0]] * len(index)
@@ -174,30 +177,30 @@ class Fields:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Making it
+# Making the data set
 
 def make(folder, splits, settings):
-    """Writes a data folder of pictures with captions, {split: (pictures (n, views, H, H, 3), captions)}, and its meta.json."""
+    """Writes a data folder from images with captions, {split: (images (n, views, H, H, 3), captions)}."""
     if settings['steps'] < 1 or settings['caption_tokens'] < 2:
         raise UserError('steps must be at least 1, caption_tokens at least 2')
+    arrays.begin(folder, 'folder')
     train, texts = splits['train']
     encoding = train_bpe(texts, settings['vocab_size'])
     texts = {split: [shorten(text, encoding, settings['caption_tokens']) for text in some] for split, (_, some) in splits.items()}
     L = 1 + max(len(encoding.encode_ordinary(text)) for some in texts.values() for text in some)
     tokenizers = {name: train_tokenizer(name, train, settings['steps'], settings['seed']) for name in TOKENIZED}
-    for split, (pictures, _) in splits.items():
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        np.save(folder / split / 'raw_rgb.npy', pictures)
-        np.save(folder / split / 'caption.npy', encode_rows(encoding, texts[split], L))
+    for split, (images, _) in splits.items():
+        arrays.write(folder / split, dict(raw_rgb=images, caption=encode_rows(encoding, texts[split], L)))
         for name in MAKE:
-            tokens = tokenize(name, pictures.reshape(-1, *pictures.shape[2:]), tokenizers.get(name))
-            np.save(folder / split / f'{name}.npy', tokens.reshape(*pictures.shape[:2], -1))
+            tokens = tokenize(name, images.reshape(-1, *images.shape[2:]), tokenizers.get(name))
+            arrays.write(folder / split, {name: tokens.reshape(*images.shape[:2], -1)})
     for name, tokenizer in tokenizers.items():
         tokenizer.save(folder / f'{name}.pt')
     save_encoding(folder / 'caption.json', encoding)
-    fields = Fields(folder)
-    rebuilt = {name: fields.decode(name, torch.from_numpy(fields.load('val', name).astype(np.int64))) for name in MAKE}
-    quality = {name: float(fields.score(name, raw, 'val', slice(None))['error'][..., 0].mean()) for name, raw in rebuilt.items()}
+    dataset = Dataset(folder)
+    rebuilt = {name: dataset.decode(name, torch.from_numpy(dataset.load('val', name).astype(np.int64))) for name in MAKE}
+    quality = {name: float(dataset.score(name, raw, 'val', slice(None))['error'][..., 0].mean())
+               for name, raw in rebuilt.items()}
     print('mean error after tokenizing, of 255: ' + ', '.join(f'{name} {error:.1f}' for name, error in quality.items()))
     vocabularies = {name: 4096 for name in MAKE} | dict(rgb=65536, tokens=65536, image=256)
     facts = dict(modalities=' '.join([*map(entry, MAKE), f'caption:{encoding.n_vocab}:{L}']), vocab_size=65536,
@@ -213,7 +216,7 @@ def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     source, folder, size, views = Path(settings['source']), Path(settings['out']), settings['size'], settings['views']
     if not settings['source'] or not source.is_dir():
-        raise UserError(f'--source={settings["source"]}: name a folder with pictures, NAME.jpg, and their captions, NAME.txt')
+        raise UserError(f'--source={settings["source"]}: name a folder with images, NAME.jpg, and their captions, NAME.txt')
     if size < SIDE or size % SIDE or views < 1:
         raise UserError(f'size must be a multiple of {SIDE}, views at least 1')
     if (folder / 'meta.json').is_file():

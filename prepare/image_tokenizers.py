@@ -1,12 +1,13 @@
 """
-Pictures as tokens: an autoencoder whose middle is finite scalar quantization (FSQ, Mentzer et al., 2309.15505).
+Image tokenizers: autoencoders with finite scalar quantization (FSQ, Mentzer et al., 2309.15505).
 
-A picture is cut into patches; a small Transformer turns each patch, seeing all the others, into a handful of numbers between 0
-and 1; each number is rounded to one of a few levels; a second Transformer rebuilds the picture from what is left. The rounded
-numbers of a patch, read as the digits of one integer, are its token. There is no codebook to learn and none to
-collapse: every combination of digits is a code.
+The image is cut into patches. An encoder of MLPs maps each patch to a latent vector of d numbers between 0 and 1; each
+number is rounded to one of a few levels. A Transformer decoder reconstructs the image from the rounded numbers of all
+patches. The rounded numbers of a patch are the digits of one integer, its token. No codebook has to be learned, and
+none can collapse: every combination of digits is a code.
 
-The rebuilt picture is the best that any model working on these tokens can show: its quality is the ceiling of all later scores.
+The reconstruction is the best image that a model of these tokens can generate: its quality is the ceiling of all later
+scores.
 """
 import dataclasses
 import math
@@ -20,14 +21,14 @@ from tqdm import tqdm
 
 from engine.checkpoints import load_network
 from engine.optimizers import fit
-from gpt import MLP, Attention, norm, rotary
+from gpt import MLP, Attention, rms_norm, rope_cos_sin
 from prepare.arrays import load
 
 
 @dataclass
 class Config:
     size: int = 64                # H = W, pixels of a side
-    patch: int = 8                # pixels of a patch's side; N = (size / patch)^2 tokens
+    patch: int = 8                # pixels per side of a patch; N = (size / patch)^2 tokens
     channels: int = 3             # C
     levels: str = '16*16*16*16'   # of each digit; their product is the vocabulary
     n_embd: int = 128             # width
@@ -40,10 +41,11 @@ class Config:
 # Finite scalar quantization
 
 def quantize(z, levels):
-    """Latents z (..., d) -> digits (..., d), floats with integer values 0..level - 1, in float32.
+    """Latents z (..., d) -> digits (..., d), float32 with integer values 0..level - 1.
 
-    Bounded by a sigmoid, so that the first and the last level are reached for any number of levels (section 3.1 has tanh and a
-    shift for even ones); rounded with the gradient of the identity (straight-through).
+    digit = round(sigmoid(z) (level - 1)). The sigmoid reaches the first and the last level for any number of levels;
+    section 3.1 has tanh and a shift for even numbers. Rounding has the gradient of the identity (straight-through
+    estimator).
     """
     with torch.autocast(z.device.type, enabled=False):
         bounded = z.float().sigmoid() * (levels - 1)
@@ -59,7 +61,7 @@ def digits_to_ids(digits, levels):
 
 
 def ids_to_digits(ids, levels):
-    """The inverse: ids (...) -> digits (..., d), as floats."""
+    """The inverse of digits_to_ids: ids (...) -> digits (..., d), as floats."""
     digits = []
     for level in reversed(levels.long().tolist()):
         digits.append(ids % level)
@@ -76,9 +78,9 @@ class Block(nn.Module):
         self.attention = Attention(config.n_embd, config.n_head)
         self.mlp = MLP(config.n_embd)
 
-    def forward(self, x, turn):
-        x = x + self.attention(norm(x), turn)
-        return x + self.mlp(norm(x))
+    def forward(self, x, rope):
+        x = x + self.attention(rms_norm(x), rope)
+        return x + self.mlp(rms_norm(x))
 
 
 class ImageTokenizer(nn.Module):
@@ -96,27 +98,28 @@ class ImageTokenizer(nn.Module):
         self.to_pixels_head = nn.Linear(config.n_embd, pixels)
         grid = torch.cartesian_prod(torch.arange(side), torch.arange(side))
         self.register_buffer('levels', torch.tensor(levels, dtype=torch.float), persistent=False)
-        self.register_buffer('turn', torch.stack(rotary(grid, config.n_embd // config.n_head, theta=100)), persistent=False)
+        rope = torch.stack(rope_cos_sin(grid, config.n_embd // config.n_head, rope_base=100))
+        self.register_buffer('rope', rope, persistent=False)
 
     def latents(self, images):
         """Images (B, C, H, W) -> latents (B, N, d)."""
         c = self.config
         if images.shape[1:] != (c.channels, c.size, c.size):
-            raise ValueError(f'pictures of shape {tuple(images.shape[1:])}, but this tokenizer takes '
+            raise ValueError(f'images of shape {tuple(images.shape[1:])}, but this tokenizer takes '
                              f'{(c.channels, c.size, c.size)}')
         x = self.patch_embedding(F.pixel_unshuffle(images, c.patch).flatten(2).transpose(1, 2))  # (B, N, D)
         for mlp in self.encoder:
-            x = x + mlp(norm(x))
-        return self.to_latent_head(norm(x)).float()
+            x = x + mlp(rms_norm(x))
+        return self.to_latent_head(rms_norm(x)).float()
 
     def rebuild(self, digits):
         """Digits (B, N, d) -> images (B, C, H, W)."""
         c = self.config
         x = self.digit_embedding(2 * digits / (self.levels - 1) - 1)
         for block in self.decoder:
-            x = block(x, self.turn)
+            x = block(x, self.rope)
         side = c.size // c.patch
-        x = self.to_pixels_head(norm(x)).float().transpose(1, 2).unflatten(2, (side, side))
+        x = self.to_pixels_head(rms_norm(x)).float().transpose(1, 2).unflatten(2, (side, side))
         return F.pixel_shuffle(x, c.patch)
 
     def forward(self, images):
@@ -141,11 +144,11 @@ class ImageTokenizer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fields: raw arrays as the autoencoder sees them
+# Raw arrays as inputs of the autoencoder, and back
 
-DEPTH_MEAN, DEPTH_SCALE = 2.1, 0.4  # of the logarithm of depth, so that errors are relative ones
+DEPTH_MEAN, DEPTH_SCALE = 2.1, 0.4  # of the logarithm of depth, so that errors are relative
 CLASSES = 25                        # of segmentation: ground, and shape x color
-SPECS = dict(  # channels, levels, weight of an object's pixel (the ground's is 1), training steps
+SPECS = dict(  # channels, levels, weight of object pixels (ground: 1), training steps
     rgb=(3, '16*16*16*16', 8, 550),
     depth=(1, '8*8*8*8', 4, 250),
     normal=(3, '8*8*8*8', 4, 350),
@@ -153,7 +156,7 @@ SPECS = dict(  # channels, levels, weight of an object's pixel (the ground's is 
 
 
 def to_network(name, raw):
-    """Raw pictures (B, H, W[, C]) of a field -> (B, C, H, W) float, about -1..1; classes one-hot."""
+    """Raw images (B, H, W[, C]) of a field -> (B, C, H, W) float, about -1..1; classes one-hot."""
     raw = torch.from_numpy(np.array(raw))  # a copy: memory-mapped arrays are read-only
     if name == 'depth':
         return ((raw.float().log() - DEPTH_MEAN) / DEPTH_SCALE)[:, None]
@@ -164,7 +167,8 @@ def to_network(name, raw):
 
 
 def from_network(name, x):
-    """The inverse for a network's output (B, C, H, W): rgb uint8, depth float, unit normals float, the likeliest class."""
+    """The inverse, for the output of a network (B, C, H, W): rgb uint8, depth float, unit normals float, argmax of
+    classes."""
     if name == 'depth':
         return (x[:, 0] * DEPTH_SCALE + DEPTH_MEAN).exp().numpy()
     if name == 'segmentation':
@@ -174,7 +178,8 @@ def from_network(name, x):
 
 
 def reconstruction_loss(tokenizer, images, weight):
-    """Squared error, or cross-entropy of classes; weight (B, H, W), since objects are few and all that scores look at."""
+    """Squared error, or cross-entropy of classes, weighted by (B, H, W): object pixels are few, and scores depend on
+    them."""
     out = tokenizer(images)
     if images.size(1) == CLASSES:
         error = F.cross_entropy(out, images.argmax(1), reduction='none')
@@ -187,7 +192,7 @@ def reconstruction_loss(tokenizer, images, weight):
 # Training
 
 def train_field(folder, name, size, seed=0, batch_size=64):
-    """Trains the tokenizer of one image field of a data folder; returns it and its quality on the validation scenes."""
+    """Trains the tokenizer of one image field of a data folder. Returns it and its quality on the validation scenes."""
     channels, levels, object_weight, steps = SPECS[name]
     torch.manual_seed(seed)
     random = np.random.default_rng((seed, 5))
@@ -197,12 +202,13 @@ def train_field(folder, name, size, seed=0, batch_size=64):
         ids = random.integers(0, len(raw), batch_size)
         weight = 1 + (object_weight - 1) * torch.from_numpy(instance[ids] > 0).float()
         return to_network(name, raw[ids]), weight
-    tokenizer = fit(ImageTokenizer(Config(size=size, channels=channels, levels=levels)), reconstruction_loss, batch_of, steps, name)
+    model = ImageTokenizer(Config(size=size, channels=channels, levels=levels))
+    tokenizer = fit(model, reconstruction_loss, batch_of, steps, name)
     return tokenizer, quality(tokenizer, name, folder / 'val')
 
 
 def encode_all(tokenizer, name, folder):
-    """The token ids (n, N) int32 of all pictures of one field in a split's folder."""
+    """The token ids (n, N) int32 of all images of one field in the folder of a split."""
     raw = load(folder / f'raw_{name}.npy')
     parts = [tokenizer.encode(to_network(name, raw[i:i + 100]))
              for i in tqdm(range(0, len(raw), 100), desc=f'encode {name}', unit='x100', leave=False)]
@@ -210,8 +216,8 @@ def encode_all(tokenizer, name, folder):
 
 
 def quality(tokenizer, name, folder):
-    """Reconstruction of a split, on objects' pixels and on all: PSNR in dB, relative depth error, degrees, mIoU; and the
-    number of different codes in use."""
+    """Quality of the reconstruction of a split, on object pixels and on all: PSNR in dB, relative depth error, angle
+    in degrees, mIoU; and the number of distinct codes in use."""
     raw, ids = load(folder / f'raw_{name}.npy'), torch.from_numpy(encode_all(tokenizer, name, folder)).long()
     rebuilt = np.concatenate([from_network(name, tokenizer.decode(part)) for part in ids.split(100)])
     objects = load(folder / 'raw_instance.npy') > 0

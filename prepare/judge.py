@@ -1,9 +1,11 @@
 """
-The judge: a small convolutional classifier, trained on a data set's own pictures, and the scores that it gives to generated ones.
+The evaluation classifier: a small convolutional network trained on the images of a data set, and scores of generated
+images.
 
-No network is downloaded for it. Its distances therefore compare only with others by the same judge, and every score stands beside
-what real pictures reach (ceiling or floor) and what a blind generator reaches (baseline). There is one judge for each
-representation: 28x28 grey levels, the 14x14 binary pictures that are MNIST's tokens, 32x32 in color.
+No pretrained network is downloaded. Fréchet distances are therefore comparable only if the classifier is the same.
+Every score has beside it the value of real images (ceiling or floor) and of a generator that is independent pixels
+(baseline). There is one classifier per representation: 28x28 grey levels, 14x14 binary images (MNIST's tokens), 32x32
+in color.
 """
 import numpy as np
 import torch
@@ -20,18 +22,19 @@ def convolution(inputs, outputs, stride=1):
 
 
 class Judge(nn.Module):
-    """Pictures of `size` (14, 28 or 32) pixels a side, uint8, grey or, twice as wide, in color -> one of 10 classes."""
+    """Classifies images of `size` (14, 28 or 32) pixels per side, uint8, into 10 classes; for color it is twice as
+    wide."""
     def __init__(self, size, channels=1):
         super().__init__()
         self.size, self.channels, D = size, channels, 64 if channels == 1 else 128
         self.body = nn.Sequential(
-            *convolution(channels, D // 4, stride=size // 14), *convolution(D // 4, D // 4),  # (B, D / 4, 14, 14), or 16, 16
+            *convolution(channels, D // 4, stride=size // 14), *convolution(D // 4, D // 4),  # (B, D / 4, 14 or 16, same)
             *convolution(D // 4, D // 2, stride=2), *convolution(D // 2, D // 2),             # (B, D / 2, 7, 7)
             *convolution(D // 2, D, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())         # (B, D)
         self.head = nn.Linear(D, 10)
 
     def see(self, images):
-        """(B, H, W) or (B, H, W, C) uint8 tensor -> what the head sees (B, D), in float32 on every machine."""
+        """(B, H, W) or (B, H, W, C) uint8 tensor -> features before the head (B, D), in float32 on every machine."""
         with torch.autocast(images.device.type, enabled=False):
             return self.body(images.reshape(*images.shape[:3], self.channels).movedim(-1, 1) / 255)
 
@@ -41,7 +44,8 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def features(self, images):
-        """(n, H, W) or (n, H, W, C) uint8 array -> (n, D) float32 array: what the head sees, in which distances are measured."""
+        """(n, H, W) or (n, H, W, C) uint8 array -> (n, D) float32 array of the features in which distances are
+        measured."""
         return torch.cat([self.see(part) for part in torch.tensor(images).split(1000)]).numpy()
 
     @torch.no_grad()
@@ -54,11 +58,13 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, path):
-        return load_network(path, lambda saved: cls(saved['size'], saved.get('channels', 1)), 'a judge')
+        return load_network(path, lambda saved: cls(saved['size'], saved.get('channels', 1)),
+                            'an evaluation classifier')
 
 
 def train_judge(images, labels, seed=0, steps=1500, batch_size=128):
-    """A judge trained on pictures (n, H, H) or (n, H, H, C) uint8 with labels (n,), each moved by up to H/14 pixels when seen."""
+    """Trains a classifier on images (n, H, H) or (n, H, H, C) uint8 with labels (n,), with random shifts of up to H/14
+    pixels."""
     size, reach = images.shape[1], images.shape[1] // 14
     padded = F.pad(torch.tensor(images), (0,) * 2 * (images.ndim - 3) + (reach,) * 4)
     labels, place, random = torch.tensor(labels).long(), torch.arange(size), np.random.default_rng((seed, 7))
@@ -75,14 +81,14 @@ def train_judge(images, labels, seed=0, steps=1500, batch_size=128):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Scores of a set of pictures, or of their features, against a set of real ones
+# Scores of a set of images, or of their features, against a set of real ones
 
 def frechet(a, b):
     """Fréchet (2-Wasserstein) distance of the Gaussians fitted to features a (n, F) and b (m, F).
 
-    |mean difference|^2 + tr(A + B - 2 (A B)^1/2): Dowson & Landau, 1982; of pictures' features: Heusel et al., 1706.08500, eq. 6.
-    The trace of (A B)^1/2 is that of (A^1/2 B A^1/2)^1/2, which is symmetric. The fewer the samples, the larger it comes out:
-    compare only distances from equally many.
+    |mean difference|^2 + tr(A + B - 2 (A B)^1/2): Dowson & Landau, 1982; of image features: Heusel et al., 1706.08500,
+    eq. 6. The trace of (A B)^1/2 equals that of (A^1/2 B A^1/2)^1/2, which is symmetric. The distance is biased
+    upwards for few samples: compare only distances from equally many.
     """
     a, b = a.astype(float), b.astype(float)
     A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -98,31 +104,34 @@ def to_rows(x):
 
 
 def neighbour(points, others, k):
-    """Distance (n,) from each of the points (n, ...) to the k-th nearest of the others (m, ...)."""
+    """Distance (n,) from each point (n, ...) to the k-th nearest of the others (m, ...)."""
     others = to_rows(others)
     return torch.cat([torch.cdist(part, others).kthvalue(k, 1).values for part in to_rows(points).split(500)])
 
 
 def inside(points, centres, k):
-    """Which points (n, F) lie in the manifold of the centres (m, F): nearer to one of them than its own k-th neighbour is."""
-    radius, centres = neighbour(centres, centres, k + 1), to_rows(centres)  # + 1: the first neighbour is the point itself
+    """Whether points (n, F) are in the manifold of the centres (m, F): nearer to a centre than its k-th neighbour.
+    (n,)."""
+    radius, centres = neighbour(centres, centres, k + 1), to_rows(centres)  # + 1: the first is the point itself
     return torch.cat([(torch.cdist(part, centres) <= radius).any(1) for part in to_rows(points).split(500)]).numpy()
 
 
 def precision_recall(real, fake, k=3):
-    """Which of the fakes (n,) look real, and which of the real ones (m,) the fakes can reach, from features (n, F) and (m, F).
-    Precision and recall are the means of these booleans (Kynkäänniemi et al., 1904.06991, eqs. 1 and 2)."""
+    """Whether fakes (n,) are in the manifold of the real features, and real ones (m,) in that of the fakes, from
+    features (m, F) and (n, F). Precision and recall are the means of these booleans (Kynkäänniemi et al., 1904.06991,
+    eqs. 1 and 2)."""
     return inside(fake, real, k), inside(real, fake, k)
 
 
 def distance_to(images, train):
-    """Squared distance (n,) of each picture to the nearest one in `train`, a list of arrays (m, H, W) uint8. Black against white
-    counts 1, so that between binary pictures it is the number of pixels that differ."""
-    return np.min([neighbour(images / np.float32(255), part / np.float32(255), 1).square().numpy() for part in train], 0)
+    """Squared distance (n,) of each image to the nearest one in `train`, a list of arrays (m, H, W) uint8. Black to
+    white is 1, so the distance of binary images is the number of pixels that differ."""
+    distances = [neighbour(images / np.float32(255), part / np.float32(255), 1) for part in train]
+    return np.min([distance.square().numpy() for distance in distances], 0)
 
 
 def independent_pixels(images, labels, wanted, seed=0):
-    """The blind generator: for each wanted label (n,) a picture that takes every pixel from another real picture of the class."""
+    """The baseline: for each label (n,), an image whose pixels are each taken from a random real image of the class."""
     random, out = np.random.default_rng((seed, 8)), np.zeros((len(wanted), *images.shape[1:]), np.uint8)
     for label in np.unique(wanted):
         own, place = images[labels == label], wanted == label
@@ -131,25 +140,26 @@ def independent_pixels(images, labels, wanted, seed=0):
 
 
 def score(judge, images, labels, held_out, truth, train, train_labels):
-    """What the judge says of pictures (n, H, H) uint8 made for labels (n,), beside what it says of as many real ones.
+    """Scores of images (n, H, H) uint8 generated for labels (n,), with the scores of equally many real images.
 
-    held_out (n, H, H) with labels truth (n,); train: a list of arrays (m, H, H), view 0 first, with labels (m,). Returns
-    {metric: dict(parts=(n, 1, 2) numerators and denominators, or value=float; baseline=float; ceiling= or floor=float)}:
+    held_out (n, H, H) with labels truth (n,); train: a list of arrays (m, H, H), view 0 first, with labels (m,).
+    Returns {metric: dict(parts=(n, 1, 2) numerators and denominators, or value=float; baseline=float; ceiling= or
+    floor=float)}:
 
-        accuracy       share in which the judge sees the label; ceiling: in the held-out pictures
-        precision      share that looks like a held-out picture; ceiling: of training pictures
-        recall         share of the held-out pictures that the samples can reach; ceiling: that training pictures can
-        frechet        distance to the held-out pictures; floor: of training pictures
-        copies         share that is a training picture, in any view; floor: of the held-out pictures
-        near_copies    share that is as near to a training picture as 1 in 20 held-out ones is; floor: of the held-out pictures
+        accuracy       fraction classified as the label; ceiling: of the held-out images
+        precision      fraction in the manifold of the held-out images; ceiling: of training images
+        recall         fraction of the held-out images in the manifold of the samples; ceiling: of training images
+        frechet        distance to the held-out images; floor: of training images
+        copies         fraction equal to a training image, in any view; floor: of the held-out images
+        near_copies    fraction as near to a training image as the nearest 5 % of held-out images; floor: of those
 
-    The baseline is the blind generator, independent_pixels. A ceiling is what real pictures reach, not a bound: the judge knows
-    the typical picture of a class best, and a generator that draws no other comes out above it. Raises UserError for fewer than
-    5 pictures.
+    The baseline is `independent_pixels`. A ceiling is the value of real images, not a bound: typical images of a class
+    are the easiest to classify, so a generator of typical images alone scores higher. Raises UserError for fewer than
+    5 images.
     """
     n = len(images)
     if n < 5:
-        raise UserError(f'{n} pictures are too few to score: give at least 5')
+        raise UserError(f'{n} images are too few to score: give at least 5')
     features, usual = judge.features(held_out), distance_to(held_out, train)
     near = np.quantile(usual, 0.05)
 
@@ -159,8 +169,8 @@ def score(judge, images, labels, held_out, truth, train, train_labels):
     def measure(images, labels, distance):
         found = judge.features(images)
         precision, recall = precision_recall(features, found)
-        return dict(accuracy=right(images, labels), precision=precision, recall=recall, frechet=frechet(features, found),
-                    copies=distance < 0.5, near_copies=distance <= near)  # 0.5: none, but for rounding
+        return dict(accuracy=right(images, labels), precision=precision, recall=recall,
+                    frechet=frechet(features, found), copies=distance < 0.5, near_copies=distance <= near)  # 0.5: equal
     blind = independent_pixels(train[0], train_labels, labels)
     blind = measure(blind, labels, distance_to(blind, train))
     real = measure(train[0][:n], train_labels[:n], usual) | dict(accuracy=right(held_out, truth))

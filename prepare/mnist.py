@@ -1,14 +1,15 @@
 """
-MNIST as pictures and as tokens: 28x28 handwritten digits, and the same in 14x14 binary pixels of which each 2x2 patch is a token.
+MNIST as images and as tokens: 28x28 handwritten digits, and the same in 14x14 binary pixels, one token per 2x2 patch.
 
     python -m prepare.mnist                    60,000 digits to train on, 10,000 for validation
-    python -m prepare.mnist --subset=t10k      only the small files: 9,000 and 1,000, for slow links
+    python -m prepare.mnist --subset=t10k      only the small files: 9,000 and 1,000, for slow connections
     python -m prepare.fashion_mnist            clothes instead of digits (Xiao et al., 1708.07747), in data/fashion_mnist
 
-A row of tokens is the class (0..9), then 49 patches in raster order: 10 + the four bits of the patch, also in raster order, the
-first the most significant. So there are 26 different tokens. Training rows come in --views=8 views: 0 is the plain picture, the
-others are cropped and resized at random. Beside the tokens the folder keeps image.npy (n, 28, 28), label.npy (n,) and two
-judges (prepare/judge.py), one for each kind of picture. The files (LeCun et al., 1998) are downloaded once into the cache folder.
+A row of tokens is the class (0..9), then 49 patches in raster order: 10 + the four bits of the patch, also in raster
+order, the first the most significant. The vocabulary has 26 tokens. Training rows have --views=8 views: view 0 is the
+image itself, the others are cropped and resized at random. Beside the tokens the folder contains image.npy (n, 28,
+28), label.npy (n,) and two evaluation classifiers (prepare/judge.py), one per representation. The files (LeCun et al.,
+1998) are downloaded once into the cache folder.
 """
 import gzip
 import json
@@ -46,14 +47,15 @@ DIGESTS = {
     'fashion/t10k-labels-idx1-ubyte.gz': 'bb300cfdad3c16e7a12a480ee83cd310'}
 CLASSES = dict(mnist=list('0123456789'),
                fashion_mnist='t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot'.split())
-JUDGES = {28: 'grey', 14: 'binary'}  # the two representations, by the side of a picture
+JUDGES = {28: 'grey', 14: 'binary'}  # the two representations, by pixels per side
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The files
 
 def read_idx(path):
-    """A gzipped idx file of bytes: two zeros, the type (8), the number of axes, their lengths as big-endian int32, the values."""
+    """A gzipped idx file of bytes: two zeros, the type (8), the number of axes, their lengths as big-endian int32, the
+    values."""
     try:
         data = gzip.decompress(path.read_bytes())
         assert data[:3] == b'\0\0\x08'
@@ -70,14 +72,14 @@ def read_part(part, fashion):
     paths = [download(url + name, prefix + name, DIGESTS[prefix + name]) for name in names]
     images, labels = map(read_idx, paths)
     if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
-        raise UserError(f'{paths[0]}: pictures {images.shape} do not belong to labels {labels.shape}; delete both files and run '
-                        'this again')
+        raise UserError(f'{paths[0]}: images {images.shape} do not belong to labels {labels.shape}; delete both files and '
+                        'run this again')
     return images, labels
 
 
 def read_splits(settings):
     """{'train': (images, labels), 'val': (images, labels)}"""
-    if settings['subset'] == 't10k':  # its second half was written by other people than its first: mix them
+    if settings['subset'] == 't10k':  # its halves have different writers: shuffled
         images, labels = read_part('t10k', settings['fashion'])
         order = np.random.default_rng((settings['seed'], 0)).permutation(len(images))
         cut = len(order) * 9 // 10
@@ -90,7 +92,7 @@ def read_splits(settings):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures and tokens
+# Images and tokens
 
 def halve(images):
     """(n, 28, 28) -> (n, 14, 14) means of 2x2 pixels, float32."""
@@ -98,10 +100,10 @@ def halve(images):
 
 
 def random_crops(images, random):
-    """(n, 28, 28) -> (n, 14, 14): a box of 0.9 to 1 of the area, 0.9 to 1.1 times as wide as high and inside the picture, at a
-    random place, stretched to 28x28 by bilinear interpolation and then halved, so that thin strokes survive."""
+    """(n, 28, 28) -> (n, 14, 14): a random crop of 0.9 to 1 of the area with aspect ratio 0.9 to 1.1, resized to 28x28
+    by bilinear interpolation and then halved, so that thin strokes are kept."""
     area, ratio = random.uniform(0.9, 1, len(images)), np.exp(random.uniform(math.log(0.9), math.log(1.1), len(images)))
-    size = np.minimum(np.sqrt([area * ratio, area / ratio]), 1)  # (2, n) width and height as shares of the picture
+    size = np.minimum(np.sqrt([area * ratio, area / ratio]), 1)  # (2, n) width and height as fractions of the image
     theta = np.zeros((len(images), 2, 3), np.float32)
     theta[:, [0, 1], [0, 1]] = size.T
     theta[:, :, 2] = (random.uniform(-1, 1, size.shape) * (1 - size)).T
@@ -115,14 +117,14 @@ def binary(images):
 
 
 def to_tokens(images, labels):
-    """Pictures (n, 14, 14) of values 0..255, white above the middle, and labels (n,) -> (n, 50) uint8."""
+    """Images (n, 14, 14) of values 0..255, white above 127.5, and labels (n,) -> (n, 50) uint8."""
     bits = (images > 127.5).reshape(-1, 7, 2, 7, 2).swapaxes(2, 3).reshape(-1, 49, 4)
     return np.column_stack((labels, 10 + bits @ [8, 4, 2, 1])).astype(np.uint8)
 
 
 def to_images(tokens):
-    """Tokens (n, 50), or (n, 49) without the class -> pictures (n, 14, 14) uint8 of 0 and 255. What is no patch (a class where a
-    patch belongs, as untrained models write) is black."""
+    """Tokens (n, 50), or (n, 49) without the class -> images (n, 14, 14) uint8 of 0 and 255. Tokens that are not
+    patches, as untrained models generate, are black."""
     tokens = np.asarray(tokens)[:, -49:].astype(int)
     patches = np.where((tokens >= 10) & (tokens < 26), tokens - 10, 0)
     bits = patches[..., None] >> np.arange(3, -1, -1) & 1  # (n, 49, 4)
@@ -130,42 +132,42 @@ def to_images(tokens):
 
 
 def view_tokens(images, labels, views, random):
-    """Pictures (n, 28, 28) -> tokens (n, views, 50): the plain picture, then random crops."""
+    """Images (n, 28, 28) -> tokens (n, views, 50): the image itself, then random crops."""
     return np.stack([to_tokens(random_crops(images, random) if view else halve(images), labels) for view in range(views)], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The folder as sample.py sees it
+# Decoding and scoring, for sample.py and lab/
 
-class Fields:
-    """Decodes and scores the tokens of a data folder. Pictures are (n, H, H) uint8: H = 14 binary, H = 28 grey."""
+class Dataset:
+    """Decodes and scores the tokens of a data folder. Images are (n, H, H) uint8: H = 14 binary, H = 28 grey."""
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.classes = json.loads((self.folder / 'meta.json').read_text())['classes']  # ten names
+        self.classes = json.loads((self.folder / 'meta.json').read_text(encoding='utf-8'))['classes']  # ten names
 
     def load(self, split, name):
         return arrays.load(self.folder / split / f'{name}.npy')
 
     def decode(self, tokens):
-        """Tokens (n, 50) or (n, 49), on the CPU -> binary pictures (n, 14, 14), see to_images."""
+        """Tokens (n, 50) or (n, 49), on the CPU -> binary images (n, 14, 14), see to_images."""
         return to_images(tokens)
 
     @staticmethod
     def binary(images):
-        """Grey pictures (n, 28, 28) reduced to what the tokens keep: (n, 14, 14)."""
+        """Grey images (n, 28, 28) -> binary images (n, 14, 14), as the tokens represent them."""
         return binary(images)
 
     def real(self, split, size, view=0):
-        """The pictures (n, size, size) of a split."""
+        """The images (n, size, size) of a split."""
         return to_images(self.load(split, 'tokens')[:, view]) if size == 14 else self.load(split, 'image')
 
     def score(self, images, labels, split='val'):
-        """{metric: dict} of pictures (n, H, H) uint8 made for labels (n,), as judge.score returns it; H chooses the judge. No
-        more are scored than the split has pictures, so that it is always one set against an equally large one. Raises ValueError
-        where H is neither 14 nor 28."""
+        """judge.score of images (n, H, H) uint8 generated for labels (n,); H determines the classifier. At most as
+        many are scored as the split has images, so that both sets have the same size. Raises ValueError if H is
+        neither 14 nor 28."""
         size, n = images.shape[1], min(len(images), len(self.load(split, 'label')))
         if size not in JUDGES:
-            raise ValueError(f'pictures of {size} pixels a side: there are judges for {list(JUDGES)}')
+            raise ValueError(f'images of {size} pixels per side: there are classifiers for {list(JUDGES)}')
         views = self.load('train', 'tokens').shape[1] if size == 14 else 1
         return judge.score(
             judge.Judge.load(self.folder / f'judge_{JUDGES[size]}.pt'), images[:n], np.asarray(labels)[:n],
@@ -174,7 +176,7 @@ class Fields:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Making it
+# Making the data set
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
@@ -184,20 +186,19 @@ def main(*arguments, **overrides):
     folder = Path(settings['out'] or f'data/{kind}')
     random = np.random.default_rng((settings['seed'], 1))
     splits = read_splits(settings)
-    (folder / 'meta.json').unlink(missing_ok=True)  # an older one is not to vouch for these files
+    arrays.begin(folder, 'mnist')
     for split, (images, labels) in splits.items():
         views = settings['views'] if split == 'train' else 1
         parts = [view_tokens(images[i:i + 5000], labels[i:i + 5000], views, random) for i in range(0, len(images), 5000)]
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        for name, array in dict(tokens=np.concatenate(parts), image=images, label=labels).items():
-            np.save(folder / split / f'{name}.npy', array)
+        arrays.write(folder / split, dict(tokens=np.concatenate(parts), image=images, label=labels))
     quality = {}
     for size, name in JUDGES.items():
         (images, labels), (held_out, truth) = ((x if size == 28 else binary(x), y) for x, y in splits.values())
         network = judge.train_judge(images, labels, settings['seed'])
         network.save(folder / f'judge_{name}.pt')
         quality[f'judge_{name}'] = float((network.logits(held_out).argmax(1) == truth).mean())
-        print(f'judge of {name} {size}x{size} pictures: {quality[f"judge_{name}"]:.1%} of {len(truth):,} held-out ones right')
+        print(f'evaluation classifier of {name} {size}x{size} images: {quality[f"judge_{name}"]:.1%} of {len(truth):,} '
+              'held-out images right')
     facts = dict(vocab_size=26, block_size=49, grid='7x7', n_classes=10, image_size=28, channels=1)
     meta = dict(kind='rows', fields=dict(tokens=26, image=256, label=10), views=dict(tokens=settings['views']), config=facts,
                 prepare='mnist', classes=CLASSES[kind], quality=quality, settings=settings)

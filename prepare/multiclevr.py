@@ -7,15 +7,17 @@ The course's data: MultiCLEVR as EPFL's COM-304 keeps it on SCITAS, tokenized al
     rgb, depth, normal    tok_rgb@256, tok_depth@256, tok_normal@256: integers (10, 256), crops x the 16x16 tokens of each
     scene_desc, caption   the same names: a list of ten texts
 
-The ten crops are aligned over all fields; they become the views of which train.py draws one a sample and step, and the first, the
-centre crop, is what evaluation sees. 50,000 samples are 250,000 small files: they are read once, checked, and written to
-memory-mapped arrays (n, 10, 256) and, since the vocabulary of a text is known only once all have been read, to texts.jsonl, one
-line a sample. So the number of lines says where a stopped run goes on. Then the texts become arrays (n, 10, L) of tokens.
+The ten crops are aligned over all fields; they become the views of which train.py draws one a sample and step, and the
+first, the centre crop, is what evaluation sees. 50,000 samples are 250,000 small files: they are read once, checked,
+and written to memory-mapped arrays (n, 10, 256) and, since the vocabulary of a text is known only once all have been
+read, to texts.jsonl, one line a sample. So the number of lines says where a stopped run goes on. Then the texts become
+arrays (n, 10, L) of tokens.
 
-The image tokens are those of an external tokenizer with 64,000 codes. That is no list of codes but a product of levels, as in
-FSQ (2309.15505), whose usual choice for so many is 8, 8, 8, 5, 5, 5, the first channel the least significant digit of a code, as
-public implementations have it; the digits of chapter 3 run the other way, 5*5*5*8*8*8. The files themselves don't say so: this
-is an assumption. Were it wrong, no code would be lost or confused with another; digits would only share less of what is learned.
+The image tokens are those of an external tokenizer with 64,000 codes. That is no list of codes but a product of
+levels, as in FSQ (2309.15505), whose usual choice for so many is 8, 8, 8, 5, 5, 5, the first channel the least
+significant digit of a code, as public implementations have it; the digits of chapter 3 run the other way, 5*5*5*8*8*8.
+The files themselves don't say so: this is an assumption. Were it wrong, no code would be lost or confused with
+another; digits would only share less of what is learned.
 """
 import functools
 import io
@@ -63,7 +65,7 @@ def path_of(source, split, name, stem):
 
 
 def find_stems(source, split):
-    """The names of a split's samples, sorted, which all fields must share."""
+    """The sorted names of the samples of a split, which must be the same in all fields."""
     stems = {}
     for name in FOLDERS:
         folder, ending = os.path.split(path_of(source, split, name, ''))
@@ -89,7 +91,8 @@ def read_bytes(path):
 
 @functools.lru_cache
 def read_header(header):
-    """Bytes that are the same in nearly all files -> (shape, column-major, dtype): parsing them takes longer than the rest."""
+    """Bytes that are the same in nearly all files -> (shape, column-major, dtype): parsing them takes longer than the
+    rest."""
     file = io.BytesIO(header)
     np.lib.format.read_magic(file)
     return np.lib.format.read_array_header_1_0(file)
@@ -119,7 +122,7 @@ def read_texts(path):
         raise UserError(f'{path}: unreadable or no JSON ({error})')
     if not isinstance(texts, list) or len(texts) != CROPS or not all(isinstance(text, str) for text in texts):
         raise UserError(f'{path}: expected a list of {CROPS} strings')
-    if max(map(len, texts)) > LONGEST:  # one such would make all rows as long
+    if max(map(len, texts)) > LONGEST:  # all rows would be as long
         raise UserError(f'{path}: a text of {max(map(len, texts)):,} characters, at most {LONGEST:,} are expected')
     return texts
 
@@ -157,16 +160,16 @@ def pack(source, folder, split, stems, pool, size=50):
     path.mkdir(parents=True, exist_ok=True)
     done = count_done(path / 'texts.jsonl', stems)
     try:
-        arrays = [np.lib.format.open_memmap(path / f'{name}.npy', 'r+' if done else 'w+', np.uint16, (len(stems), *SHAPE))
+        wholes = [np.lib.format.open_memmap(path / f'{name}.npy', 'r+' if done else 'w+', np.uint16, (len(stems), *SHAPE))
                   for name in IMAGES]
-        assert all(len(array) == len(stems) for array in arrays), 'samples were added to the source since'
+        assert all(len(whole) == len(stems) for whole in wholes), 'samples were added to the source since'
     except (OSError, ValueError, AssertionError) as error:
         raise UserError(f'{path}: what an earlier run left does not fit ({error}); delete {folder}, or choose another --out')
     jobs = [(source, split, stems[start:start + size]) for start in range(done, len(stems), size)]
     bar = tqdm(total=len(stems), initial=done, desc=f'pack {split}', unit='sample')
-    with bar, open(path / 'texts.jsonl', 'a') as file:
+    with bar, open(path / 'texts.jsonl', 'a', encoding='utf-8') as file:
         for tokens, lines in (pool.imap if pool else map)(read_chunk, jobs):
-            for whole, part in zip(arrays, tokens):
+            for whole, part in zip(wholes, tokens):
                 whole[done:done + len(lines)] = part
             file.write(''.join(lines))
             file.flush()
@@ -176,13 +179,14 @@ def pack(source, folder, split, stems, pool, size=50):
 
 def lines_of(folder, split):
     """(scene_descs, captions) of each sample, from texts.jsonl."""
-    with open(folder / split / 'texts.jsonl') as file:
+    with open(folder / split / 'texts.jsonl', encoding='utf-8') as file:
         for line in file:
             yield json.loads(line)[1:]
 
 
 def encode_texts(folder, splits):
-    """texts.jsonl -> FIELD.npy (n, 10, L) of both text fields, L the longest text of all splits. Returns {name: (V, L)}."""
+    """texts.jsonl -> FIELD.npy (n, 10, L) of both text fields, L the longest text of all splits. Returns {name: (V,
+    L)}."""
     save_words(folder / 'scene_desc.json', words('scene_desc', 256, 10))
     save_words(folder / 'caption.json', frequent_words(text for _, texts in lines_of(folder, 'train') for text in texts))
     encodings, flat = [load_words(folder / f'{name}.json') for name in TEXTS], {}
@@ -201,7 +205,7 @@ def encode_texts(folder, splits):
             tokens, lengths = (np.array(part) for part in flat[split][i])
             rows = np.full((len(lengths), L), -1, np.int16)
             rows[np.arange(L) < lengths[:, None]] = tokens
-            np.save(folder / split / f'{name}.npy', rows.reshape(-1, CROPS, L))
+            arrays.write(folder / split, {name: rows.reshape(-1, CROPS, L)})
         sizes[name] = encoding.n_vocab, L
     return sizes
 
@@ -214,10 +218,10 @@ def digits(tokens):
     return np.array(np.unravel_index(tokens, [int(level) for level in LEVELS.split('*')]))
 
 
-class Fields:
-    """Decodes, encodes, draws and scores the tokens of a data folder. `raw` values: texts a list of n strings, images their
-    tokens (n, 256): only an external decoder can tell more of them. That is decoder.jit in the folder, a TorchScript file that
-    turns integers (B, 16, 16) into pictures (B, 3, H, W) from -1 to 1."""
+class Dataset:
+    """Decodes, encodes, draws and scores the tokens of a data folder. `raw` values: texts a list of n strings, images
+    their tokens (n, 256): only an external decoder can tell more of them. That is decoder.jit in the folder, a
+    TorchScript file that turns integers (B, 16, 16) into pictures (B, 3, H, W) from -1 to 1."""
     def __init__(self, folder):
         self.folder = Path(folder)
         self.encodings = {name: load_words(self.folder / f'{name}.json') for name in TEXTS}
@@ -272,12 +276,12 @@ class Fields:
             pixels = ((image[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
             return np.asarray(Image.fromarray(pixels).resize((SHOWN, SHOWN), Image.BOX))
         except (RuntimeError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f'{self.folder}/decoder.jit: cannot turn integers (1, {SIDE}, {SIDE}) into a picture (1, 3, H, W): '
+            raise UserError(f'{self.folder}/decoder.jit: cannot turn integers (1, {SIDE}, {SIDE}) into an image (1, 3, H, W): '
                             f'{str(error).strip().splitlines()[-1]}')
 
     def score(self, name, raw, split, index):
-        """Texts: attributes, objects and scenes right, as in prepare/scenes.py; images: the share of tokens that are the true
-        ones, and of their digits. Returns {metric: (n, k, 2)}, numerators and denominators."""
+        """Texts: attributes, objects and scenes right, as in prepare/scenes.py; images: the share of tokens that are
+        the true ones, and of their digits. Returns {metric: (n, k, 2)}, numerators and denominators."""
         truth = self.truth(split, name, index)
         if name in TEXTS:
             return score_objects(*([parse_text(name, text) for text in texts] for texts in (truth, raw)))
@@ -285,8 +289,8 @@ class Fields:
         return {key: np.stack((right.mean((0, 2)), np.ones(len(raw))), -1)[:, None] for key, right in same.items()}
 
     def baseline(self, name, split, index):
-        """Raw values by a predictor that sees nothing: at each place the training set's most frequent token; the most frequent
-        objects, or no text where captions don't tell of any."""
+        """Raw values by a predictor that sees nothing: at each place the training set's most frequent token; the most
+        frequent objects, or no text where captions don't tell of any."""
         if name in IMAGES:
             tokens = self.truth('train', name, slice(2000))
             return np.repeat([[np.bincount(column).argmax() for column in tokens.T]], len(index), 0)
@@ -298,7 +302,7 @@ class Fields:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Making it
+# Making the data set
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
@@ -312,6 +316,7 @@ def main(*arguments, **overrides):
     else:
         splits = [split for split in ('train', 'val', 'test') if split != 'test' or Path(source, split).is_dir()]
         stems = {split: find_stems(source, split) for split in splits}
+        arrays.begin(folder, 'multiclevr')
         workers = settings['workers'] or torch.get_num_threads()
         with open_pool(workers) if workers > 1 else nullcontext() as pool:
             for split in splits:
@@ -329,4 +334,4 @@ def main(*arguments, **overrides):
 
 
 if __name__ == '__main__':
-    config.run(main, stopped='stopped; the same command goes on from here')
+    config.run(main, stopped='stopped; the same command continues from here')

@@ -1,6 +1,6 @@
 """
-Pictures: one way to read files of any kind, and the modalities that can be made of any picture, for all data sets and for the
-user's own. To add one, write a function of pictures and name it in TOKENIZED or in COLORS.
+Image files, and modalities that are functions of an image, for all data sets and for your own images. To add a
+modality, write a function of images and add it to TOKENIZED or COLORS.
 """
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from config import UserError
 from engine.optimizers import fit
 from prepare.image_tokenizers import Config, ImageTokenizer, from_network, reconstruction_loss, to_network
 
-SIDE = 8  # tokens of a picture's side; pixels, in low resolution
+SIDE = 8  # tokens per side of an image; pixels per side in low resolution
 LUMINANCE = np.array((0.299, 0.587, 0.114), np.float32)  # of red, green and blue (ITU-R BT.601)
 
 
@@ -19,8 +19,8 @@ LUMINANCE = np.array((0.299, 0.587, 0.114), np.float32)  # of red, green and blu
 # Files
 
 def read_picture(path):
-    """A picture file as an upright RGB Image, whatever its mode: 16-bit values are brought to 0..255, transparent parts become
-    white, cameras' rotation (EXIF) is undone. Raises UserError."""
+    """Reads an image file of any mode as an RGB Image: 16-bit values are scaled to 0..255, transparent parts become
+    white, the rotation by a camera (EXIF) is undone. Raises UserError."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -32,21 +32,23 @@ def read_picture(path):
                 image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
             return image.convert('RGB')
     except FileNotFoundError:
-        raise UserError(f'{path}: no such picture')
+        raise UserError(f'{path}: no such image')
     except Exception as error:  # Pillow fails in many ways
-        raise UserError(f'{path}: truncated, too large or not a picture that Pillow can read ({type(error).__name__}: {error})')
+        raise UserError(f'{path}: truncated, too large or not an image that Pillow can read ({type(error).__name__}: '
+                        f'{error})')
 
 
 def read_square(path, best):
-    """read_picture for what has to be square; `best` is the side that the message recommends. Raises UserError."""
+    """read_picture for an image that must be square; `best` is the side that the message recommends. Raises
+    UserError."""
     image = read_picture(path)
     if image.width != image.height:
-        raise UserError(f'{path}: {image.width}x{image.height} pixels; give a square picture ({best}x{best} is best)')
+        raise UserError(f'{path}: {image.width}x{image.height} pixels; give a square image ({best}x{best} is best)')
     return image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Modalities: pictures (n, H, W, 3) uint8 -> uint8
+# Modalities: images (n, H, W, 3) uint8 -> uint8
 
 def grey(rgb):
     """(n, H, W, 1): luminance."""
@@ -54,7 +56,7 @@ def grey(rgb):
 
 
 def edges(rgb):
-    """(n, H, W, 1): length of the gradient of the grey picture by Sobel's filters, 255 for four fifths of the largest step."""
+    """(n, H, W, 1): length of the gradient of the luminance by Sobel filters, 255 for 4/5 of the largest possible."""
     g = np.pad(grey(rgb)[..., 0].astype(np.float32), ((0, 0), (1, 1), (1, 1)), 'edge')
     across, down = g[:, :, 2:] - g[:, :, :-2], g[:, 2:] - g[:, :-2]  # (n, H + 2, W), (n, H, W + 2)
     dx = across[:, :-2] + 2 * across[:, 1:-1] + across[:, 2:]
@@ -63,7 +65,7 @@ def edges(rgb):
 
 
 def palette(rgb, colors=5):
-    """(n, 1, 5, 3): colors of each picture by median cut, the most frequent first; one of few colors repeats them."""
+    """(n, 1, 5, 3): colors of each image by median cut, the most frequent first; repeated if there are fewer."""
     rows = []
     for picture in rgb:
         image = Image.fromarray(picture).quantize(colors)
@@ -73,13 +75,13 @@ def palette(rgb, colors=5):
 
 
 def low(rgb):
-    """(n, 8, 8, 3): means of squares."""
+    """(n, 8, 8, 3): means over square blocks."""
     n, H, W, _ = rgb.shape
     return np.round(rgb.reshape(n, SIDE, H // SIDE, SIDE, W // SIDE, 3).mean((2, 4))).astype(np.uint8)
 
 
 TOKENIZED = dict(rgb=(lambda rgb: rgb, 3, '16*16*16*16'), grey=(grey, 1, '8*8*8*8'), edges=(edges, 1, '8*8*8*8'))
-COLORS = dict(palette=(palette, '1x5'), low=(low, f'{SIDE}x{SIDE}'))  # a pixel is a token: four bits of each channel
+COLORS = dict(palette=(palette, '1x5'), low=(low, f'{SIDE}x{SIDE}'))  # one token per pixel: four bits per channel
 MAKE = {name: spec[0] for name, spec in (TOKENIZED | COLORS).items()}
 
 
@@ -92,12 +94,12 @@ def color_tokens(pixels):
 
 
 def token_colors(ids, shape):
-    """The inverse: ids (n, h * w) -> (n, *shape, 3) uint8."""
+    """The inverse of color_tokens: ids (n, h * w) -> (n, *shape, 3) uint8."""
     return (17 * np.stack((ids >> 8, ids >> 4 & 15, ids & 15), -1)).astype(np.uint8).reshape(len(ids), *shape, 3)
 
 
 def train_tokenizer(name, rgb, steps, seed=0, batch_size=64):
-    """An image tokenizer for one modality of pictures (n, views, H, H, 3)."""
+    """Trains an image tokenizer for one modality of images (n, views, H, H, 3)."""
     make, channels, levels = TOKENIZED[name]
     torch.manual_seed(seed)
     random, size = np.random.default_rng((seed, 5)), rgb.shape[2]
@@ -110,35 +112,35 @@ def train_tokenizer(name, rgb, steps, seed=0, batch_size=64):
 
 
 def to_tokens(name, raw, tokenizer=None):
-    """Pictures of one modality (n, h, w, 1 or 3) uint8 -> ids (n, size)."""
+    """Images of one modality (n, h, w, 1 or 3) uint8 -> ids (n, size)."""
     return color_tokens(raw) if name in COLORS else tokenizer.encode(to_network('rgb', raw)).int().numpy()
 
 
 def from_tokens(name, ids, tokenizer=None):
-    """The inverse: ids (n, size) -> (n, h, w, 1 or 3) uint8."""
+    """The inverse of to_tokens: ids (n, size) -> (n, h, w, 1 or 3) uint8."""
     if name in COLORS:
         return token_colors(ids.cpu().numpy(), [int(n) for n in COLORS[name][1].split('x')])
     return np.concatenate([from_network('rgb', tokenizer.decode(part)) for part in ids.cpu().split(100)])
 
 
 def tokenize(name, rgb, tokenizer=None):
-    """Ids (n, size) of one modality of pictures (n, H, H, 3)."""
+    """Ids (n, size) of one modality of images (n, H, H, 3)."""
     starts = tqdm(range(0, len(rgb), 100), f'encode {name}', unit='x100', leave=False, disable=len(rgb) <= 100)
     return np.concatenate([to_tokens(name, MAKE[name](rgb[i:i + 100]), tokenizer) for i in starts])
 
 
 def entry(name):
-    """One of the entries of which chapter 3's Config.modalities consists."""
+    """The entry of a modality in Config.modalities of chapter 3."""
     return f'{name}:16*16*16:{COLORS[name][1]}' if name in COLORS else f'{name}:{TOKENIZED[name][2]}:{SIDE}x{SIDE}'
 
 
 def enlarged(raw, side):
-    """A modality (h, w, 1 or 3) of one picture as an RGB picture (side, side, 3)."""
+    """A modality (h, w, 1 or 3) of one image as an RGB image (side, side, 3)."""
     rows, columns = (np.arange(side) * n // side for n in raw.shape[:2])
     return np.repeat(raw[rows][:, columns], 3 // raw.shape[-1], -1)
 
 
 def pixel_error(truth, found):
-    """The mean difference of a pixel's value, of 255: {metric: (n, 1, 2)}, numerators and denominators."""
+    """Mean absolute difference of pixel values, of 255: {metric: (n, 1, 2)}, numerators and denominators."""
     error = np.abs(truth.astype(np.float32) - found).mean((1, 2, 3))
     return dict(error=np.stack((error, np.ones(len(error))), -1)[:, None])

@@ -1,23 +1,24 @@
 """
-The data set `scenes`: CLEVR-like pictures with exact ground truth in six modalities, rendered and tokenized on this machine.
+The data set `scenes`: CLEVR-like images with exact ground truth in six modalities, rendered and tokenized on this
+machine.
 
-    python -m prepare.scenes                      (train.py runs it by itself when data/scenes is missing)
+    python -m prepare.scenes                      (train.py runs this if data/scenes is missing)
     python -m prepare.scenes --n_train=2000 --n_val=200 --max_objects=3 --out=data/scenes_small
-    python -m prepare.scenes --extra="edges palette boxes metadata layout"     (adds to data/scenes what it lacks of these)
+    python -m prepare.scenes --extra="edges palette boxes metadata layout"     (adds modalities to data/scenes)
 
-    rgb           the picture                            64x64, 64 tokens
+    rgb           the image                              64x64, 64 tokens
     depth         distance along the optical axis        64x64, 64 tokens
     normal        surface normals in the camera's frame  64x64, 64 tokens
     segmentation  ground, or shape x color              64x64, 64 tokens
     scene_desc    "Object 1 - Position: x=20 y=31 Shape: cube Color: blue Material: metal. Object 2 - ..."
     caption       "a large red metal sphere, a small blue rubber cube and a large gray metal cylinder", from left to right
 
-and, where --extra names them, those that can be made of any picture (grey, edges, palette, low: prepare/pictures.py) and those
+--extra adds modalities that are functions of an image (grey, edges, palette, low: prepare/pictures.py) and modalities
 that are numbers (boxes, metadata, layout: prepare/scenes_numbers.py).
 
-Besides the tokens (FIELD.npy) the folder keeps what they were made from (raw_FIELD.npy, raw_instance.npy, the objects' attributes
-and positions in raw_objects.npy), the tokenizers and, once scores have been asked for, the parser that reads objects back from
-any picture. `Fields` decodes, draws and scores tokens for sample.py.
+Beside the tokens (FIELD.npy) the folder contains the raw arrays (raw_FIELD.npy, raw_instance.npy, attributes and
+positions of the objects in raw_objects.npy), the tokenizers and, after the first scoring, the parser that reads
+objects from images. `Dataset` decodes, draws and scores tokens for sample.py.
 """
 import functools
 import re
@@ -30,7 +31,7 @@ from PIL import Image, ImageDraw
 import config
 from config import UserError
 from prepare import image_tokenizers, pictures, scenes_numbers, scenes_parser
-from prepare.arrays import load, read_meta, save_meta, write
+from prepare.arrays import begin, load, read_meta, save_meta, write
 from prepare.pictures import read_square
 from prepare.scenes_numbers import NUMBERS
 from prepare.scenes_render import COLORS, MATERIALS, SHAPES, SIZES, make
@@ -42,37 +43,37 @@ NAMES = dict(shape=SHAPES, color=COLOR_NAMES, material=MATERIALS, size=SIZES)  #
 MAKES = 'data/scenes'
 SETTINGS = dict(
     n_train=20000, n_val=1000,  # scenes
-    size=64,        # pixels of a side
-    max_objects=5,  # in a scene; at least 2
+    size=64,        # pixels per side
+    max_objects=5,  # per scene; at least 2
     seed=0,
     out=MAKES,      # the data folder
-    workers=0,      # processes that render; 0 is one a core
+    workers=0,      # processes that render; 0 is one per core
     extra='',       # more modalities: grey edges palette low boxes metadata layout
 )
-EXTRA_STEPS = 250  # of the tokenizer of a modality that --extra names
+EXTRA_STEPS = 250  # of training the tokenizer of a modality of --extra
 IMAGES = ('rgb', 'depth', 'normal', 'segmentation')
 TEXTS = ('scene_desc', 'caption')
 EXTRA = tuple(name for name in (*pictures.MAKE, *NUMBERS) if name not in IMAGES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text: an object is a row of integers (shape, color, material, size, x, y), -1 where unknown
+# Text: an object is a row of integers (shape, color, material, size, x, y), -1 if unknown
 
 def caption(objects):
-    """One sentence about a scene's objects, left to right."""
+    """One sentence that lists the objects of a scene from left to right."""
     phrases = [f'a {SIZES[size]} {COLOR_NAMES[color]} {MATERIALS[material]} {SHAPES[shape]}'
                for shape, color, material, size, *_ in objects if shape >= 0]
     return ', '.join(phrases[:-1]) + ' and ' * (len(phrases) > 1) + phrases[-1]
 
 
 def scene_desc(objects):
-    """The grammar of the course's MultiCLEVR: positions are pixels of the stored picture."""
+    """The grammar of the course's MultiCLEVR; positions are pixels of the stored image."""
     return ' '.join(f'Object {i + 1} - Position: x={x} y={y} Shape: {SHAPES[shape]} Color: {COLOR_NAMES[color]} '
                     f'Material: {MATERIALS[material]}.' for i, (shape, color, material, _, x, y) in enumerate(objects) if shape >= 0)
 
 
 def words(name, size, max_objects):
-    """The closed vocabulary of a text field: whole phrases where the grammar leaves no choice, so that texts are short."""
+    """The closed vocabulary of a text field; fixed phrases of the grammar are one token, so that texts are short."""
     colors, materials, shapes = ([f' {word}' for word in group] for group in (COLORS, MATERIALS, SHAPES))
     if name == 'caption':
         return [', a', ' and a', *(f' {word}' for word in SIZES), *colors, *materials, *shapes]
@@ -83,11 +84,11 @@ def words(name, size, max_objects):
 
 
 def text_length(name, max_objects):
-    return (5 if name == 'caption' else 6) * max_objects + 1  # tokens an object, and the end token
+    return (5 if name == 'caption' else 6) * max_objects + 1  # tokens per object, and the end token
 
 
 def spell_out(text):
-    """User text towards the caption's grammar: 'Two red spheres' becomes 'a red sphere and a red sphere'."""
+    """Rewrites user text in the grammar of captions: 'Two red spheres' becomes 'a red sphere and a red sphere'."""
     counts = dict(one=1, two=2, three=3, four=4, five=5)
 
     def repeat(match):
@@ -97,20 +98,23 @@ def spell_out(text):
 
 
 def parse_text(name, text):
-    """The objects (n, 6) that a caption or scene_desc tells of; malformed parts are left out."""
+    """The objects (n, 6) of a caption or scene_desc; malformed parts are ignored."""
     def choice(group):
         return '(' + '|'.join(NAMES[group]) + ')'
     if name == 'caption':
         found = re.findall(f'{choice("size")} {choice("color")} {choice("material")} {choice("shape")}', text)
-        rows = [(SHAPES.index(sh), COLOR_NAMES.index(c), MATERIALS.index(m), SIZES.index(si), -1, -1) for si, c, m, sh in found]
+        rows = [(SHAPES.index(sh), COLOR_NAMES.index(c), MATERIALS.index(m), SIZES.index(si), -1, -1)
+                for si, c, m, sh in found]
     else:
-        found = re.findall(rf'x=(-?\d+) y=(-?\d+) Shape: {choice("shape")} Color: {choice("color")} Material: {choice("material")}', text)
-        rows = [(SHAPES.index(sh), COLOR_NAMES.index(c), MATERIALS.index(m), -1, int(x), int(y)) for x, y, sh, c, m in found]
+        found = re.findall(rf'x=(-?\d+) y=(-?\d+) Shape: {choice("shape")} Color: {choice("color")} '
+                           f'Material: {choice("material")}', text)
+        rows = [(SHAPES.index(sh), COLOR_NAMES.index(c), MATERIALS.index(m), -1, int(x), int(y))
+                for x, y, sh, c, m in found]
     return np.array(rows, np.int64).reshape(-1, 6)
 
 
 def drawing(name, text, side):
-    """Objects of a text as symbols in a picture (side, side, 3): at their positions, or, where the text has none, in a row."""
+    """Draws the objects of a text as symbols (side, side, 3): at their positions or, if the text has none, in a row."""
     objects = parse_text(name, text)
     canvas = Image.new('RGB', (4 * side, 4 * side), (225, 225, 225))
     draw = ImageDraw.Draw(canvas)
@@ -128,24 +132,23 @@ def drawing(name, text, side):
 
 
 def typical(objects):
-    """What a predictor that sees nothing says: the most frequent number of objects (n, K, 6), and of each the most frequent
-    attributes. Returns rows of integers."""
+    """The constant predictor: the most frequent number of objects (n, K, 6) and attributes of each, as rows."""
     count = np.bincount((objects[..., 0] >= 0).sum(1)).argmax()
     slots = objects[:, :count].transpose(1, 0, 2)
     return [[np.bincount(column.clip(0)).argmax() for column in slot[slot[:, 0] >= 0].T] for slot in slots]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The folder as sample.py sees it
+# Decoding, drawing and scoring, for sample.py and lab/
 
-class Fields:
+class Dataset:
     """Decodes, encodes, draws and scores the tokens of a data folder.
 
-    `raw` values: pictures (n, H, W, 3) uint8, depth (n, H, W) float, normals (n, H, W, 3) float, segmentation (n, H, W) integers,
-    texts a list of n strings.
+    `raw` values: images (n, H, W, 3) uint8, depth (n, H, W) float, normals (n, H, W, 3) float, segmentation (n, H, W)
+    integers, texts a list of n strings.
     """
     def __init__(self, folder):
-        self.folder, names = Path(folder), read_meta(folder)['fields']
+        self.folder, self.device, names = Path(folder), 'auto', read_meta(folder)['fields']  # device: trains the parser
         self.tokenizers = {name: image_tokenizers.ImageTokenizer.load(self.folder / f'{name}.pt') for name in names
                            if name in IMAGES or name in pictures.TOKENIZED}
         self.encodings = {name: load_words(self.folder / f'{name}.json') for name in names if name in TEXTS or name in NUMBERS}
@@ -153,12 +156,12 @@ class Fields:
 
     @functools.cached_property
     def parser(self):
-        """The judge of pictures; trained, in about a minute, when the first score asks for it: training needs none."""
+        """Reads objects from images; trained in about a minute for the first score."""
         path = self.folder / 'parser.pt'
         if not path.is_file():
             torch.manual_seed(0)
             new = scenes_parser.Parser(self.size)
-            scenes_parser.train_parser(self.folder, new, 'raw_rgb', scenes_parser.pixel_patches).save(path)
+            scenes_parser.train_parser(self.folder, new, 'raw_rgb', scenes_parser.pixel_patches, device=self.device).save(path)
         return scenes_parser.Parser.load(path)
 
     def load(self, split, name):
@@ -198,7 +201,7 @@ class Fields:
         return self.encode(name, [spell_out(text) if name == 'caption' else text])
 
     def read_image(self, name, path):
-        """A user's picture file -> token ids (1, size); any mode, and any size that is square, is brought to the data's."""
+        """A user's image file -> token ids (1, size); any mode and any square size are converted."""
         if name not in pictures.MAKE:
             raise UserError(f'--image gives the modality rgb, or what is made of it ({", ".join(pictures.MAKE)}), not {name}')
         image = read_square(path, self.size)
@@ -206,7 +209,8 @@ class Fields:
         return torch.from_numpy(pictures.tokenize(name, image, self.tokenizers.get(name))).long()
 
     def picture(self, name, raw):
-        """One raw value as an RGB picture (H, W, 3) uint8; a scene_desc is drawn at its coordinates, a caption as text."""
+        """One raw value as an RGB image (H, W, 3) uint8; objects of a scene_desc at their coordinates, of a caption in
+        a row."""
         if name == 'rgb':
             return raw
         if name == 'depth':
@@ -222,13 +226,13 @@ class Fields:
         return pictures.enlarged(raw, self.size) if name in EXTRA else drawing(name, raw, self.size)
 
     def classes_named(self, words):
-        """The classes of a segmentation that words such as 'red cube', 'cube', 'red' or 'object' mean."""
-        asked = {*words.lower().replace('objects', 'object').split()} - {'object'}
-        if unknown := asked - {*SHAPES, *COLORS}:
-            raise UserError(f'{words!r}: {unknown.pop()!r} is no color ({", ".join(COLORS)}), no shape ({", ".join(SHAPES)}) '
-                            'and not "object"')
+        """The classes of a segmentation that match words such as 'red cube', 'cube', 'red' or 'object'."""
+        wanted = {*words.lower().replace('objects', 'object').split()} - {'object'}
+        if unknown := wanted - {*SHAPES, *COLORS}:
+            raise UserError(f'{words!r}: {unknown.pop()!r} is no color ({", ".join(COLORS)}), no shape '
+                            f'({", ".join(SHAPES)}) and not "object"')
         kinds = [{shape, color} for shape in SHAPES for color in COLORS]
-        return [1 + i for i, kind in enumerate(kinds) if asked <= kind]  # 0 is the ground
+        return [1 + i for i, kind in enumerate(kinds) if wanted <= kind]  # 0 is the ground
 
     def score(self, name, raw, split, index):
         """Metrics of raw values against the truth: {metric: (n, k, 2)}, numerators and denominators."""
@@ -248,13 +252,13 @@ class Fields:
         return score_objects(self.load(split, 'raw_objects')[index], found)
 
     def baseline(self, name, split, index):
-        """Raw values by a predictor that sees nothing: the training set's mean, majority class or most frequent objects; for rgb, whose
-        mean shows no objects to read, the pictures of other scenes."""
+        """Raw values of the constant predictor: the mean, majority class or most frequent objects of the training set;
+        for rgb, whose mean has no objects, the images of other scenes."""
         if name == 'rgb':
             return self.truth(split, name, index - 1)
         if name in NUMBERS:
             some = [scenes_numbers.read(name, text) for text in self.truth('train', name, slice(2000))]
-            return [scenes_numbers.tell(name, scenes_numbers.middle(some).tolist())] * len(index)
+            return [scenes_numbers.to_text(name, scenes_numbers.middle(some).tolist())] * len(index)
         if name in IMAGES or name in EXTRA:
             raw = self.truth('train', name, slice(2000))
             constant = raw.mean(0) if name != 'segmentation' else np.array(
@@ -265,10 +269,10 @@ class Fields:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Making it
+# Making the data set
 
 def raw_arrays(made):
-    """The renderer's arrays as they are stored: class labels from instances, one table of objects."""
+    """The renderer's arrays in the stored form: classes instead of instances, one table of objects."""
     objects = np.concatenate([made[name][..., None] for name in NAMES] + [made['pixel']], -1).astype(np.int16)  # (n, K, 6)
     objects[made['shape'] < 0] = -1
     label = np.where(made['shape'] < 0, 0, 1 + made['shape'].astype(np.int64) * len(COLORS) + made['color'])
@@ -279,13 +283,13 @@ def raw_arrays(made):
 
 
 def add(meta, name, levels, size, vocabulary):
-    """Puts a modality into meta.json, as Config.modalities names it."""
+    """Adds a modality to meta.json, as an entry of Config.modalities."""
     meta['fields'][name] = vocabulary
     meta['config']['modalities'] = f'{meta["config"].get("modalities", "")} {name}:{levels}:{size}'.strip()
 
 
 def add_image(folder, meta, name, size, seed):
-    """The tokens of one of the renderer's pictures, by a tokenizer of its own."""
+    """Trains a tokenizer for one of the rendered modalities and adds its tokens."""
     tokenizer, meta['quality'][name] = image_tokenizers.train_field(folder, name, size, seed)
     print(f'{name}: ' + ', '.join(f'{key} {value:.4g}' for key, value in meta['quality'][name].items()))
     tokenizer.save(folder / f'{name}.pt')
@@ -296,7 +300,7 @@ def add_image(folder, meta, name, size, seed):
 
 
 def add_text(folder, meta, name, vocabulary, texts, length):
-    """Texts {split: [text, ...]} of at most so many tokens in a closed vocabulary."""
+    """Adds texts {split: [text, ...]} of at most `length` tokens in a closed vocabulary."""
     save_words(folder / f'{name}.json', vocabulary)
     encoding = load_words(folder / f'{name}.json')
     for split, some in texts.items():
@@ -305,19 +309,19 @@ def add_text(folder, meta, name, vocabulary, texts, length):
 
 
 def add_numbers(folder, meta, name):
-    """Numbers that are measured from the raw arrays, as text."""
+    """Adds numbers that are measured from the raw arrays, as text."""
     measure, columns = NUMBERS[name]
     tables = {}
     for split in ('train', 'val'):
         raw = {part: load(folder / split / f'raw_{part}.npy') for part in (*IMAGES, 'instance', 'objects')}
         tables[split] = np.concatenate([measure({part: array[i:i + 500] for part, array in raw.items()})
                                         for i in range(0, len(raw['rgb']), 500)])
-    texts = {split: [scenes_numbers.tell(name, table) for table in some.tolist()] for split, some in tables.items()}
+    texts = {split: [scenes_numbers.to_text(name, table) for table in some.tolist()] for split, some in tables.items()}
     add_text(folder, meta, name, scenes_numbers.words(name), texts, tables['val'].shape[1] * len(columns) + 1)
 
 
 def add_picture(folder, meta, name, seed):
-    """What can be made of any picture."""
+    """Adds a modality that is a function of an image."""
     rgb, tokenizer = {split: load(folder / split / 'raw_rgb.npy') for split in ('train', 'val')}, None
     if name in pictures.TOKENIZED:
         tokenizer = pictures.train_tokenizer(name, rgb['train'][:, None], EXTRA_STEPS, seed)
@@ -334,21 +338,25 @@ def add_picture(folder, meta, name, seed):
 
 
 def make_scenes(settings):
-    """Renders the scenes and makes the six modalities that every folder has; returns what meta.json is to say."""
+    """Renders the scenes and makes the six modalities of every folder; returns the contents of meta.json."""
     size, K, folder, seen = settings['size'], settings['max_objects'], Path(settings['out']), set()
-    for split, n, seed in (('val', settings['n_val'], 2 * settings['seed'] + 1), ('train', settings['n_train'], 2 * settings['seed'])):
+    begin(folder, 'scenes')
+    seeds = dict(val=2 * settings['seed'] + 1, train=2 * settings['seed'])
+    for split, seed in seeds.items():
+        n = settings[f'n_{split}']
         arrays = raw_arrays(make(n, seed, size, K, settings['workers'] or None))
         hashes = {picture.tobytes() for picture in arrays['raw_rgb']}
-        assert not hashes & seen, 'a scene stands in both splits'
+        assert not hashes & seen, 'a scene is in both splits'
         seen = hashes if split == 'val' else seen
         write(folder / split, arrays)
     meta = dict(kind='rows', prepare='scenes', fields={}, config={}, quality={}, settings=settings)
     for name in IMAGES:
         add_image(folder, meta, name, size, settings['seed'])
-    for name, tell in (('scene_desc', scene_desc), ('caption', caption)):
-        texts = {split: [tell(objects) for objects in load(folder / split / 'raw_objects.npy').tolist()] for split in ('train', 'val')}
+    for name, text_of in (('scene_desc', scene_desc), ('caption', caption)):
+        objects = {split: load(folder / split / 'raw_objects.npy').tolist() for split in ('train', 'val')}
+        texts = {split: [text_of(one) for one in some] for split, some in objects.items()}
         add_text(folder, meta, name, words(name, size, K), texts, text_length(name, K))
-    # chapters that know one modality get rgb, as tokens or as the picture itself
+    # chapters with one modality get rgb, as tokens or as pixels
     _, levels, grid = meta['config']['modalities'].split()[0].split(':')
     meta['config'] |= dict(vocab_size=meta['fields']['rgb'], levels=levels, grid=grid, block_size=(size // 8) ** 2 - 1,
                            image_size=size, channels=3, n_classes=0)
@@ -370,15 +378,16 @@ def main(*arguments, **overrides):
     if min(settings['n_train'], settings['n_val']) < 1 or settings['workers'] < 0:
         raise UserError('n_train and n_val must be at least 1, workers at least 0')
     if there and not extra:
-        raise UserError(f'{folder} exists already: delete it, choose another --out, or let --extra= add modalities to it')
+        raise UserError(f'{folder} exists already: delete it, choose another --out, or add modalities by --extra=')
     meta = read_meta(folder) if there else make_scenes(settings)
     for name in set(assigned) - {'extra', 'out', 'workers'}:
         if settings[name] != meta['settings'][name]:
-            raise UserError(f'{folder} was made with {name}={meta["settings"][name]}: leave {name} out, or choose another --out')
+            raise UserError(f'{folder} has {name}={meta["settings"][name]}: leave {name} out, or choose another --out')
     for name in dict.fromkeys(extra):
         if name in meta['fields']:
             print(f'{folder} has {name} already')
             continue
+        begin(folder, 'scenes', keep_meta=True)
         if name in NUMBERS:
             add_numbers(folder, meta, name)
         else:

@@ -1,11 +1,12 @@
 """
-Reads the objects back from a picture of a scene: the independent judge of pictures that models of this repository draw.
+The parser: reads the objects of a scene from an image, to score generated images.
 
-Objects are points (CenterNet, Zhou et al., 1904.07850): on a grid of cells, four pixels wide, a small Transformer says where an
-object's centre lies, and of which shape, color, material and size it is there. It is trained on true renders alone, knows
-nothing of any tokenizer or model, and its accuracy on held-out renders is the ceiling of every score that it gives.
+Objects are points (CenterNet, Zhou et al., 1904.07850): for each cell of a grid, four pixels wide, a small Transformer
+predicts whether an object's centre is in it, and the object's shape, color, material and size. It is trained on
+rendered images only, independently of tokenizers and models. Its accuracy on held-out renders is the ceiling of every
+score.
 
-    python -m prepare.scenes_parser    (asks the same network, reading rgb tokens instead of pixels, what the tokens still tell)
+    python -m prepare.scenes_parser    (trains the same network on rgb tokens instead of pixels: what the tokens encode)
 """
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 import config
 from engine.checkpoints import load_network, save
 from engine.optimizers import fit
-from gpt import norm, rotary
+from gpt import rms_norm, rope_cos_sin
 from prepare.arrays import load
 from prepare.image_tokenizers import Block, Config, ImageTokenizer, ids_to_digits, to_network
 
@@ -26,13 +27,13 @@ SETTINGS = dict(
     steps=2000,          # of the probe's training
     seed=0,
 )
-PATCH, CELL = 8, 4                                    # pixels: what the network reads as one vector, where it may see a centre
+PATCH, CELL = 8, 4                                    # pixels per side: of a patch, of a cell for a centre
 CLASSES = dict(shape=3, color=8, material=2, size=2)  # the first columns of raw_objects
-RADIUS = 2.0                                          # pixels: how sharply a centre is to be located
+RADIUS = 2.0                                          # pixels: standard deviation of the target around a centre
 
 
 class Parser(nn.Module):
-    """A picture of `size` pixels a side in patches of `inputs` numbers each -> what is where."""
+    """Predicts objects from an image of `size` pixels per side, given as patches of `inputs` numbers each."""
     def __init__(self, size, inputs=3 * PATCH ** 2, n_embd=128, n_layer=4):
         super().__init__()
         self.size, side = size, size // PATCH
@@ -41,20 +42,21 @@ class Parser(nn.Module):
         self.blocks = nn.ModuleList(Block(Config(n_embd=n_embd, n_head=4)) for _ in range(n_layer))
         self.head = nn.Linear(n_embd, outputs * (PATCH // CELL) ** 2)
         grid = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-        self.register_buffer('turn', torch.stack(rotary(grid, n_embd // 4, theta=100)), persistent=False)
+        self.register_buffer('rope', torch.stack(rope_cos_sin(grid, n_embd // 4, rope_base=100)), persistent=False)
 
     def forward(self, patches):
         """Patches (B, N, inputs) -> (B, outputs, H / 4, W / 4)."""
         x = self.patch_embedding(patches)  # (B, N, D)
         for block in self.blocks:
-            x = block(x, self.turn)
+            x = block(x, self.rope)
         side = self.size // PATCH
-        x = self.head(norm(x)).float().transpose(1, 2).unflatten(2, (side, side))
+        x = self.head(rms_norm(x)).float().transpose(1, 2).unflatten(2, (side, side))
         return F.pixel_shuffle(x, PATCH // CELL)
 
     @torch.no_grad()
     def read(self, rgb, threshold=0.3):
-        """Pictures (n, H, W, 3) uint8 -> a list of n arrays (objects, 6): shape, color, material, size, x, y; left to right."""
+        """Images (n, H, W, 3) uint8 -> a list of n arrays (objects, 6): shape, color, material, size, x, y; left to
+        right."""
         found = []
         for start in range(0, len(rgb), 100):
             out = self(pixel_patches(rgb[start:start + 100]))
@@ -78,7 +80,7 @@ class Parser(nn.Module):
 
 
 def pixel_patches(rgb):
-    """Pictures (n, H, W, 3) uint8 -> (n, N, 3 * PATCH ** 2)."""
+    """Images (n, H, W, 3) uint8 -> (n, N, 3 * PATCH ** 2)."""
     return F.pixel_unshuffle(to_network('rgb', rgb), PATCH).flatten(2).transpose(1, 2)
 
 
@@ -89,21 +91,23 @@ def token_patches(ids, levels):
 
 
 def targets(objects, size):
-    """Objects (B, K, 6) -> heat (B, h, w), 1 at centres and falling with distance; the nearest object's offset (B, 2, h, w) and
-    classes (B, 4, h, w)."""
+    """Objects (B, K, 6) -> heat (B, h, w), a Gaussian around each centre; offset (B, 2, h, w) and classes (B, 4, h, w)
+    of the nearest object."""
     at = torch.arange(size // CELL, device=objects.device) * CELL + CELL / 2 - 0.5
     there = (objects[..., 0] >= 0)[..., None, None]
     dx = objects[..., 4, None, None] - at[None, None, None, :]  # (B, K, 1, w)
     dy = objects[..., 5, None, None] - at[None, None, :, None]
     distance = (dx ** 2 + dy ** 2).masked_fill(~there, 1e6)  # (B, K, h, w)
     nearest, index = distance.min(1)
-    offset = torch.stack([d.expand_as(distance).gather(1, index[:, None])[:, 0] for d in (dx, dy)], 1)
-    classes = torch.stack([objects[..., i, None, None].expand_as(distance).gather(1, index[:, None])[:, 0] for i in range(4)], 1)
+    def of_nearest(values):
+        return values.expand_as(distance).gather(1, index[:, None])[:, 0]  # (B, h, w)
+    offset = torch.stack([of_nearest(d) for d in (dx, dy)], 1)
+    classes = torch.stack([of_nearest(objects[..., i, None, None]) for i in range(4)], 1)
     return (-nearest / (2 * RADIUS ** 2)).exp(), offset, classes.clamp(min=0)
 
 
 def parser_loss(parser, patches, objects):
-    """Cross-entropy of the heat in all cells; of classes, and the offsets' squared error, near centres."""
+    """Cross-entropy of the heat in all cells; near centres, cross-entropy of classes and squared error of offsets."""
     out = parser(patches)
     heat, offset, classes = targets(objects, parser.size)
     loss = 20 * F.binary_cross_entropy_with_logits(out[:, 0], heat)
@@ -114,7 +118,7 @@ def parser_loss(parser, patches, objects):
     return loss
 
 
-def train_parser(folder, parser, field, patches_of, seed=0, steps=500, batch_size=64):
+def train_parser(folder, parser, field, patches_of, seed=0, steps=500, batch_size=64, device='auto'):
     """Trains a parser on a field of a data folder's training split, read as patches_of(rows of the field)."""
     random = np.random.default_rng((seed, 6))
     rows, objects = (load(folder / 'train' / f'{name}.npy') for name in (field, 'raw_objects'))
@@ -122,12 +126,13 @@ def train_parser(folder, parser, field, patches_of, seed=0, steps=500, batch_siz
     def batch_of():
         ids = random.integers(0, len(rows), batch_size)
         return patches_of(rows[ids]), torch.from_numpy(objects[ids].astype(np.int64))
-    return fit(parser, parser_loss, batch_of, steps, f'parser of {field}')
+    return fit(parser, parser_loss, batch_of, steps, f'parser of {field}', device=device)
 
 
 @torch.no_grad()
 def accuracy(parser, folder, field, patches_of):
-    """Share of the objects of a split whose shape, color, material and size are read right at their centre."""
+    """Fraction of the objects of a split whose shape, color, material and size are predicted correctly at their
+    centre."""
     rows, objects = (load(folder / f'{name}.npy') for name in (field, 'raw_objects'))
     right = []
     for start in range(0, len(rows), 100):
@@ -142,7 +147,7 @@ def accuracy(parser, folder, field, patches_of):
 
 
 def main(*arguments, **overrides):
-    """The gate of a data set: shape, color, material and size as a probe reads them from rgb tokens, and from the pixels."""
+    """Prints the accuracy of a probe for shape, color, material and size from rgb tokens, and from pixels."""
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     folder = Path(settings['data'])
     tokenizer = ImageTokenizer.load(folder / 'rgb.pt')
@@ -151,8 +156,9 @@ def main(*arguments, **overrides):
                                       ('raw_rgb', 3 * PATCH ** 2, pixel_patches)):
         torch.manual_seed(settings['seed'])
         parser = train_parser(folder, Parser(size, inputs), field, patches_of, settings['seed'], settings['steps'])
+        found = accuracy(parser, folder / 'val', field, patches_of)
         print(f'read from {dict(rgb="rgb tokens", raw_rgb="pixels")[field]} after {settings["steps"]} steps: '
-              + ', '.join(f'{name} {share:.1%}' for name, share in accuracy(parser, folder / 'val', field, patches_of).items()))
+              + ', '.join(f'{name} {fraction:.1%}' for name, fraction in found.items()))
 
 
 if __name__ == '__main__':

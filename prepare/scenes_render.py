@@ -1,16 +1,16 @@
 """
 A ray caster for CLEVR-like scenes (Johnson et al., 1612.06890) with exact ground truth, in numpy.
 
-A scene is 2 to max_objects spheres, cubes and cylinders on a ground plane, seen by a slightly shaken camera under a slightly
-shaken light. One function casts rays at the scene (`trace`), one gives the hit points their colors (`shade`); depth, normals
-and instances are read off the rays through the pixels' centres, the picture is the mean of four rays a pixel.
+A scene has 2 to max_objects spheres, cubes and cylinders on a ground plane, a camera and a light; both have small
+random offsets. `trace` casts rays, `shade` computes the colors of the hit points. Depth, normals and instances are
+those of the rays through the pixel centres; the image is the mean of four rays per pixel.
 
-All vectors are stored as three arrays x, y, z, stacked first: (3, ...). World: z up, ground z = 0, unit about one object.
+Vectors are stored with x, y, z on the first axis: (3, ...). World: z up, ground z = 0, unit about one object.
 A dict `scenes` holds, for S scenes of up to K objects:
-    shape, color, material, size (S, K) integers, -1 where there is no object;  center (3, S, K), half (S, K), angle (S, K)
+    shape, color, material, size (S, K) integers, -1 if there is no object;  center (3, S, K), half (S, K), angle (S, K)
     eye (3, S), axes (3, 3, S) the camera's right, up and backward vectors;     light (3, S) the direction towards the light
 
-Simplified: one light far away with hard shadows, reflections read from a gradient instead of traced.
+Simplifications: one distant light with hard shadows; reflections of a gradient instead of traced ones.
 """
 import multiprocessing
 import signal
@@ -24,9 +24,11 @@ COLORS = {'blue': (42, 75, 215), 'brown': (129, 74, 25), 'cyan': (41, 208, 208),
 MATERIALS = ('metal', 'rubber')
 SIZES = ('large', 'small')
 RADIUS = np.array((0.75, 0.48))            # of a large and a small sphere or cylinder; half the side of a cube is 0.85 of it
-DISTANCE, ELEVATION, FOCAL = 7.5, 36, 3.05  # of the camera: from the centre; degrees; in half picture widths
-CHUNK = 8                                  # scenes rendered together: few enough for the cache
+DISTANCE, ELEVATION, FOCAL = 7.5, 36, 3.05  # of the camera: from the centre; degrees; in half image widths
+CHUNK = 8                                  # scenes rendered together: they fit in the cache
 INFINITY = np.float32(1e9)
+PER_OBJECT = ('shape', 'color', 'material', 'size', 'center', 'half', 'angle')  # arrays whose last axis is objects
+SCENE_AXIS = dict.fromkeys(PER_OBJECT, 0) | dict(center=1, eye=1, axes=2, light=1)  # the axis of scenes in each array
 
 
 def dot(a, b):
@@ -48,12 +50,12 @@ def draw_attributes(n, rng, max_objects):
 
 
 def place(attributes, rng):
-    """Adds positions, camera and light to n scenes. Also returns which scenes have no two objects that touch."""
+    """Adds positions, camera and light to n scenes. Also returns in which scenes no two objects touch."""
     n, K = attributes['shape'].shape
-    shrink = min(1, 5 / K)  # more objects than 5 have to be smaller, or some would fit nowhere
+    shrink = min(1, 5 / K)  # more than 5 objects are smaller, or they would not fit
     radius = shrink * RADIUS[attributes['size']]
     half = np.where(attributes['shape'] == 0, 0.85 * radius, radius)
-    reach = np.where(attributes['shape'] == 0, 2 ** 0.5 * half, radius)  # a cube's corners stand out
+    reach = np.where(attributes['shape'] == 0, 2 ** 0.5 * half, radius)  # corners of a cube
     ground = rng.uniform(-1.65, 1.65, (40, 2, n, K))  # 40 candidates for each object, tried in turn
     x, y, ok = np.zeros((n, K)), np.zeros((n, K)), np.ones(n, bool)
     for k in range(K):
@@ -82,13 +84,13 @@ def project(scenes, points, size):
 
 
 def choose(scenes, index):
-    """The scenes with these indices; the scene axis is the first of 2-D arrays, the second of vectors, the last of axes."""
-    axis = {'center': 1, 'eye': 1, 'light': 1, 'axes': 2}
-    return {name: np.take(v, index, axis.get(name, 0)) for name, v in scenes.items()}
+    """The scenes with these indices."""
+    return {name: np.take(v, index, SCENE_AXIS[name]) for name, v in scenes.items()}
 
 
 def sample_scenes(n, rng, max_objects=5, least=20):
-    """n scenes in which each object shows at least `least` of 64 x 64 pixels, objects ordered from left to right.
+    """n scenes in which at least `least` of 64 x 64 pixels of each object are visible, objects ordered from left to
+    right.
 
     Rejected scenes get new positions and a new camera but keep their attributes, so that these stay independent.
     """
@@ -102,20 +104,21 @@ def sample_scenes(n, rng, max_objects=5, least=20):
             ok[part] &= ((visible >= least) | (attempt['shape'][part] < 0)).all(-1)
         scenes = attempt if scenes is None else scenes
         for name, v in choose(attempt, ok.nonzero()[0]).items():
-            axis = v.ndim - 1 if name in ('eye', 'light', 'axes') else (1 if name == 'center' else 0)
+            axis = SCENE_AXIS[name]
             np.moveaxis(scenes[name], axis, 0)[todo[ok]] = np.moveaxis(v, axis, 0)
         todo = todo[~ok]
     column = np.where(scenes['shape'] < 0, np.inf, project(scenes, scenes['center'], 64)[0][0])
     order = column.argsort(-1)
-    return {name: np.take_along_axis(v, order if v.ndim == 2 else order[None], -1) if v.shape[-2:] == order.shape else v
-            for name, v in scenes.items()}
+    for name in PER_OBJECT:
+        scenes[name] = np.take_along_axis(scenes[name], order[None] if name == 'center' else order, -1)
+    return scenes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Casting rays
 
 def hit_sphere(o, d, h):
-    """Distance along rays o + t d (3, R) to a sphere of radius h (R,) around the origin; INFINITY where it is missed."""
+    """Distance along rays o + t d (3, R) to a sphere of radius h (R,) around the origin; INFINITY if they miss it."""
     b, c = dot(o, d), dot(o, o) - h * h
     root = b * b - c
     t = -b - np.sqrt(np.maximum(root, 0))
@@ -123,21 +126,22 @@ def hit_sphere(o, d, h):
 
 
 def slab(o, d, h):
-    """Where rays enter and leave |x| < h, for one coordinate."""
+    """The interval of t in which rays are in |x| < h, for one coordinate."""
     inverse = 1 / np.where(np.abs(d) < 1e-6, np.float32(1e-6), d)
     a, b = (-h - o) * inverse, (h - o) * inverse
     return np.minimum(a, b), np.maximum(a, b)
 
 
 def hit_cube(o, d, h):
-    """The same for a cube of half side h: the last slab entered, if none is left before."""
+    """The same for a cube of half side h: the intersection of three slabs."""
     enter, leave = zip(*(slab(o[i], d[i], h) for i in range(3)))
     near, far = np.maximum(np.maximum(enter[0], enter[1]), enter[2]), np.minimum(np.minimum(leave[0], leave[1]), leave[2])
     return np.where((near < far) & (near > 1e-3), near, INFINITY)
 
 
 def hit_cylinder(o, d, h):
-    """The same for an upright cylinder of radius and half height h: a disc's interval cut with a slab's."""
+    """The same for an upright cylinder of radius and half height h: the intersection of an infinite cylinder and a
+    slab."""
     a, b = d[0] * d[0] + d[1] * d[1] + 1e-9, o[0] * d[0] + o[1] * d[1]
     root = b * b - a * (o[0] * o[0] + o[1] * o[1] - h * h)
     width = np.sqrt(np.maximum(root, 0))
@@ -147,7 +151,7 @@ def hit_cylinder(o, d, h):
 
 
 def local(v, angle):
-    """Vectors (3, R) in the frame of an object that is turned by angle (R,) about the vertical."""
+    """Vectors (3, R) in the frame of an object that is rotated by angle (R,) about the vertical."""
     c, s = np.cos(angle), np.sin(angle)
     return np.stack((c * v[0] + s * v[1], c * v[1] - s * v[0], v[2]))
 
@@ -176,8 +180,9 @@ def object_normal(scenes, s, k, point):
 
 
 def trace(scenes, size):
-    """Casts one ray through each pixel's centre: t and object (S, size^2), the distance to what is seen and which object it
-    is (-1: ground); direction (3, S, size^2) the rays' unit vectors. An object's rays are only those in its screen box."""
+    """Casts one ray through the centre of each pixel. Returns t and object (S, size^2), the distance to the nearest
+    surface and its object (-1: ground), and direction (3, S, size^2), unit vectors. Objects are tested only in their
+    screen boxes."""
     S, K = scenes['shape'].shape
     grid = (np.arange(size, dtype=np.float32) + 0.5) / (size / 2) - 1
     right, up, back = (scenes['axes'][:, i, :, None] for i in range(3))
@@ -215,7 +220,7 @@ def surface(scenes, rays):
 
 
 def in_shadow(scenes, point, normal):
-    """Which points (3, S, P) cannot see the light; an exact test only for those near an object's axis of shadow."""
+    """Which points (3, S, P) are in shadow; objects are tested only for points near their axis of shadow."""
     dark = dot(normal, scenes['light'][:, :, None]) <= 0
     start = point + 2e-3 * normal
     reach = (np.where(scenes['shape'] == 1, 1, 3 ** 0.5) * scenes['half']) ** 2
@@ -229,17 +234,17 @@ def in_shadow(scenes, point, normal):
 
 
 def shade(scenes, rays):
-    """Linear colors (3, S, P): Lambert and ambient light for all, Blinn-Phong and a gradient's reflection for metal."""
+    """Linear colors (3, S, P): Lambert and ambient light; for metal, Blinn-Phong and the reflection of a gradient."""
     point, normal = surface(scenes, rays)
     light, view = scenes['light'][:, :, None], rays['direction']
     lit = np.where(in_shadow(scenes, point, normal), 0, np.maximum(dot(normal, light), 0))
-    fade = 1 / (1 + 0.008 * (point[0] ** 2 + point[1] ** 2))  # the lamp shines on the middle
+    fade = 1 / (1 + 0.008 * (point[0] ** 2 + point[1] ** 2))  # brightest in the middle
     color = np.full_like(point, 0.58) * ((0.45 + 0.72 * lit) * fade)
     s, p = (rays['object'] >= 0).nonzero()
     k, n, v, lit = rays['object'][s, p], normal[:, s, p], view[:, s, p], lit[s, p]
     albedo = (np.array(tuple(COLORS.values()), np.float32).T / 255)[:, scenes['color'][s, k]]
     matte = albedo * (0.42 + 0.17 * n[2] + 0.75 * lit)
-    mirrored = (v - 2 * dot(n, v) * n)[2]  # how far up the reflected ray looks: dark floor, bright sky
+    mirrored = (v - 2 * dot(n, v) * n)[2]  # z of the reflected ray: dark floor, bright sky
     sky = 0.15 + 1.1 / (1 + np.exp(-7 * (mirrored - 0.25)))
     shine = np.maximum(dot(n, unit(light[:, s, 0] - v)), 0) ** 40 * (lit > 0)
     metal = albedo * (0.1 + 0.2 * lit) + (0.55 * albedo + 0.25) * sky + 0.7 * shine
@@ -248,11 +253,11 @@ def shade(scenes, rays):
 
 
 def render(scenes, size=64, antialias=True):
-    """Pictures and exact ground truth of S scenes.
+    """Images and exact ground truth of S scenes.
 
-    Returns rgb (S, size, size, 3) uint8; depth (S, size, size) float32 along the optical axis; normal (S, size, size, 3)
-    float32, unit vectors in the camera's frame (x right, y up, z towards the viewer); instance (S, size, size) uint8, 0 the
-    ground and k the k-th object; pixel (S, K, 2) float32, x and y of the projected centres in pixels.
+    Returns rgb (S, size, size, 3) uint8; depth (S, size, size) float32 along the optical axis; normal (S, size, size,
+    3) float32, unit vectors in the camera's frame (x right, y up, z towards the viewer); instance (S, size, size)
+    uint8, 0 the ground and k the k-th object; pixel (S, K, 2) float32, x and y of the projected centres in pixels.
     """
     S = len(scenes['shape'])
     rays = trace(scenes, size)
@@ -268,7 +273,8 @@ def render(scenes, size=64, antialias=True):
 
 
 def make_chunk(job):
-    """One chunk of scenes as compact arrays; its randomness depends on the seed and the chunk's number alone."""
+    """One chunk of scenes as compact arrays; its random numbers are a function of the seed and the index of the
+    chunk."""
     n, seed, chunk, size, max_objects = job
     scenes = sample_scenes(n, np.random.default_rng((seed, chunk)), max_objects)
     parts = [render(choose(scenes, np.arange(start, min(start + CHUNK, n))), size) for start in range(0, n, CHUNK)]
@@ -279,7 +285,7 @@ def make_chunk(job):
 
 
 def open_pool(workers):
-    """So many processes (None: one a core), which leave Ctrl-C to the one that opens them."""
+    """A pool of processes (None: one per core) that ignore Ctrl-C, which the parent process handles."""
     return multiprocessing.get_context('spawn').Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 

@@ -1,6 +1,6 @@
 """
-Scores of what models say about scenes. Every metric is a sum of numerators over a sum of denominators, (n, k, 2) for n samples
-and k classes.
+Scores of generated modalities of scenes. Every metric is a sum of numerators over a sum of denominators, (n, k, 2) for
+n samples and k classes.
 """
 import numpy as np
 
@@ -9,10 +9,10 @@ from prepare.scenes_render import COLORS, SHAPES
 
 
 def match(agree):
-    """How well two lists of objects agree, agree (a, b), in each pair of the best alignment that keeps both left to right: (a,),
-    0 for a true object without a partner."""
+    """Aligns two lists of objects, both from left to right, with the largest total agreement, agree (a, b). Returns
+    the agreement of each pair (a,), 0 for a true object without a partner."""
     a, b = agree.shape
-    best = np.zeros((a + 1, b + 1))  # the longest-common-subsequence recursion, with objects for letters
+    best = np.zeros((a + 1, b + 1))  # dynamic programming, as for the longest common subsequence
     for i in range(a):
         for j in range(b):
             best[i + 1, j + 1] = max(best[i, j + 1], best[i + 1, j], best[i, j] + agree[i, j])
@@ -29,8 +29,9 @@ def match(agree):
 
 
 def score_objects(truths, founds):
-    """Attribute accuracy (missing and surplus objects count as wrong), share of objects with all attributes right, share
-    of scenes with exactly the right objects. An attribute that a field does not tell (size in scene_desc) is left out."""
+    """Fraction of attributes that are correct (missing and surplus objects count as wrong), of objects with all
+    attributes correct, of scenes with exactly the true objects. An attribute that the field does not contain (size in
+    scene_desc) is left out."""
     rows, known = [], 3 + any((found[:, 3] >= 0).any() for found in founds)
     for truth, found in zip(truths, founds):
         truth, found = truth[truth[:, 0] >= 0, :4], found[:, :4]
@@ -44,8 +45,8 @@ def score_objects(truths, founds):
 
 
 def score_boxes(truths, founds):
-    """Intersection over union with the true box, of tables (K, 5) of shapes and ends, and the share of boxes in which it is at
-    least a half; 0 where the shape is another. Missing and surplus boxes count as wrong."""
+    """Intersection over union (IoU) with the true box, for tables (K, 5) of shapes and box edges, and the fraction of
+    boxes with IoU >= 0.5. IoU is 0 if the shape differs. Missing and surplus boxes count as wrong."""
     rows = []
     for truth, found in zip(truths, founds):
         low, high = np.maximum(truth[:, None, 1:3], found[:, 1:3]), np.minimum(truth[:, None, 3:], found[:, 3:])

@@ -1,14 +1,14 @@
 """
-SmolLM2 (arXiv 2502.02737), a language model trained on 2 to 4 trillion tokens, as weights and tokenizer of chapter 1's GPT.
+SmolLM2 (arXiv 2502.02737), a language model trained on 2 to 4 trillion tokens: its weights and tokenizer for gpt.py.
 
     python -m prepare.smollm2                  135 M parameters, to out/smollm2/ckpt_last.pt
     python -m prepare.smollm2 --size=360M      to out/smollm2-360m
     python sample.py --init_from=smollm2 --prompt="The capital of France is"
     python train.py config/gpt_finetune.py
 
-It is a Llama (arXiv 2302.13971): the GPT of gpt.py with SwiGLU, grouped keys and values, no norm of queries and keys, and a
-gain in each RMSNorm. Our norms have none, and need none: a gain multiplies what the next matrix reads, so it is multiplied
-into that matrix's columns. The final norm's gain goes into the head, which therefore no longer equals the embedding.
+It is a Llama (arXiv 2302.13971): the GPT of gpt.py with SwiGLU, grouped-query attention, no QK-norm, and a gain in each
+RMSNorm. gpt.py has no gains: a gain multiplies the input of the next matrix, so it is multiplied into that matrix's
+columns. The final norm's gain goes into lm_head, which is therefore no longer tied to the embedding.
 """
 import json
 from dataclasses import asdict
@@ -30,30 +30,30 @@ SETTINGS = dict(
 )
 URL = 'https://huggingface.co/HuggingFaceTB/SmolLM2-{}/resolve/main/{}'
 LLAMA = dict(model_type='llama', hidden_act='silu', attention_bias=False, mlp_bias=False, tie_word_embeddings=True,
-             rope_type='default', rope_scaling=None, rope_interleaved=False)  # where config.json differs, so does the model
+             rope_type='default', rope_scaling=None, rope_interleaved=False)  # other values: another model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 
-# GPT-2's alphabet for bytes: printable ones stand for themselves, the other 68 for the characters from 256 on.
+# GPT-2's alphabet for bytes: a printable byte is its own character, the other 68 are the characters from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
 
-# Bytes that have no token, since they were nowhere in the text that the tokenizer was made from, and the characters that need
-# them: six control characters and the unassigned planes 4 to 11. The pattern skips these, so that they vanish from a text.
+# Bytes without a token, because the tokenizer's training text lacked them, and the characters that need them: six
+# control characters and the unassigned planes 4 to 11. The pattern skips these characters and so removes them.
 NO_TOKEN = {4, 6, 0x13, 0x14, 0x16, 0x1d, 0xc0, 0xc1, 0xf1, 0xf2, *range(0xf5, 256)}
 SKIPPED = r'\x04\x06\x13\x14\x16\x1D\x{40000}-\x{BFFFF}'
 
-# A text is first cut around every digit of any script, then by GPT-2's pattern between two digits. In one pattern: a space does
-# not go with the digit behind it, and white space ends at a digit as it does at the end of a text.
+# A text is first split at every digit of any script, then by GPT-2's pattern between digits. As one pattern: a space is
+# not joined to the digit after it, and white space ends at a digit as it does at the end of a text.
 PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}" + SKIPPED + r"]+|\s+(?![^\s\p{N}])|\s+"
 
 
 def encoding(path=None):
-    """SmolLM2's 49,152 tokens as a tiktoken.Encoding, from a tokenizer.json; from the published one where no path is given.
+    """Load SmolLM2's 49,152 tokens as a tiktoken.Encoding, from a tokenizer.json, by default the published one.
 
-    Raises UserError where the file describes another kind of tokenizer.
+    Raises UserError if the file describes another kind of tokenizer.
     """
     path = path or download(URL.format('135M', 'tokenizer.json'), 'smollm2-135m/tokenizer.json')
     try:
@@ -63,10 +63,11 @@ def encoding(path=None):
         tokens = sorted(ids, key=ids.get)
         first = len(tokens) - len(merges)  # before it: special tokens, then single bytes
         digits, level = file['pre_tokenizer']['pretokenizers']
-        split = [digits['type'], digits['individual_digits'], level['type'], level['add_prefix_space'], level['use_regex']]
+        split = [digits['type'], digits['individual_digits'],
+                 level['type'], level['add_prefix_space'], level['use_regex']]
         ranks = {bytes(BYTES[c] for c in token): ids[token] for token in tokens if token not in special}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: not SmolLM2\'s tokenizer ({type(error).__name__}: {error}); delete it and run this again')
+        raise UserError(f"{path}: not SmolLM2's tokenizer ({type(error).__name__}: {error}); delete it and run again")
     for what, found, expected in (
             ('normalizer', file.get('normalizer'), None),
             ('way to split a text', split, ['Digits', True, 'ByteLevel', False, True]),
@@ -75,13 +76,13 @@ def encoding(path=None):
             ('set of bytes', {*tokens[len(special):first]}, {c for c, b in BYTES.items() if b not in NO_TOKEN}),
             ('order of merges', merges, tokens[first:])):  # tiktoken merges in the order of ids
         if found != expected:
-            raise UserError(f'{path}: another {what} than SmolLM2\'s; this script cannot convert it')
+            raise UserError(f"{path}: another {what} than SmolLM2's; this script cannot convert it")
     return tiktoken.Encoding('smollm2', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
-class Fields:
-    """Text -> ids (T,), a list of ids -> text; `end` is the id after each document, and so the `start` of the next. There is
-    no data folder to read."""
+class Dataset:
+    """Text -> ids (T,), a list of ids -> text; `end` is the id after each document and the `start` of the next. It
+    has no data folder."""
     def __init__(self, folder=None):
         self.encoding = encoding()
         self.start = self.end = self.encoding.eot_token
@@ -97,33 +98,33 @@ class Fields:
 # Weights
 
 def read_config(path):
-    """A Llama's config.json -> the Config of the same model in gpt.py. Raises UserError where gpt.py has no such model."""
+    """A Llama's config.json -> the Config of the same model in gpt.py. Raises UserError for a model gpt.py lacks."""
     try:
         llama = json.loads(Path(path).read_text(encoding='utf-8'))
-        llama |= llama.get('rope_parameters') or {}  # where newer files keep the rotary settings
+        llama |= llama.get('rope_parameters') or {}  # in newer files
         model_config = Config(
-            vocab_size=llama['vocab_size'], block_size=llama['max_position_embeddings'], n_layer=llama['num_hidden_layers'],
-            n_head=llama['num_attention_heads'], n_embd=llama['hidden_size'], n_kv_head=llama['num_key_value_heads'],
-            mlp='swiglu', mlp_width=llama['intermediate_size'], qk_norm=False, rope_theta=float(llama['rope_theta']),
-            norm_eps=llama['rms_norm_eps'], token_shift=False)
+            vocab_size=llama['vocab_size'], block_size=llama['max_position_embeddings'],
+            n_layer=llama['num_hidden_layers'], n_head=llama['num_attention_heads'], n_embd=llama['hidden_size'],
+            n_kv_head=llama['num_key_value_heads'], activation='swiglu', mlp_hidden_dim=llama['intermediate_size'],
+            qk_norm=False, rope_base=float(llama['rope_theta']), norm_eps=llama['rms_norm_eps'], token_shift=False)
         expected = LLAMA | {'head_dim': model_config.n_embd // model_config.n_head}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{path}: not the description of a Llama ({type(error).__name__}: {error}); delete it and run this again')
+        raise UserError(f'{path}: not the config of a Llama ({type(error).__name__}: {error}); delete it and run again')
     for name, value in expected.items():
         if llama.get(name) not in (None, value):
-            raise UserError(f'{path}: {name} is {llama[name]!r}, and gpt.py knows only {value!r}; choose another model')
+            raise UserError(f'{path}: {name} is {llama[name]!r}, gpt.py supports only {value!r}; choose another model')
     return model_config
 
 
 def read_weights(path, c):
-    """A Llama's model.safetensors -> {name in gpt.py: float32 tensor}, gains multiplied into the matrices behind them.
+    """A Llama's model.safetensors -> {name in gpt.py: float32 tensor}, with gains multiplied into the next matrices.
 
-    c: the Config. Raises UserError where the file is damaged, or where a tensor is missing, unexpected or of another shape.
+    c: the Config. Raises UserError if the file is damaged, or a tensor is missing, unexpected or has another shape.
     """
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise UserError('SmolLM2\'s weights are a safetensors file: pip install safetensors, then run this again')
+        raise UserError("SmolLM2's weights are a safetensors file: pip install safetensors, then run this again")
     D, kv = c.n_embd, c.n_kv_head * c.n_embd // c.n_head
     try:
         with safe_open(path, 'pt') as file:
@@ -132,25 +133,26 @@ def read_weights(path, c):
             def take(name, *shape):
                 found = tuple(file.get_slice(f'{name}.weight').get_shape()) if f'{name}.weight' in left else 'missing'
                 if found != shape:
-                    raise UserError(f'{path}: {name}.weight is {found}, expected {shape}: it does not belong to its config.json')
+                    raise UserError(f'{path}: {name}.weight is {found}, expected {shape}, which its config.json says')
                 left.remove(f'{name}.weight')
                 return file.get_tensor(f'{name}.weight').float()
 
             embedding = take('model.embed_tokens', c.vocab_size, D)
-            weights = {'embedding.weight': embedding, 'head.weight': embedding * take('model.norm', D)}
+            weights = {'token_embedding.weight': embedding, 'lm_head.weight': embedding * take('model.norm', D)}
             for i in range(c.n_layer):
                 llama, ours = f'model.layers.{i}', f'blocks.{i}'
-                qkv = [take(f'{llama}.self_attn.{name}_proj', rows, D) for name, rows in (('q', D), ('k', kv), ('v', kv))]
-                up = [take(f'{llama}.mlp.{name}_proj', c.mlp_width, D) for name in ('gate', 'up')]
+                qkv = [take(f'{llama}.self_attn.{name}_proj', rows, D)
+                       for name, rows in (('q', D), ('k', kv), ('v', kv))]
+                up = [take(f'{llama}.mlp.{name}_proj', c.mlp_hidden_dim, D) for name in ('gate', 'up')]
                 weights |= {
                     f'{ours}.attention.qkv.weight': torch.cat(qkv) * take(f'{llama}.input_layernorm', D),
                     f'{ours}.attention.out.weight': take(f'{llama}.self_attn.o_proj', D, D),
                     f'{ours}.mlp.up.weight': torch.cat(up) * take(f'{llama}.post_attention_layernorm', D),
-                    f'{ours}.mlp.down.weight': take(f'{llama}.mlp.down_proj', D, c.mlp_width)}
+                    f'{ours}.mlp.down.weight': take(f'{llama}.mlp.down_proj', D, c.mlp_hidden_dim)}
     except (OSError, SafetensorError) as error:
-        raise UserError(f'{path}: not a safetensors file ({error}); delete it and run this again')
+        raise UserError(f'{path}: not a safetensors file ({error}); delete it and run again')
     if left:
-        raise UserError(f'{path}: {min(left)} has no place in gpt.py; choose another model')
+        raise UserError(f'{path}: {min(left)} has no counterpart in gpt.py; choose another model')
     return weights
 
 
@@ -160,11 +162,14 @@ def main(*arguments, **overrides):
     if size not in ('135M', '360M'):
         raise UserError(f'size={size!r}: choose 135M or 360M')
     out = Path(settings['out'] or ('out/smollm2' if size == '135M' else 'out/smollm2-360m'))
-    files = [download(URL.format(size, name), f'smollm2-{size.lower()}/{name}') for name in ('config.json', 'model.safetensors')]
+    files = [download(URL.format(size, name), f'smollm2-{size.lower()}/{name}')
+             for name in ('config.json', 'model.safetensors')]
     model_config, tokens = read_config(files[0]), encoding().n_vocab
-    meta = dict(kind='stream', fields={'tokens': tokens}, config={'vocab_size': tokens}, prepare='smollm2', encoding='smollm2')
+    meta = dict(kind='stream', fields={'tokens': tokens}, config={'vocab_size': tokens}, prepare='smollm2',
+                encoding='smollm2')
     weights = read_weights(files[1], model_config)
-    checkpoint = dict(format=checkpoints.FORMAT, settings=dict(model='gpt', dataset='smollm2'), model_config=asdict(model_config), meta=meta, step=0)
+    checkpoint = dict(format=checkpoints.FORMAT, settings=dict(model='gpt', dataset='smollm2'),
+                      model_config=asdict(model_config), meta=meta, step=0)
     out.mkdir(parents=True, exist_ok=True)
     checkpoints.save(out / 'ckpt_last.pt', checkpoint | dict(weights=weights))
     print(f'{out}/ckpt_last.pt: SmolLM2-{size}, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M weights')

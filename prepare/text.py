@@ -1,17 +1,18 @@
 """
-Your own text as one long run of tokens: a file, or all text files of a folder.
+Your own text as one sequence of tokens: a file, or all text files of a folder.
 
-    python -m prepare.text --input=notes.txt --out=data/notes                       one token a character
+    python -m prepare.text --input=notes.txt --out=data/notes                       one token per character
     python -m prepare.text --input=folder --encoding=bpe --vocab_size=4096 --out=data/folder
     python train.py config/gpt_shakespeare.py --dataset=folder --out_dir=out/folder
 
-    characters  the text's own alphabet; no end token, documents follow each other directly
+    characters  the alphabet of the text; no end token between documents
     bpe         byte-pair encoding with vocab_size tokens, trained on the first 20 million characters
     gpt2        the 50,257 tokens of GPT-2
-    smollm2     the 49,152 tokens of SmolLM2, to train its weights further
+    smollm2     the 49,152 tokens of SmolLM2, to fine-tune it
 
-Byte-pair encodings put an end token after each document (each file). The last val_share of all tokens is for validation.
-The packing here, and `Fields`, which turns prompts into ids and ids into text, serve all data sets that are plain text.
+Byte-pair encodings have an end token after each document (each file). The last fraction val_share of all tokens is for
+validation. All data sets of plain text use the functions of this file and `Dataset`, which encodes prompts and decodes
+ids.
 """
 import hashlib
 import re
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError
-from prepare.arrays import save_meta
+from prepare import arrays
 from prepare.text_tokenizers import Characters, gpt2_encoding, load_encoding, save_encoding, train_bpe
 
 MAKES = 'data/text'
@@ -34,30 +35,30 @@ SETTINGS = dict(
     out=MAKES,              # the data folder
     val_share=0.1,          # fraction at the end of the text that is held out
 )
-SUFFIXES = ('.txt', '.md', '.rst', '.tex')  # of a folder; a file of your choice may have any
+SUFFIXES = ('.txt', '.md', '.rst', '.tex')  # in a folder; a single file may have any
 ENCODINGS = ('characters', 'bpe', 'gpt2', 'smollm2')
 BPE_SAMPLE = 20_000_000  # characters
 
 
-class Fields:
-    """The folder as sample.py sees it. `end` is the id of the end token, None where there is none; `start` is what stands before a
-    text: that token, or a line's end, or, in a text without lines, any character."""
+class Dataset:
+    """Encodes and decodes text for a data folder. `end`: id of the end token, or None. `start`: id of the token before
+    a text: the end token; without one, a newline; without newlines, any character."""
     def __init__(self, folder):
         self.encoding = load_encoding(Path(folder, 'encoding.json'))
         self.end = self.encoding.eot_token
         self.start = self.encoding.ids.get('\n', 0) if self.end is None else self.end
 
     def encode(self, text):
-        """Text -> ids (T,); raises UserError at a character that the alphabet lacks."""
+        """Text -> ids (T,). Raises UserError if a character is not in the alphabet."""
         return torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.long)
 
     def decode(self, ids):
-        """A list of ids -> text, without end tokens and places that hold none (-1)."""
+        """A list of ids -> text, without end tokens and padding (-1)."""
         return self.encoding.decode([i for i in ids if i >= 0 and i != self.end])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From documents to a folder: only one document at a time is in memory
+# From documents to a data folder, with one document at a time in memory
 
 def make_encoding(name, documents, vocab_size):
     """The encoding of this name: Characters or a tiktoken.Encoding. documents: an iterator of strings."""
@@ -86,7 +87,7 @@ def first(documents, size):
 
 
 def pieces(document, size=1 << 20):
-    """The document in pieces of about `size` characters, cut before a single white space between words: no token crosses."""
+    """Yields pieces of about `size` characters, cut before single white space between words, where no token crosses."""
     start = 0
     while start < len(document):
         cut = re.compile(r'(?<=\S)[ \n](?=\S)').search(document, start + size)
@@ -96,7 +97,7 @@ def pieces(document, size=1 << 20):
 
 
 def pack(path, encoding, documents):
-    """Encodes documents one after the other into a file, an end token after each; returns it as a mapped array (T,)."""
+    """Encodes documents into a file, with an end token after each; returns it as a memory-mapped array (T,)."""
     dtype = np.min_scalar_type(encoding.n_vocab - 1)
     end = [] if encoding.eot_token is None else [encoding.eot_token]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,25 +110,25 @@ def pack(path, encoding, documents):
 
 
 def write(folder, encoding, splits, meta):
-    """The data folder: splits {'train': (T,), 'val': (T,)}, the encoding, and what `meta` adds to meta.json."""
-    (folder / 'meta.json').unlink(missing_ok=True)
+    """Writes a data folder: splits {'train': (T,), 'val': (T,)}, encoding, and meta.json with the entries `meta`."""
     for split, tokens in splits.items():
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        np.save(folder / split / 'tokens.npy', tokens)
+        arrays.write(folder / split, dict(tokens=tokens))
     save_encoding(folder / 'encoding.json', encoding)
     sizes, sample = {split: len(tokens) for split, tokens in splits.items()}, splits['val'][:1_000_000].tolist()
-    bytes_per_token = len(Fields(folder).decode(sample).encode()) / len(sample)  # a loss in nats / ln 2 / this: bits a byte
-    if meta['encoding'] in ('characters', 'bpe'):  # made for this text: others of the same name have other tokens
+    bytes_per_token = len(Dataset(folder).decode(sample).encode()) / len(sample)  # bits per byte = nats per token / ln 2 / this
+    if meta['encoding'] in ('characters', 'bpe'):  # specific to this text
         meta['encoding'] += '-' + hashlib.sha256((folder / 'encoding.json').read_bytes()).hexdigest()[:8]
     meta = dict(kind='stream', fields=dict(tokens=encoding.n_vocab), config=dict(vocab_size=encoding.n_vocab), sizes=sizes,
                 bytes_per_token=bytes_per_token) | meta
-    save_meta(folder, meta)
+    arrays.save_meta(folder, meta)
     print(f'{folder}: {encoding.n_vocab:,} symbols; {sizes["train"]:,} tokens for training, {sizes["val"]:,} for validation, '
           f'of {bytes_per_token:.2f} bytes each')
 
 
 def write_split(folder, encoding, documents, val_share, meta):
-    """`write` for one run of documents, the last val_share of which is for validation. Raises UserError where it is too short."""
+    """`write` for one sequence of documents, whose last fraction val_share is for validation. Raises UserError if it
+    is too short."""
+    arrays.begin(folder, meta['prepare'])
     tokens = pack(folder / 'tokens.tmp', encoding, documents)
     cut = int(len(tokens) * (1 - val_share))
     if not 0 < cut < len(tokens):
@@ -140,7 +141,7 @@ def write_split(folder, encoding, documents, val_share, meta):
 # Your own files
 
 def find_files(path):
-    """A file itself, or a folder's text files, those of its folders included, in sorted order. Raises UserError at none."""
+    """The file itself, or all text files in a folder and its subfolders, sorted. Raises UserError if there are none."""
     if path.is_file():
         return [path]
     files = sorted(file for file in path.rglob('*') if file.suffix.lower() in SUFFIXES and file.is_file())
@@ -150,10 +151,10 @@ def find_files(path):
 
 
 def read_files(files):
-    """The text of each file. Raises UserError where one is empty or not UTF-8."""
+    """Yields the text of each file. Raises UserError if a file is empty or not UTF-8."""
     for file in files:
         try:
-            text = file.read_text(encoding='utf-8-sig')  # a byte order mark at the start is none of the text
+            text = file.read_text(encoding='utf-8-sig')  # without a byte order mark
         except UnicodeDecodeError as error:
             raise UserError(f'{file}: not UTF-8 text ({error}); convert it, or leave it out')
         if not text.strip():

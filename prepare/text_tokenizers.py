@@ -1,11 +1,11 @@
 """
-Text as tokens: characters, byte-pair encodings (through tiktoken), or a small closed vocabulary written for a data set.
+Text tokenizers: characters, byte-pair encodings (with tiktoken), and closed vocabularies for a data set.
 
-A byte-pair encoding starts from the 256 bytes and gives an id to the most frequent pair of neighbours, again and again (arXiv
-1508.07909): `train_bpe` does so for any text, `gpt2_encoding` is the one that GPT-2 was trained with.
+A byte-pair encoding (BPE, arXiv 1508.07909) starts with the 256 bytes and repeatedly merges the most frequent pair of
+adjacent tokens to a new token. `train_bpe` does this for any text; `gpt2_encoding` is that of GPT-2.
 
-A closed vocabulary lists its words, spaces included (' red', ' Shape: cube'); each is one token, whatever its length. Any other
-text falls back to single bytes, so that no input can fail. Ids: 0..255 the bytes, then the words, then the end token.
+A closed vocabulary is a list of words, spaces included (' red', ' Shape: cube'); each is one token. Other text is
+encoded as single bytes, so that every input can be encoded. Ids: 0..255 the bytes, then the words, then the end token.
 """
 import heapq
 import itertools
@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-import regex  # tiktoken requires it too; re knows no \p{L}
+import regex  # tiktoken requires it too; re has no \p{L}
 import tiktoken
 from tqdm import tqdm
 
@@ -24,11 +24,11 @@ from config import UserError
 from prepare.download import cache_folder
 
 END = '<|endoftext|>'
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # no token crosses these words
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words; no token crosses them
 
 
 class Characters:
-    """One id a character of the alphabet, no end token; in what is used here it looks like a tiktoken.Encoding."""
+    """One id per character, without an end token; has the methods of tiktoken.Encoding that are used here."""
     eot_token = None
 
     def __init__(self, alphabet):
@@ -36,7 +36,7 @@ class Characters:
 
     def encode_ordinary(self, text):
         if unknown := sorted(set(text) - set(self.ids)):
-            raise UserError(f'the character {unknown[0]!r} is none of this text\'s; its alphabet is {"".join(self.ids)!r}')
+            raise UserError(f'the character {unknown[0]!r} is not in the alphabet {"".join(self.ids)!r}')
         return [self.ids[c] for c in text]
 
     def decode(self, ids):
@@ -48,16 +48,16 @@ class Characters:
 # Byte-pair encodings
 
 def gpt2_encoding():
-    """GPT-2's encoding; its two files are fetched once, or found in NANO_CACHE/tiktoken on a machine without internet."""
+    """The encoding of GPT-2. Its two files are downloaded once; without internet, copy them to NANO_CACHE/tiktoken."""
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(cache_folder() / 'tiktoken'))
     try:
         return tiktoken.get_encoding('gpt2')
     except OSError as error:
-        raise UserError(f'GPT-2\'s encoding is neither in {os.environ["TIKTOKEN_CACHE_DIR"]} nor to be downloaded ({error})')
+        raise UserError(f'GPT-2\'s encoding is not in {os.environ["TIKTOKEN_CACHE_DIR"]} and cannot be downloaded ({error})')
 
 
 def merge(ids, pair, new):
-    """ids with each occurrence of the pair, from left to right, replaced by the id `new`, which is none of the pair's."""
+    """Replaces each occurrence of the pair in ids, from left to right, by the id `new`."""
     merged = []
     for i in ids:
         if merged and (merged[-1], i) == pair:
@@ -68,12 +68,14 @@ def merge(ids, pair, new):
 
 
 def merges(words, counts):
-    """Yields the pairs to merge, the most frequent one first, among equals that of smallest ids; the first one gets the id 256.
+    """Yields the pairs to merge, the most frequent first, of equally frequent ones that with the smallest ids. The
+    first gets id 256.
 
-    words: lists of ids, merged in place; counts: how often each stands in the text. A merge changes the counts of only those
-    words that hold its pair, and the most frequent pair comes from a heap, whose outdated entries are passed over.
+    words: lists of ids, merged in place; counts: number of occurrences of each word. A merge changes only the counts
+    of words that contain its pair. The most frequent pair is taken from a heap; outdated entries of the heap are
+    skipped.
     """
-    pairs, places, changed, heap = Counter(), defaultdict(set), set(), []  # places: the words in which a pair is, or once was
+    pairs, places, changed, heap = Counter(), defaultdict(set), set(), []  # places: words that contain or contained a pair
 
     def count(w, sign):
         for pair in zip(words[w], words[w][1:]):
@@ -114,44 +116,46 @@ def train_bpe(texts, vocab_size):
 
 
 def save_encoding(path, encoding):
-    """Characters or a tiktoken.Encoding as JSON; bytes are written as the characters of the same number."""
+    """Writes Characters or a tiktoken.Encoding as JSON; byte b is written as the character with code b."""
     if isinstance(encoding, Characters):
         saved = dict(alphabet=''.join(encoding.ids))
     else:
         saved = dict(pattern=encoding._pat_str, specials=encoding._special_tokens,
                      ranks={token.decode('latin-1'): i for token, i in encoding._mergeable_ranks.items()})
-    Path(path).write_text(json.dumps(saved))
+    Path(path).write_text(json.dumps(saved), encoding='utf-8')
 
 
 def load_encoding(path):
-    """What save_encoding wrote; tiktoken's own loader would cache it by path, and serve an old one. Raises UserError."""
+    """Reads a file of save_encoding; tiktoken's loader would cache it by path, and return an old one. Raises
+    UserError."""
     try:
-        saved = json.loads(Path(path).read_text())
+        saved = json.loads(Path(path).read_text(encoding='utf-8'))
         if 'alphabet' in saved:
             return Characters(saved['alphabet'])
         ranks = {token.encode('latin-1'): i for token, i in saved['ranks'].items()}
         return tiktoken.Encoding('saved', pat_str=saved['pattern'], mergeable_ranks=ranks, special_tokens=saved['specials'])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: missing or no encoding ({type(error).__name__}); delete {Path(path).parent} to make it anew')
+        raise UserError(f'{path}: missing or no encoding ({type(error).__name__}); delete {Path(path).parent} to make it '
+                        'again')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Closed vocabularies, and short texts as rows
+# Closed vocabularies, and short texts as rows of ids
 
 def word_encoding(name, words):
-    """A tiktoken.Encoding of these words, with all 256 single bytes before them; the last id is the end token."""
+    """A tiktoken.Encoding of all 256 bytes, then these words; the last id is the end token."""
     ranks = {bytes([i]): i for i in range(256)} | {word.encode(): 256 + i for i, word in enumerate(words)}
-    assert len(ranks) == 256 + len(words), 'words are to differ from each other and from single bytes'
+    assert len(ranks) == 256 + len(words), 'words must differ from each other and from single bytes'
     longest_first = sorted(words, key=len, reverse=True)
     pattern = '|'.join([*map(re.escape, longest_first), r' ?\w+', r'\s|[^\s\w]+'])
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={'<|end|>': len(ranks)})
 
 
 def frequent_words(texts, most=4000):
-    """Words for a closed vocabulary of these texts, the most frequent first; after a space, a word includes it."""
+    """The most frequent words of texts, for a closed vocabulary; a word includes a space before it."""
     pieces, counts = Counter(), Counter()
     for text in texts:
-        pieces.update(text.replace(' ', '\0 ').split('\0'))  # 'A cube, too' -> 'A', ' cube,', ' too': few, so that the regex is
+        pieces.update(text.replace(' ', '\0 ').split('\0'))  # few pieces: less work for the regex
     for piece, n in pieces.items():
         for word in re.findall(r' ?\w+|[^\w\s]+', piece):
             counts[word] += n
@@ -159,24 +163,25 @@ def frequent_words(texts, most=4000):
 
 
 def save_words(path, words):
-    Path(path).write_text(json.dumps(words))
+    Path(path).write_text(json.dumps(words), encoding='utf-8')
 
 
 def load_words(path):
-    """The encoding of the words in a JSON file; tiktoken's own loader would cache it by path, and serve an old one."""
+    """The encoding of the words in a JSON file. Raises UserError."""
     try:
-        return word_encoding(Path(path).stem, json.loads(Path(path).read_text()))
+        return word_encoding(Path(path).stem, json.loads(Path(path).read_text(encoding='utf-8')))
     except (OSError, ValueError) as error:
-        raise UserError(f'{path}: missing or not a vocabulary ({error}); delete {Path(path).parent} to make it anew')
+        raise UserError(f'{path}: missing or not a vocabulary ({error}); delete {Path(path).parent} to make it again')
 
 
 def encode_rows(encoding, texts, length):
-    """Texts -> (n, length) rows of ids: tokens, one end token, then -1. Raises UserError where a text is too long."""
+    """Texts -> (n, length) rows of ids: tokens, one end token, then -1. Raises UserError if a text is too long."""
     rows = np.full((len(texts), length), -1, np.int32)
     for row, text in zip(rows, texts):
         ids = encoding.encode_ordinary(text) + [encoding.n_vocab - 1]
         if len(ids) > length:
-            raise UserError(f'the text {text[:60]!r}... has {len(ids)} tokens with its end token, the modality holds {length}')
+            raise UserError(f'the text {text[:60]!r}... has {len(ids)} tokens with its end token, the modality holds '
+                            f'{length}')
         row[:len(ids)] = ids
     return rows
 

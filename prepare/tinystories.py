@@ -4,16 +4,17 @@ TinyStories (Eldan and Li, arXiv 2305.07759): 2.7 million short stories in the w
     python -m prepare.tinystories                                         4,096 tokens of byte-pair encoding, trained here
     python -m prepare.tinystories --encoding=gpt2 --n_stories=100000      GPT-2's 50,257 tokens; fewer stories for training
 
-Two public files, 2.2 GB and 22 MB, are downloaded once into the cache folder NANO_CACHE, or found there. The stories follow each
-other in one run of tokens, an end token after each.
+Two public files, 2.2 GB and 22 MB, are downloaded once into the cache folder NANO_CACHE. The stories are concatenated
+to one sequence of tokens, with an end token after each.
 """
 from itertools import islice
 from pathlib import Path
 
 import config
 from config import UserError
+from prepare import arrays
 from prepare.download import download
-from prepare.text import Fields, make_encoding, pack, write  # Fields: what sample.py looks for here
+from prepare.text import Dataset, make_encoding, pack, write  # Dataset: for sample.py
 from prepare.text_tokenizers import END
 
 URL = 'https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/'
@@ -28,7 +29,7 @@ SETTINGS = dict(
 
 
 def stories(path):
-    """The stories of a file one by one, without the white space around them."""
+    """Yields the stories of a file, without white space around them."""
     rest = ''
     with open(path, encoding='utf-8') as file:
         while block := file.read(1 << 20):
@@ -45,6 +46,7 @@ def main(*arguments, **overrides):
     folder, paths = Path(settings['out']), {split: download(URL + name, name) for split, name in FILES.items()}
     encoding = make_encoding(settings['encoding'], stories(paths['train']), settings['vocab_size'])
     documents = dict(train=islice(stories(paths['train']), settings['n_stories'] or None), val=stories(paths['val']))
+    arrays.begin(folder, 'tinystories')
     splits = {split: pack(folder / f'{split}.tmp', encoding, documents[split]) for split in FILES}
     write(folder, encoding, splits, dict(prepare='tinystories', encoding=settings['encoding'], settings=settings))
     for split in FILES:

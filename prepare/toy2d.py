@@ -1,11 +1,11 @@
 """
-Points in the plane whose distribution is known: what a generative model has learned can be seen, and measured exactly.
+Points in the plane with a known distribution: what a generative model has learned can be seen, and measured exactly.
 
     python -m prepare.toy2d                                        eight Gaussians on a circle, in data/toy2d
     python -m prepare.toy2d --name=moons --out=data/moons          also checkerboard, spirals
 
-`point` holds (n, 2) float32. Eight Gaussians and the checkerboard have a density in closed form, moons and spirals none that is
-worth its lines. All four have about unit variance in each direction, as the noise has from which they are generated.
+`point` holds (n, 2) float32. Eight Gaussians and the checkerboard have a density in closed form; moons and spirals
+have none here. All four have about unit variance on each axis, as the noise from which they are generated.
 """
 import json
 import math
@@ -16,21 +16,21 @@ from PIL import Image, ImageDraw
 
 import config
 from config import UserError
-from prepare.arrays import save_meta
+from prepare.arrays import begin, save_meta, write
 
 MAKES = 'data/toy2d'
 SETTINGS = dict(
-    name='gaussians',                # gaussians, moons or checkers
+    name='gaussians',                # gaussians, checkerboard, moons or spirals
     n_train=200_000, n_val=20_000,  # points
     seed=0,
     out=MAKES,                       # the data folder
 )
 RADIUS, WIDTH = 1.4, 0.1  # of the eight Gaussians
-EXTENT = 2.4              # pictures show -EXTENT .. EXTENT
+EXTENT = 2.4              # images show -EXTENT .. EXTENT
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The distributions: draws (n, 2)
+# The distributions: samples (n, 2)
 
 def gaussians(n, random):
     return centres()[random.integers(0, 8, n)] + WIDTH * random.normal(size=(n, 2))
@@ -57,14 +57,15 @@ def moons(n, random):
 
 def spirals(n, random):
     side, angle = 2 * random.integers(0, 2, n) - 1, 3 * math.pi * np.sqrt(random.random(n))
-    return (0.2 * side * angle)[:, None] * np.stack((np.cos(angle), np.sin(angle)), -1) + 0.05 * random.normal(size=(n, 2))
+    points = (0.2 * side * angle)[:, None] * np.stack((np.cos(angle), np.sin(angle)), -1)
+    return points + 0.05 * random.normal(size=(n, 2))
 
 
 DRAW = dict(gaussians=gaussians, checkerboard=checkerboard, moons=moons, spirals=spirals)
 
 
 def log_density(name, points):
-    """ln p in nats of points (n, 2), -inf where there is nothing; None where it is not known."""
+    """ln p in nats of points (n, 2), -inf outside of the support; None if unknown."""
     if name == 'gaussians':
         square = ((points[:, None] - centres()) ** 2).sum(-1) / WIDTH ** 2  # (n, 8)
         least = square.min(1)
@@ -80,8 +81,8 @@ def log_density(name, points):
 # Scores
 
 def assignment(cost):
-    """For each row of cost (n, n) its column in the cheapest one-to-one assignment: rows enter one by one, each along the
-    shortest path of exchanges (Jonker & Volgenant, 1987). u and v are prices: cost - u - v >= 0, and 0 where assigned."""
+    """For each row of cost (n, n), its column in the optimal assignment. Rows are added one by one, each along the
+    shortest augmenting path (Jonker & Volgenant, 1987). u, v are dual variables: cost - u - v >= 0, 0 if assigned."""
     n = len(cost)
     row_of, u, v = np.full(n, -1), np.zeros(n), np.zeros(n)
     for start in range(n):
@@ -98,62 +99,62 @@ def assignment(cost):
             slack[~done] -= least
             done[column], row = True, row_of[column]
             path.append(column)
-        while column >= 0:  # exchange along the path back to the row that came in
+        while column >= 0:  # augment along the path back to the added row
             row_of[column] = row_of[before[column]] if before[column] >= 0 else start
             column = before[column]
     return np.argsort(row_of)
 
 
 def wasserstein(a, b):
-    """2-Wasserstein distance of two equally large sets of points (n, 2), exactly."""
+    """Exact 2-Wasserstein distance of two sets of n points (n, 2)."""
     cost = ((a[:, None].astype(float) - b) ** 2).sum(-1)
     return math.sqrt(cost[np.arange(len(a)), assignment(cost)].mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The folder as sample.py sees it
+# The data set in use
 
-class Fields:
-    """Draws and scores the points of a data folder."""
+class Dataset:
+    """Samples, plots and scores points of a data folder's distribution."""
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.name = json.loads((self.folder / 'meta.json').read_text())['settings']['name']
+        self.name = json.loads((self.folder / 'meta.json').read_text(encoding='utf-8'))['settings']['name']
 
     def fresh(self, n, seed):
-        """As many new draws (n, 2) float32."""
+        """n new samples (n, 2) float32."""
         return DRAW[self.name](n, np.random.default_rng((seed, 9))).astype(np.float32)
 
     def log_density(self, points):
         return log_density(self.name, points)
 
     def score(self, points, pairs=20):
-        """Wasserstein-2 distances (pairs,) of as many parts of the points (n, 2) from fresh draws. They depend on the size of the
-        parts: compare with those of other draws."""
+        """Split points (n, 2) into `pairs` parts: the Wasserstein-2 distance (pairs,) of each from new samples. It
+        depends on the size of the parts: compare with the distance between two sets of samples."""
         pairs = min(pairs, len(points))
         reals = np.array_split(self.fresh(len(points), 1), pairs)
         return np.array([wasserstein(a, b) for a, b in zip(np.array_split(points, pairs), reals)])
 
     @staticmethod
     def grid(side):
-        """The centres (side * side, 2) of a picture's pixels, from the upper left."""
+        """The centres (side * side, 2) of an image's pixels, from the upper left."""
         line = (np.arange(side) + 0.5) / side * 2 * EXTENT - EXTENT
         return np.stack(np.meshgrid(line, -line), -1).reshape(-1, 2).astype(np.float32)
 
     @staticmethod
     def heat(density, top):
-        """Densities (side, side) as a picture (side, side, 3) uint8, from white at 0 to dark blue at `top`."""
-        share = (density / top).clip(0, 1)[..., None] ** 0.7
-        return (255 - share * (255 - np.array([16, 40, 130]))).astype(np.uint8)
+        """Densities (side, side) as an image (side, side, 3) uint8, from white at 0 to dark blue at `top`."""
+        darkness = (density / top).clip(0, 1)[..., None] ** 0.7
+        return (255 - darkness * (255 - np.array([16, 40, 130]))).astype(np.uint8)
 
     @staticmethod
     def scatter(points, side):
-        """Points (n, 2) as a picture (side, side, 3) uint8: the more in a pixel, the darker."""
+        """Points (n, 2) as an image (side, side, 3) uint8: the more in a pixel, the darker."""
         histogram = np.histogram2d(-points[:, 1], points[:, 0], side, [[-EXTENT, EXTENT]] * 2)[0]
         return (255 - (1 - 0.5 ** histogram[..., None]) * (255 - np.array([16, 40, 130]))).astype(np.uint8)
 
     @staticmethod
     def arrows(points, velocity, side):
-        """Arrows at points (n, 2) along a velocity (n, 2), as a picture (side, side, 3): a line, thick where it begins."""
+        """Arrows at points (n, 2) along a velocity (n, 2), as an image (side, side, 3), a dot at the start."""
         canvas = Image.new('RGB', (4 * side, 4 * side), 'white')
         draw, scale = ImageDraw.Draw(canvas), 2 * side / EXTENT
         for (x, y), (dx, dy) in zip(points * [1, -1] * scale + 2 * side, velocity * [1, -1] * 0.12 * scale):
@@ -163,17 +164,17 @@ class Fields:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Making it
+# The command
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     if settings['name'] not in DRAW or min(settings['n_train'], settings['n_val']) < 1:
-        raise UserError(f'name={settings["name"]!r}: choose one of {", ".join(DRAW)}; n_train and n_val must be at least 1')
+        raise UserError(f'name={settings["name"]!r}: choose one of {", ".join(DRAW)}; n_train and n_val are at least 1')
     folder = Path(settings['out'])
+    begin(folder, 'toy2d')
     for i, split in enumerate(('train', 'val')):
-        (folder / split).mkdir(parents=True, exist_ok=True)
         points = DRAW[settings['name']](settings[f'n_{split}'], np.random.default_rng((settings['seed'], i)))
-        np.save(folder / split / 'point.npy', points.astype(np.float32))
+        write(folder / split, dict(point=points.astype(np.float32)))
     meta = dict(kind='rows', fields=dict(point=0), config=dict(image_size=0, channels=2, n_classes=0), prepare='toy2d',
                 settings=settings)
     save_meta(folder, meta)

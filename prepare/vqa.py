@@ -1,5 +1,5 @@
 """
-Pictures with questions and answers of your own: a JSONL file, one picture (or several) and its conversation a line.
+Your own images with questions and answers: a JSONL file, each line one image (or several) and a conversation about it.
 
     {"image": "cat.jpg", "turns": [["What is on the sofa?", "A cat."], ["Which color is it?", "Black."]]}
 
@@ -7,14 +7,16 @@ Pictures with questions and answers of your own: a JSONL file, one picture (or s
     python -m prepare.vqa --input=llava_instruct_150k.json --images=FOLDER     LLaVA-Instruct's JSON is read as it is
     python train.py config/vlm_smol.py
 
-`Template` is how a conversation becomes tokens, here, in prepare/scenes_qa.py and in sample.py's chat alike:
+`Template` turns a conversation into tokens, here, in prepare/scenes_qa.py and in sample.py's chat:
 
-    PICTURE Question: What is on the sofa? Answer: A cat. END Question: Which color is it? Answer: Black. END
+    IMAGE Question: What is on the sofa? Answer: A cat. END Question: Which color is it? Answer: Black. END
 
-A conversation longer than --length tokens goes on in a further row, which shows the picture again. Pictures of any size and mode
-become size x size RGB, without regard to their proportions, as SigLIP has them; each file is stored once.
+A conversation longer than --length tokens continues in another row, which repeats the image; a turn longer than that is
+left out. Images of any size and mode are resized to size x size RGB without keeping their proportions, as in SigLIP;
+each file is stored once. All conversations about an image are in the same split: training or validation.
 """
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,7 @@ SETTINGS = dict(
     images='',       # the folder of its images
     out=MAKES,       # the data folder
     size=224,        # pixels of a side
-    length=256,      # longest conversation, in tokens
+    length=256,      # tokens of a row, images included
     val_share=0.02,  # fraction of the conversations that is held out
     seed=0,
 )
@@ -43,81 +45,84 @@ SETTINGS = dict(
 # Conversations as tokens
 
 class Template:
-    """Turns of question and answer as ids; `image` is the id that stands for a picture, `end` closes an answer. One that `thinks`
-    leaves it to the model to say ' Answer:', when it has thought (prepare/scenes_qa.py)."""
+    """Turns of question and answer as ids; `image` is the image token, `end` follows each answer. If `thinks`, the
+    model generates a chain of thought and ' Answer:' before the answer (prepare/scenes_qa.py)."""
     def __init__(self, encoding, end, image, thinks=False):
         self.encoding, self.end, self.image, self.thinks = encoding, end, image, thinks
 
-    def ask(self, question, n_images=0):
-        """The ids that lead to a reply: pictures, the question, and the word that asks for the answer. Raises UserError."""
+    def encode_question(self, question, n_images=0):
+        """Return the ids before a reply: image tokens, question, ' Answer:' unless it thinks. Raises UserError."""
         question = question.strip()
         if not question:
             raise UserError('an empty question: write one')
         text = f' Question: {question[0].upper()}{question[1:]}' + ' Answer:' * (not self.thinks)
         return [self.image] * n_images + self.encoding.encode_ordinary(text)
 
-    def reply(self, answer, thought=''):
-        """The ids of an answer, with the thought before it, and of its end: what is learned."""
+    def encode_reply(self, answer, thought=''):
+        """Return the ids of an answer, after its thought if there is one, and of the end: the targets of training."""
         words = [*thought.split(), 'Answer:', answer.strip()] if self.thinks else [answer.strip()]
         return self.encoding.encode_ordinary(' ' + ' '.join(words)) + [self.end]
 
+    def fits(self, turn, length, n_images=1):
+        """Whether a row of `length` tokens can hold the turn (question, answer[, thought]) and its images."""
+        question, *reply = turn
+        return len(self.encode_question(question, n_images)) + len(self.encode_reply(*reply)) <= length
+
     def rows(self, turns, length, n_images=1):
-        """Turns [(question, answer[, thought]), ...] -> rows [(tokens, counted), ...], both (length,), as many as needed, each
-        with its pictures in front; a turn that no row can hold is left out."""
-        rows, tokens, counted = [], [], []
-        for question, *answer in turns:
-            ask, reply = self.ask(question), self.reply(*answer)
-            if n_images + len(ask) + len(reply) > length:
-                continue
-            if tokens and len(tokens) + len(ask) + len(reply) > length:
-                rows.append((tokens, counted))
-                tokens, counted = [], []
-            ask = ask if tokens else [self.image] * n_images + ask
-            tokens, counted = tokens + ask + reply, counted + [0] * len(ask) + [1] * len(reply)
-        rows += [(tokens, counted)] if tokens else []
-        return [(ids + [-1] * (length - len(ids)), flags + [0] * (length - len(ids))) for ids, flags in rows]
+        """Turn [(question, answer[, thought]), ...] into rows [(tokens, loss_mask), ...], both (length,). Each row
+        begins with the image tokens. A turn that does not fit is left out."""
+        rows, tokens, loss_mask = [], [], []
+        for question, *reply in (turn for turn in turns if self.fits(turn, length, n_images)):
+            question, reply = self.encode_question(question), self.encode_reply(*reply)
+            if tokens and len(tokens) + len(question) + len(reply) > length:
+                rows.append((tokens, loss_mask))
+                tokens, loss_mask = [], []
+            question = question if tokens else [self.image] * n_images + question
+            tokens, loss_mask = tokens + question + reply, loss_mask + [0] * len(question) + [1] * len(reply)
+        rows += [(tokens, loss_mask)] if tokens else []
+        return [(ids + [-1] * (length - len(ids)), mask + [0] * (length - len(ids))) for ids, mask in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 def read_resized(path, size):
-    """A picture file of any kind -> (size, size, 3) uint8, see pictures.read_picture. Raises UserError."""
+    """Return an image file of any kind as (size, size, 3) uint8, see pictures.read_picture. Raises UserError."""
     image = read_picture(path)
     if min(image.size) < 2:
-        raise UserError(f'{path}: {image.width}x{image.height} pixels show nothing; give a larger picture')
+        raise UserError(f'{path}: {image.width}x{image.height} pixels show nothing; give a larger image')
     return np.asarray(image.resize((size, size), Image.BICUBIC))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The folder as sample.py sees it
 
-class Fields:
-    """Encodes questions, decodes answers and reads pictures, for any data folder of conversations."""
+class Dataset:
+    """Encodes questions, decodes answers and reads images, for any data folder of conversations."""
     def __init__(self, folder):
-        self.folder, self.meta = Path(folder), json.loads(Path(folder, 'meta.json').read_text())
+        self.folder, self.meta = Path(folder), json.loads(Path(folder, 'meta.json').read_text(encoding='utf-8'))
         self.size = self.meta['config']['image_size']
-        self.template = template(self.meta['encoding'], self.folder, self.meta.get('thinks', False))
+        self.template = load_template(self.meta['encoding'], self.folder, self.meta.get('thinks', False))
 
-    def pictures(self, split, index):
-        """The pictures with these numbers: (n, H, W, 3) uint8, or (n, m, H, W, 3) for an index (n, m)."""
+    def images(self, split, index):
+        """Return the images with these numbers: (n, H, W, 3) uint8, or (n, m, H, W, 3) for an index (n, m)."""
         return arrays.load(Path(self.folder, split, self.meta['files']['image'].format(split=split) + '.npy'))[index]
 
     def read_image(self, path):
         return read_resized(path, self.size)
 
     def questions(self, split, name='questions'):
-        """The lines of a JSONL file of questions: dicts with image (its number), turns and, where there are any, families."""
-        return [json.loads(line) for line in Path(self.folder, split, f'{name}.jsonl').read_text().splitlines()]
+        """Return the lines of a JSONL file of questions: dicts with image (its number), turns and families."""
+        return [json.loads(line) for line in Path(self.folder, split, f'{name}.jsonl').read_text(encoding='utf-8').splitlines()]
 
     def decode(self, ids):
-        """A reply's ids -> its text, with the thought if there is one."""
-        ids = [int(i) for i in ids if i >= 0]
-        return self.template.encoding.decode(ids[:ids.index(self.template.end)] if self.template.end in ids else ids).strip()
+        """Return the text of a reply's ids up to the end token, with its thought if there is one."""
+        ids, end = [int(i) for i in ids if i >= 0], self.template.end
+        return self.template.encoding.decode(ids[:ids.index(end)] if end in ids else ids).strip()
 
 
-def template(name, folder=None, thinks=False):
-    """The Template of an encoding: SmolLM2's, or the closed vocabulary in the folder's words.json, then a picture."""
+def load_template(name, folder=None, thinks=False):
+    """Return a Template of an encoding: SmolLM2's, or the vocabulary of the folder's words.json and an image token."""
     if name == 'smollm2':
         from prepare import smollm2  # tiktoken alone is needed for it
         encoding = smollm2.encoding()
@@ -130,7 +135,7 @@ def template(name, folder=None, thinks=False):
 # Reading and writing
 
 def check_line(line):
-    """({"image": name or names, "turns": [[q, a], ...]}) -> (names, turns). Raises ValueError that says what is wrong."""
+    """Turn {"image": name or names, "turns": [[q, a], ...]} into (names, turns). Raises ValueError with the fault."""
     if not isinstance(line, dict) or {'image', 'turns'} - line.keys():
         raise ValueError('write {"image": ..., "turns": [[question, answer], ...]}')
     names = line['image'] if isinstance(line['image'], list) else [line['image']]
@@ -139,13 +144,14 @@ def check_line(line):
     if not isinstance(line['turns'], list) or not line['turns']:
         raise ValueError('turns is not a list of questions and answers')
     for turn in line['turns']:
-        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) and text.strip() for text in turn):
+        texts = turn if isinstance(turn, list) else []
+        if len(texts) != 2 or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(f'the turn {str(turn)[:60]} is not [question, answer], two texts that are not empty')
     return names, line['turns']
 
 
 def from_llava(entry):
-    """One entry of LLaVA-Instruct's JSON -> a line of ours, {} where it has no picture. Raises ValueError."""
+    """Turn an entry of LLaVA-Instruct's JSON into a line of ours, {} if it has no image. Raises ValueError."""
     if not isinstance(entry, dict) or not isinstance(entry.get('conversations'), list):
         raise ValueError('not an entry of LLaVA-Instruct: it has no conversations')
     if 'image' not in entry:
@@ -157,7 +163,7 @@ def from_llava(entry):
 
 
 def read_conversations(path):
-    """The file's conversations as [(names, turns), ...]. Raises UserError with the place of the first fault."""
+    """Return the file's conversations as [(names, turns), ...]. Raises UserError with the place of the first fault."""
     conversations, place = [], path
     try:
         text = path.read_text(encoding='utf-8-sig')
@@ -174,28 +180,51 @@ def read_conversations(path):
     if not conversations:
         raise UserError(f'{path}: holds no conversations')
     if len(counts := {len(names) for names, _ in conversations}) > 1:
-        raise UserError(f'{path}: conversations have {min(counts)} to {max(counts)} pictures; give each equally many')
+        raise UserError(f'{path}: conversations have {min(counts)} to {max(counts)} images; give each the same number')
     return conversations
 
 
+def split_by_image(conversations, n_val, random):
+    """Return the numbers of the conversations (names, turns) in each split, {split: list}, in random order.
+    Conversations that share an image, directly or through others, are one group, which is in one split. Groups with at
+    most n_val conversations together are for validation, or else the smallest group."""
+    leader = {}  # image -> another image of its group, or itself: a union-find structure
+
+    def find(name):
+        while leader.setdefault(name, name) != name:
+            leader[name] = leader[leader[name]]
+            name = leader[name]
+        return name
+    for names, _ in conversations:
+        for name in names:
+            leader[find(name)] = find(names[0])
+    groups = [find(names[0]) for names, _ in conversations]
+    order, sizes, chosen = random.permutation(len(conversations)).tolist(), Counter(groups), set()
+    for i in order:
+        if groups[i] not in chosen and sizes[groups[i]] <= n_val:
+            chosen.add(groups[i])
+            n_val -= sizes[groups[i]]
+    chosen = chosen or {min(sizes, key=sizes.get)}
+    return dict(val=[i for i in order if groups[i] in chosen], train=[i for i in order if groups[i] not in chosen])
+
+
 def write_rows(folder, rows, image_index):
-    """One split's rows [(tokens, counted)] and the numbers of their pictures (n,) or (n, m)."""
+    """Write a split's rows [(tokens, loss_mask)] and the numbers of their images, (n,) or (n, m)."""
     if not rows:
         raise UserError(f'{folder}: no conversations are left to write; take more scenes')
     if not all(rows):
         raise UserError(f'{folder}: a conversation without a turn that fits: raise --length, ask at least one question')
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens, counted = (np.array(part) for part in zip(*rows))
-    for name, array in dict(tokens=tokens.astype(np.int32), counted=counted.astype(np.uint8), scene=image_index).items():
-        np.save(folder / f'{name}.npy', array)
+    tokens, loss_mask = (np.array(part) for part in zip(*rows))
+    arrays.write(folder, dict(tokens=tokens.astype(np.int32), loss_mask=loss_mask.astype(np.uint8), scene=image_index))
 
 
 def write_questions(path, images, talks, families=None):
-    """The conversations once more as text, a line each, to score and draw: numbers of pictures, turns, families of questions."""
+    """Write the conversations as text, one per line, for scores and drawings: numbers of images, turns, families."""
     families = families or [[''] * len(talk) for talk in talks]
-    lines = [json.dumps(dict(image=image, turns=talk, families=kinds)) for image, talk, kinds in zip(images, talks, families)]
+    lines = [json.dumps(dict(image=image, turns=talk, families=names))
+             for image, talk, names in zip(images, talks, families)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(''.join(f'{line}\n' for line in lines))
+    path.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
 
 
 def main(*arguments, **overrides):
@@ -204,41 +233,52 @@ def main(*arguments, **overrides):
         raise UserError('which conversations? python -m prepare.vqa --input=FILE.jsonl --images=FOLDER')
     if settings['size'] < 1:
         raise UserError(f'size={settings["size"]}: must be at least 1')
-    path, out, size = Path(settings['input']), Path(settings['out']), settings['size']
-    conversations, images, way = read_conversations(path), Path(settings['images'] or path.parent), template('smollm2')
+    path, out, length, size = Path(settings['input']), Path(settings['out']), settings['length'], settings['size']
+    images, conversations = Path(settings['images'] or path.parent), read_conversations(path)
+    template = load_template('smollm2')
+    conversations = drop_long_turns(conversations, template, length, path)
+    splits = split_by_image(conversations, max(1, round(settings['val_share'] * len(conversations))),
+                            np.random.default_rng(settings['seed']))
+    if not splits['train']:
+        raise UserError(f'{path}: {len(conversations)} conversations are too few for training and validation without a '
+                        'common image')
     (out / 'meta.json').unlink(missing_ok=True)
-    order = np.random.default_rng(settings['seed']).permutation(len(conversations))
-    n_val = max(1, round(settings['val_share'] * len(order)))
-    if n_val >= len(order):
-        raise UserError(f'{path}: {len(order)} conversations are too few for training and validation')
-    for split, part in (('val', order[:n_val]), ('train', order[n_val:])):
-        rows, index = [], []
-        numbers = {name: i for i, name in enumerate(dict.fromkeys(name for i in part for name in conversations[i][0]))}
-        for i in part:
-            names, turns = conversations[i]
-            new = way.rows(turns, settings['length'], len(names))
-            rows += new
-            index += [[numbers[name] for name in names]] * len(new)
-        if not rows:
-            raise UserError(f'{path}: no turn fits into {settings["length"]} tokens: raise --length')
-        write_rows(out / split, rows, np.array(index, np.int32))
-        pictures = np.lib.format.open_memmap(out / split / 'pictures.npy', 'w+', np.uint8, (len(numbers), size, size, 3))
-        for name, i in tqdm(numbers.items(), desc=f'{split} pictures', unit='picture'):
-            pictures[i] = read_resized(images / name, size)
-        write_questions(out / split / 'questions.jsonl', [[numbers[name] for name in conversations[i][0]] for i in part],
-                        [conversations[i][1] for i in part])
-    write_meta(out, way, 'smollm2', settings['length'], size, len(conversations[0][0]), 'vqa', settings, 'pictures')
+    for split, part in splits.items():
+        part = [conversations[i] for i in part]
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(name for names, _ in part for name in names))}
+        index = [[numbers[name] for name in names] for names, _ in part]
+        rows = [template.rows(turns, length, len(names)) for names, turns in part]
+        write_rows(out / split, [row for some in rows for row in some],
+                   np.repeat(np.array(index, np.int32), [len(some) for some in rows], axis=0))
+        pixels = np.lib.format.open_memmap(out / split / 'images.npy', 'w+', np.uint8, (len(numbers), size, size, 3))
+        for name, i in tqdm(numbers.items(), desc=f'{split} images', unit='image'):
+            pixels[i] = read_resized(images / name, size)
+        write_questions(out / split / 'questions.jsonl', index, [turns for _, turns in part])
+    write_meta(out, template, 'smollm2', length, size, len(conversations[0][0]), 'vqa', settings, 'images')
 
 
-def write_meta(out, way, encoding, length, size, n_images, prepare, settings, pictures, n_named=0, n_names=0):
-    """meta.json, last: its presence says that all is there. `pictures` names the file that holds them; where there is names.npy,
-    it has n_names words for each of n_named tokens of a picture."""
-    V = max(way.encoding.n_vocab, way.image + 1)
-    fields = dict(tokens=V, counted=2, image=256) | (dict(names=V) if n_names else {})
-    model_config = dict(vocab_size=V, block_size=length, image_token=way.image, image_size=size, channels=3, n_images=n_images,
-                        n_named=n_named, n_names=n_names)
-    meta = dict(kind='rows', prepare=prepare, encoding=encoding, thinks=way.thinks, fields=fields, files=dict(image=pictures),
-                index=dict(image='scene'), settings=settings, config=model_config)
+def drop_long_turns(conversations, template, length, path):
+    """Return the conversations without the turns that are longer than a row; print their number. Raises UserError."""
+    short = [(names, [turn for turn in turns if template.fits(turn, length, len(names))])
+             for names, turns in conversations]
+    before, after = (sum(len(turns) for _, turns in some) for some in (conversations, short))
+    if not after:
+        raise UserError(f'{path}: no turn fits into {length} tokens: raise --length')
+    if after < before:
+        print(f'{before - after} of {before} turns are left out: they have more than --length={length} tokens')
+    return [(names, turns) for names, turns in short if turns]
+
+
+def write_meta(out, template, encoding, length, size, n_images, prepare, settings, images, n_patch_labels=0,
+               max_label_tokens=0):
+    """Write meta.json, last: it marks the data set as complete. `images` is the name of their file. In some data sets
+    patch_labels.npy has max_label_tokens words for each of n_patch_labels tokens of an image."""
+    V = max(template.encoding.n_vocab, template.image + 1)
+    fields = dict(tokens=V, loss_mask=2, image=256) | (dict(patch_labels=V) if max_label_tokens else {})
+    model_config = dict(vocab_size=V, block_size=length, image_token=template.image, image_size=size, channels=3,
+                        n_images=n_images, n_patch_labels=n_patch_labels, max_label_tokens=max_label_tokens)
+    meta = dict(kind='rows', prepare=prepare, encoding=encoding, thinks=template.thinks, fields=fields,
+                files=dict(image=images), index=dict(image='scene'), settings=settings, config=model_config)
     arrays.save_meta(out, meta)
 
 

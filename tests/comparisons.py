@@ -25,7 +25,7 @@ import maskgit
 import vlm
 from config import UserError
 from engine import batches, checkpoints, devices, graphs, optimizers
-from gpt import GPT, Config, cross_entropy, norm
+from gpt import GPT, Config, chunked_cross_entropy, rms_norm
 from lab.speculate import generate_speculative
 from lab.speed import bytes_of_weights
 from lab.timing import find_peaks, peak_bytes, timed
@@ -60,7 +60,7 @@ def uncached(model, tokens, n):
     """Greedy generation that computes the whole context for every token; without cuDNN, which compiles for each length."""
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         for _ in range(n):
-            tokens = torch.cat((tokens, model.logits(model.trunk(tokens)[:, -1:]).argmax(-1)), 1)
+            tokens = torch.cat((tokens, model.logits(model.backbone(tokens)[:, -1:]).argmax(-1)), 1)
     return tokens
 
 
@@ -97,8 +97,8 @@ def ways_of_cross_entropy(settings, dtype):
         """Autocast does not reach this kernel; it computes the gradients in the forward pass."""
         return F.linear_cross_entropy(x.to(dtype), head.to(dtype), targets, reduction='sum', options=options).float()
     rows = max(1, 2 ** 24 // settings['vocab_size'])
-    ways = {'at once': lambda *batch: cross_entropy(*batch, most=settings['rows'] * settings['vocab_size']).sum(),
-            'in chunks of 2^24 logits (chapter 1)': lambda *batch: cross_entropy(*batch, most=2 ** 24).sum()}
+    ways = {'at once': lambda *batch: chunked_cross_entropy(*batch, max_logits=settings['rows'] * settings['vocab_size']).sum(),
+            'in chunks of 2^24 logits (chapter 1)': lambda *batch: chunked_cross_entropy(*batch, max_logits=2 ** 24).sum()}
     if hasattr(F, 'linear_cross_entropy'):  # PyTorch 2.13
         Options = nn.LinearCrossEntropyOptions
         ways['linear_cross_entropy, its own chunks'] = lambda *batch: own(*batch, Options())
@@ -183,13 +183,13 @@ def compare_answers(settings, device):
     images, questions = (torch.randint(256, shape, device=device) for shape in ((4, 1, 64, 64, 3), (32, 10)))
 
     def fast():
-        return model.generate(questions, model.read(questions.new_full((4, 1), image), images, 8), 2)
+        return model.generate(questions, model.prefill(questions.new_full((4, 1), image), images, 8), 2)
 
     def slow():
-        tokens = torch.cat((questions.new_full((32, model.P), image), questions), 1)
+        tokens = torch.cat((questions.new_full((32, model.tokens_per_image), image), questions), 1)
         for _ in range(2):
-            x = model.trunk(tokens, model.look(images.repeat_interleave(8, 0)))
-            tokens = torch.cat((tokens, model.language.logits(x[:, -1])[:, :image].argmax(-1, keepdim=True)), 1)
+            x = model.backbone(tokens, model.encode_images(images.repeat_interleave(8, 0)))
+            tokens = torch.cat((tokens, model.language_model.logits(x[:, -1])[:, :image].argmax(-1, keepdim=True)), 1)
         return tokens[:, -2:]
     assert torch.equal(fast(), slow())
     seconds = timed(slow).median
@@ -205,25 +205,25 @@ class Padded(nn.Module):
     ids of all modalities, and all logits at once, for empty targets too."""
     def __init__(self, model, vocabulary, D):
         super().__init__()
-        self.N, self.turns = model.N, model.turns
+        self.N, self.rope_at = model.N, model.rope_at
         self.encoder, self.decoder = model.encoder, model.decoder
-        self.place_embedding, self.query_embedding = model.place_embedding, model.query_embedding
+        self.pos_embedding, self.query_embedding = model.pos_embedding, model.query_embedding
         self.embedding, self.head = nn.Embedding(vocabulary, D), nn.Linear(D, vocabulary, bias=False)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, batch):
-        inputs, targets = batch['input_index'], batch['target_index']  # (B, K) and (B, M), N if empty
+        inputs, targets = batch['input_position_ids'], batch['target_position_ids']  # (B, K) and (B, M), N if empty
         mask = (inputs < self.N)[:, None, None]  # (B, 1, 1, K)
-        turn, context_turn = self.turns(targets), self.turns(inputs)
-        x = norm(self.embedding(batch['input_ids']) + self.place_embedding(inputs))
+        rope, context_rope = self.rope_at(targets), self.rope_at(inputs)
+        x = rms_norm(self.embedding(batch['input_ids']) + self.pos_embedding(inputs))
         for block in self.encoder:
-            x = x + block.attention(norm(x), context_turn, mask=mask)
-            x = x + block.mlp(norm(x))
-        context, x = norm(x) + self.place_embedding(inputs), norm(self.query_embedding(targets))
+            x = x + block.attention(rms_norm(x), context_rope, mask=mask)
+            x = x + block.mlp(rms_norm(x))
+        context, x = rms_norm(x) + self.pos_embedding(inputs), rms_norm(self.query_embedding(targets))
         for block in self.decoder:
-            x = x + block.cross(norm(x), turn, context, context_turn, mask=mask)
-            x = x + block.mlp(norm(x))
-        logits = self.head(norm(x)).float()  # (B, M, vocabulary)
+            x = x + block.cross(rms_norm(x), rope, context, context_rope, mask=mask)
+            x = x + block.mlp(rms_norm(x))
+        logits = self.head(rms_norm(x)).float()  # (B, M, vocabulary)
         return F.cross_entropy(logits.flatten(0, 1), batch['target_ids'].flatten(), ignore_index=-1), {}
 
 
@@ -233,15 +233,17 @@ def nano4m(samples, padded, empty):
     torch.manual_seed(0)
     names = 'rgb', 'depth', 'normal'
     modalities = ' '.join(f'{name}:5*5*5*8*8*8:16x16' for name in names)
-    model = fourm.FourM(fourm.Config(modalities, n_layer_encoder=6, n_layer_decoder=6, n_head=8, n_embd=512, empty=0.0,
-                                     input_slots='64', target_slots='64', whole=0.0))
+    model = fourm.FourM(fourm.Config(modalities, n_layer_encoder=6, n_layer_decoder=6, n_head=8, n_embd=512,
+                                     num_input_tokens='64', num_target_tokens='64', full_modality_prob=0.0,
+                                     unconditional_prob=0.0))
     ids = {name: torch.randint(64000, (samples, 256)) for name in names}
-    batch = model.draw(ids, torch.Generator().manual_seed(0), torch.Generator())
-    assert (batch['input_index'] < model.N).all() and (batch['target_index'] < model.N).all()  # 64 + 64 real ones
+    batch = model.prepare_batch(ids, torch.Generator().manual_seed(0), torch.Generator())
+    assert (batch['input_position_ids'] < model.N).all()  # 64 + 64 real tokens
+    assert (batch['target_position_ids'] < model.N).all()
     if not padded:
         return model, batch
-    batch['target_ids'] = torch.cat([ids[name] for name in names], 1).gather(1, batch['target_index'])
-    nothing = dict(input_ids=0, input_index=model.N, target_index=model.N, target_ids=-1)
+    batch['target_ids'] = torch.cat([ids[name] for name in names], 1).gather(1, batch['target_position_ids'])
+    nothing = dict(input_ids=0, input_position_ids=model.N, target_position_ids=model.N, target_ids=-1)
     return Padded(model, 64000, 512), {name: F.pad(batch[name], (0, empty), value=value) for name, value in nothing.items()}
 
 
@@ -250,11 +252,11 @@ def compare_padding(settings, device):
     AdamW alone: Muon takes the same time in all, most of it if samples are few."""
     devices.set_up(device)
     losses, first, targets = [], None, 64 * settings['samples']
-    options, dtype = optimizers.FIT | dict(muon=False, rates='', max_iters=1), devices.find_dtype('auto', device)
+    options, dtype = optimizers.FIT | dict(muon=False, lr_multipliers='', max_iters=1), devices.find_dtype('auto', device)
     for name, padded, empty in (('half empty, all logits', True, 64), ('all logits', True, 0), ('as in chapter 3', False, 0)):
         model, batch = nano4m(settings['samples'], padded, empty)
         model, batch = model.to(device), batches.to_device(batch, device)
-        adamw = optimizers.make(model, options)
+        adamw = optimizers.make(model, options, dtype)
 
         def step():
             with devices.autocast(device, dtype):

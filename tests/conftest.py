@@ -4,11 +4,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import config  # noqa: E402, F401  (before torch, see there)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ from lab.gpt import Text, read_prompts
 from prepare import arrays, pictures, text, text_tokenizers
 
 SETTINGS = dict(
-    rounds=20,  # runs that are killed, chapter by chapter in turn
+    rounds=20,  # runs that are killed, chapter by chapter in rope
     fuzz=2000,  # damaged files and settings
     seed=0,
 )
@@ -49,12 +49,12 @@ CASES = {  # chapter: what its data are, and its settings
     'maskgit': (dict(kind='rows', fields=dict(tokens=50), config=dict(vocab_size=50, grid='4x4')),
                 SMALL | dict(dropout=0.1)),
     'fourm': (dict(kind='rows', fields=dict(a=64, b=20), config=dict(modalities='a:8*8:4x4 b:20:8')),
-              dict(n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=16, input_slots='16', target_slots='16', dropout=0.1)),
+              dict(n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=16, num_input_tokens='16', num_target_tokens='16', dropout=0.1)),
     'flow': (dict(kind='rows', fields=dict(point=0), config=dict(image_size=0, channels=16, n_classes=0)),
              SMALL | dict(ema=0.9)),
-    'vlm': (dict(kind='rows', fields=dict(image=256, tokens=50, counted=2),
+    'vlm': (dict(kind='rows', fields=dict(image=256, tokens=50, loss_mask=2),
                  config=dict(vocab_size=50, image_token=49, image_size=16, channels=3, block_size=16)),
-            SMALL | dict(patch=8, eyes_layer=1, eyes_head=2, eyes_embd=16, dropout=0.1)),
+            SMALL | dict(patch_size=8, vision_layer=1, vision_head=2, vision_embd=16, dropout=0.1)),
 }
 
 
@@ -67,7 +67,7 @@ def make_data(chapter, meta):
         if 'point' in arrays:
             arrays['point'] = draw.normal(size=(n, 16)).astype(np.float32)
         if 'image' in arrays:
-            arrays |= dict(image=draw.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8), counted=arrays['tokens'] % 2)
+            arrays |= dict(image=draw.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8), loss_mask=arrays['tokens'] % 2)
             arrays['tokens'][:, 0] = 49
         (folder / split).mkdir(parents=True)
         for name, array in arrays.items():
@@ -169,7 +169,7 @@ def readers():
     meta = json.dumps(CASES['gpt'][0] | dict(prepare='none'))
     Path('encoding').mkdir()
     text_tokenizers.save_encoding(Path('encoding/encoding.json'), text_tokenizers.Characters(list('abc é')))
-    trained = SimpleNamespace(model=gpt.GPT(gpt.Config(block_size=8)), fields=text.Fields('encoding'))
+    trained = SimpleNamespace(model=gpt.GPT(gpt.Config(block_size=8)), dataset=text.Dataset('encoding'))
     return dict(
         setting=(b'--learning_rate=3e-3', lambda path: config.apply(config.read([path.read_bytes().decode(errors='replace')]),
                                                                     train.SETTINGS) if path.read_bytes()[:2] == b'--' else None),
@@ -183,7 +183,7 @@ def readers():
 
 
 def fuzz(n, draw):
-    """Damaged inputs for each reader in turn; returns the number of those that ended in anything but an answer or a UserError."""
+    """Damaged inputs for each reader in rope; returns the number of those that ended in anything but an answer or a UserError."""
     faults, kinds = 0, readers()
     names = dict(meta='meta.json')
     for i in range(n):
@@ -206,7 +206,7 @@ def fuzz(n, draw):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main(*arguments, **overrides):
-    """Plays the rounds, chapter by chapter in turn; prints a line for each fault and a summary; returns the number of faults."""
+    """Plays the rounds, chapter by chapter in rope; prints a line for each fault and a summary; returns the number of faults."""
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     draw, before, faults, signals, repeated = random.Random(settings['seed']), Path.cwd(), 0, 0, 0
     torch.set_num_threads(1)

@@ -212,7 +212,7 @@ def grade(chapter, path, limit):
         scored, total, passed = scored + points * (not said), total + points, passed + (not said)
         verdict = 'passed' if not said else said if said == BLANK else f'failed: {"as above" if said == before else said}'
         before = said
-        print(textwrap.fill(verdict, 130, initial_indent=f'{points * (not said)} of {points}  {name:<17} ',
+        print(textwrap.fill(verdict, 130, initial_indent=f'{points * (not said)} of {points}  {name:<20} ',
                             subsequent_indent=' ' * 26), flush=True)
     print(f'{scored} of {total} points, {passed} of {len(exercises(chapter))} exercises passed')
     return len(exercises(chapter)) - passed
@@ -223,7 +223,7 @@ def show(chapters):
     for chapter in chapters:
         print(f'{CHAPTERS[chapter]}, {chapter}.py: {sum(points for points, _ in exercises(chapter).values())} points')
         for name, (points, check) in exercises(chapter).items():
-            print(f'{points}  {name:<17} {" ".join(inspect.getdoc(check).split()).partition(". ")[0].rstrip(".")}')
+            print(f'{points}  {name:<20} {" ".join(inspect.getdoc(check).split()).partition(". ")[0].rstrip(".")}')
 
 
 def settings_of(arguments, overrides=None):

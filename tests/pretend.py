@@ -1,13 +1,14 @@
 """
-A device that is not the CPU, for machines that have none: what is on it calls its device 'meta', computes on the CPU, cannot meet
-the CPU's tensors or random generators, and notes each time that the host would have to wait for it.
+A simulated accelerator for machines without one: its tensors report device 'meta' and compute on the CPU; an operator
+that mixes them with CPU tensors or CPU generators raises; every host-device sync is counted.
 
     with pretend.device() as waits:
         train.main(..., device='meta')
 
-And `capture_cuda_graph`, CUDA graphs without a GPU: operators are noted and done again on the same memory, without Python.
+And `capture_cuda_graph`, CUDA graphs without a GPU: operators are recorded and replayed on the same memory,
+without Python.
 
-What no CPU can show: kernels, their speed, number formats, memory.
+Not simulated: kernels, their speed, dtypes, memory.
 """
 import contextlib
 import traceback
@@ -22,8 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from engine import checkpoints, devices
 
 ROOT = str(Path(__file__).parent.parent)
-MIXES = {'_to_copy', 'copy_'}  # operators that lead from one device to another
-WAITS = {'_local_scalar_dense', 'nonzero', 'masked_select', 'equal'}  # their results are on the host, or have sizes that it must know
+MIXES = {'_to_copy', 'copy_'}  # operators that copy between devices
+WAITS = {'_local_scalar_dense', 'nonzero', 'masked_select', 'equal'}  # the host needs their values or sizes
 
 
 def away(device):
@@ -31,11 +32,12 @@ def away(device):
 
 
 class Tensor(torch.Tensor):
-    """One that is there; `inner` holds its numbers."""
+    """A tensor on the simulated device; `inner` holds its values."""
     @staticmethod
     def __new__(cls, inner):
-        new = torch.Tensor._make_wrapper_subclass(cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
-                                                  dtype=inner.dtype, device='meta')
+        new = torch.Tensor._make_wrapper_subclass(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            device='meta')
         new.inner = inner
         return new
 
@@ -43,7 +45,7 @@ class Tensor(torch.Tensor):
         return self.cpu().tolist()
 
     def numpy(self):
-        raise TypeError('NumPy knows the CPU alone')
+        raise TypeError('NumPy needs a CPU tensor')
 
     def __format__(self, form):
         return format(self.item(), form)
@@ -54,7 +56,7 @@ class Tensor(torch.Tensor):
 
 
 class Generator(torch.Generator):
-    """One that is there: known by its seed, since no operator receives the same Python object."""
+    """A generator on the simulated device, recognised by its seed: operators do not receive the same Python object."""
     seeds = set()
 
     def manual_seed(self, seed):
@@ -68,8 +70,9 @@ class Device(TorchDispatchMode):
         self.waits, Device.now = Counter(), self
 
     def wait(self, name):
-        """Notes the line of ours that led here."""
-        ours = [frame for frame in traceback.extract_stack() if frame.filename.startswith(ROOT) and 'tests' not in frame.filename]
+        """Count a sync under the line of our code that caused it."""
+        ours = [frame for frame in traceback.extract_stack()
+                if frame.filename.startswith(ROOT) and 'tests' not in frame.filename]
         self.waits[f'{Path(ours[-1].filename).name}: {ours[-1].line}' if ours else name] += 1
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -95,7 +98,7 @@ class Device(TorchDispatchMode):
 
 
 class Tape(TorchDispatchMode):
-    """Notes the operators that run here with their very tensors, and how the memory was that they met."""
+    """Records the operators with their tensors, and the memory contents before them."""
     def __init__(self):
         super().__init__()
         self.calls, self.memory = [], {}
@@ -110,7 +113,7 @@ class Tape(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self):
-        """The same operators on the same memory; Python is not asked."""
+        """Run the same operators on the same memory, without Python code."""
         for function, args, kwargs, result in self.calls:
             there = {storage.data_ptr() for storage in storages((args, kwargs))}
             if 'empty' not in function.overloadpacket.__name__:
@@ -129,7 +132,7 @@ def capture_cuda_graph(run, pool=None, device=None):
     with Tape() as tape:
         later = run()
     torch.set_rng_state(state)
-    for storage, before in tape.memory.values():  # a GPU computes nothing while it notes
+    for storage, before in tape.memory.values():  # a GPU computes nothing during capture
         storage.copy_(before)
     return now, tape.replay, later
 
@@ -140,15 +143,16 @@ def inner(tree):
 
 @contextlib.contextmanager
 def device():
-    """Gives the counter of waits, {line of code: how often}."""
+    """Yield the counter of syncs, {line of code: number}."""
     tensor, adamw, generator = torch.tensor, torch.optim.AdamW, torch.Generator
-    patches = {  # what asks for the device outside of operators
+    patches = {  # code that handles devices outside of operators
         (torch, 'tensor'): lambda *args, device=None, **kwargs: tensor(*args, **kwargs).to(device or 'cpu'),
         (torch, 'Generator'): lambda device='cpu': Generator() if away(device) else generator(),
         (torch.optim, 'AdamW'): lambda *args, fused, **kwargs: adamw(*args, **kwargs),
         (devices, 'autocast'): lambda *_: contextlib.nullcontext(), (devices, 'synchronize'): lambda device: None,
         (checkpoints, 'get_model_state_dict'): lambda model, options: inner(model.state_dict()),
-        (checkpoints, 'get_optimizer_state_dict'): lambda model, optimizers, options: [inner(o.state_dict()) for o in optimizers],
+        (checkpoints, 'get_optimizer_state_dict'):
+            lambda model, optimizers, options: [inner(o.state_dict()) for o in optimizers],
     }
     with contextlib.ExitStack() as stack:
         for (module, name), value in patches.items():

@@ -1,6 +1,8 @@
 """A data set on disk: windows, views, index; damaged arrays; the sums of all arrays; a data set made on its first use."""
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -150,17 +152,64 @@ def test_sums_of_all_arrays(here):
 
 
 def test_meta_json_comes_last_and_at_once(tmp_path, monkeypatch):
-    """Its presence says that the data set is complete; one that is written over is never half there."""
+    """Its presence says that the data set is complete: removed first, written last; one that is replaced is never incomplete."""
+    (tmp_path / 'meta.json').write_text('older')
     arrays.write(tmp_path / 'train', dict(a=np.arange(3)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['lock', 'train']
     meta = dict(kind='rows', prepare='text', fields={}, config={})
     replaced = []
     monkeypatch.setattr(Path, 'replace', lambda new, path, replace=Path.replace: replaced.append(
         ((tmp_path / 'SHA256SUMS').is_file(), path.name, json.loads(new.read_text()))) or replace(new, path))
     arrays.save_meta(tmp_path, meta)
     assert replaced == [(True, 'meta.json', meta)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['SHA256SUMS', 'meta.json', 'train']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['SHA256SUMS', 'lock', 'meta.json', 'train']
     with pytest.raises(UserError, match='meta.json: not the description of a data set'):  # it has no fields
         arrays.read_meta(tmp_path)
+
+
+MAKER = """
+import sys
+from pathlib import Path
+import numpy as np
+import config
+from prepare import arrays
+
+def main():
+    arrays.write(Path('data/x/train'), dict(a=np.arange(3)))
+    print('begun', flush=True)
+    sys.stdin.read()
+    arrays.save_meta('data/x', dict(kind='rows', prepare='x', fields=dict(a=3), config={}))
+config.run(main)
+"""
+
+
+def test_one_process_makes_a_data_set(tmp_path, monkeypatch):
+    """A second one is refused; after a kill the next may start, and arrays of both without a meta.json are no data set."""
+    monkeypatch.chdir(tmp_path)
+    environment = os.environ | dict(PYTHONPATH=str(Path(arrays.__file__).parent.parent))
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    first = subprocess.Popen([sys.executable, '-c', MAKER], **pipes)
+    assert first.stdout.readline() == 'begun\n'
+    with pytest.raises(UserError, match='data/x: another process is making this data set'):
+        arrays.begin('data/x')
+    first.kill(), first.wait()
+    assert not Path('data/x/meta.json').exists()
+    second = subprocess.Popen([sys.executable, '-c', MAKER], **pipes)
+    assert second.communicate()[1] == '' and second.returncode == 0 and arrays.read_meta('data/x')['prepare'] == 'x'
+    with pytest.raises(UserError, match='data/x holds a data set of prepare/x.py: choose another --out='):
+        arrays.begin('data/x', 'text')
+    assert Path('data/x/meta.json').exists()
+    arrays.begin('data/x', 'x', keep_meta=True)
+    assert Path('data/x/meta.json').exists()
+
+
+def test_arrays_are_replaced_under_a_reader(tmp_path):
+    """A run that has mapped the older file keeps reading it, where a truncated file would end the process (SIGBUS)."""
+    arrays.write(tmp_path / 'train', dict(a=np.arange(100_000)))
+    mapped = arrays.load(tmp_path / 'train/a.npy')
+    arrays.write(tmp_path / 'train', dict(a=np.zeros(3, int)))
+    assert mapped[99_999] == 99_999 and arrays.load(tmp_path / 'train/a.npy').shape == (3,)
+    assert [path.name for path in (tmp_path / 'train').iterdir()] == ['a.npy']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +239,7 @@ def test_every_script_makes_what_its_name_says():
 
 def test_the_module_that_made_the_data(here):
     meta = arrays.read_meta('data/scenes')
-    assert type(arrays.open_fields(Path('data/scenes'), meta)).__module__ == 'prepare.scenes'
+    assert type(arrays.open_dataset(Path('data/scenes'), meta)).__module__ == 'prepare.scenes'
     for name in ('sneaky', '../train', 'download', 'os'):
         with pytest.raises(UserError, match='data/scenes was made by prepare/'):
-            arrays.open_fields(Path('data/scenes'), meta | dict(prepare=name))
+            arrays.open_dataset(Path('data/scenes'), meta | dict(prepare=name))

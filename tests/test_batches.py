@@ -24,7 +24,7 @@ def toy_data(toy):
     meta = arrays.read_meta('data/maskgit')
     model = train.config.build(train.config.chapter('maskgit'), train.config.resolve(
         {name: (value, '') for name, value in settings.items()}, train.SETTINGS)[0], meta, {})
-    return arrays.Data('data/maskgit', 'train', meta, model.fields, seed=0), model, settings
+    return arrays.Data('data/maskgit', 'train', meta, model.batch_keys, seed=0), model, settings
 
 
 def test_a_micro_batch_follows_from_seed_step_and_j(toy):
@@ -60,7 +60,7 @@ def dropout_seeds(monkeypatch, toy, **changes):
     found, forward = [], gpt.GPT.forward
 
     def spy(self, batch):
-        if torch.is_grad_enabled() and self.head.weight.device.type != 'meta':
+        if torch.is_grad_enabled() and self.lm_head.weight.device.type != 'meta':
             found.append(torch.initial_seed())
         return forward(self, batch)
     monkeypatch.setattr(gpt.GPT, 'forward', spy)

@@ -73,9 +73,9 @@ def test_memory_of_the_core():
 
 
 def test_shipped_shapes_are_those_of_the_configs():
-    for name, (kind, B, T, S, heads, head_size) in bench.CONFIGS.items():
+    for name, (kind, B, T, S, heads, head_dim) in bench.CONFIGS.items():
         settings, _ = speed.resolve(config.read([str(ROOT / 'config' / f'{name.split()[0]}.py')]))
-        assert heads == settings['n_head'] and heads * head_size == settings['n_embd'], name
+        assert heads == settings['n_head'] and heads * head_dim == settings['n_embd'], name
         assert B in (settings['batch_size'], settings['micro_batch_size']), name
 
 

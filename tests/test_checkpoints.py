@@ -10,7 +10,8 @@ import fourm
 import train
 from config import UserError
 from engine import checkpoints, processes
-from tests.tiny import read, run, weights
+from tests import faults
+from tests.tiny import losses, read, run, weights
 
 
 def test_a_failed_write_keeps_the_checkpoint_before(here, monkeypatch):
@@ -25,13 +26,49 @@ def test_a_failed_write_keeps_the_checkpoint_before(here, monkeypatch):
     assert Path('out/a/ckpt_last.pt').read_bytes() == before and not list(Path('out/a').glob('*.tmp'))
 
 
-@pytest.mark.parametrize('damage', [lambda b: b[:1000], lambda b: b'', lambda b: b'garbage' * 100])
+def flipped(data):
+    """The contents of a file with one bit changed in the middle."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1:]
+
+
+DAMAGES = [lambda data: data[:1000], lambda data: b'', lambda data: b'garbage' * 100, flipped]
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
 def test_damaged_checkpoints(here, damage):
     run('out/a', max_iters=3)
     path = Path('out/a/ckpt_last.pt')
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match='ckpt_last.pt: damaged, truncated or not a checkpoint'):
+    with pytest.raises(UserError, match='ckpt_last.pt: damaged, .*the others in its folder are ckpt_best.pt') as error:
+        read('out/a')
+    assert 'delete' not in str(error.value)
+    Path('out/a/ckpt_best.pt').unlink()
+    with pytest.raises(UserError, match='its folder has no other one; --init_from=scratch moves a run aside') as error:
         run('out/a')
+    assert '\n' not in str(error.value) and path.is_file()
+    run('out/a', init_from='scratch', max_iters=1)
+    assert Path('out/a.1/ckpt_last.pt').is_file() and read('out/a')['step'] == 1
+
+
+@pytest.mark.parametrize('damage', [*DAMAGES, None])
+def test_a_run_whose_newest_checkpoint_is_damaged_continues_from_the_one_before(here, capsys, damage):
+    """Of the intact ones the latest; nothing that the folder holds is lost, and the result is that of an undamaged run. Also
+    if the file is missing, which is no new run."""
+    changes = dict(eval_interval=1, keep_checkpoints=3, decay=1e-9)
+    run('out/whole', **changes)
+    run('out/a', max_iters=5, **changes)
+    for name in ('ckpt_last.pt', 'ckpt_000005.pt'):
+        path = Path('out/a', name)
+        path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+    Path('out/a/ckpt_best.pt').unlink()
+    first = Path('out/a/log.jsonl').read_text(encoding='utf-8').splitlines()[0]
+    run('out/a', **changes)
+    printed = capsys.readouterr().out
+    assert 'out/a/ckpt_last.pt is damaged or missing: continuing from out/a/ckpt_000004.pt, step 4' in printed
+    assert faults.same(weights('out/a'), weights('out/whole'))
+    assert Path('out/a/log.jsonl').read_text(encoding='utf-8').splitlines()[0] == first
+    assert losses('out/a') == losses('out/whole')
 
 
 def test_a_flipped_bit_is_found(here):
@@ -41,7 +78,7 @@ def test_a_flipped_bit_is_found(here):
     place = whole.index(weights('out/a')['query_embedding.weight'].numpy().tobytes()[:64])
     path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
     with pytest.raises(UserError, match='ckpt_last.pt: damaged, truncated or not a checkpoint of this repository .BadZipFile.'):
-        run('out/a')
+        read('out/a')
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(monkeypatch):
@@ -58,14 +95,14 @@ def test_the_nearest_checkpoint_is_named(here):
         read('out/tinny')
 
 
-@pytest.mark.parametrize('before', [dict(), dict(format=1), dict(format=3)])
+@pytest.mark.parametrize('before', [dict(), dict(format=1), dict(format=checkpoints.FORMAT + 1)])
 def test_checkpoints_of_another_edition(here, before):
     """The first edition's have no format number."""
     run('out/a', max_iters=1)
     checkpoint = read('out/a')
     del checkpoint['format']
     torch.save(checkpoint | before, 'out/a/ckpt_last.pt')
-    message = f'ckpt_last.pt: a checkpoint of another edition of this repository .format {before.get("format", 1)}, not 2.'
+    message = f'ckpt_last.pt: a checkpoint of another edition of this repository .format {before.get("format", 1)}, not '
     for reader in (lambda: run('out/a', max_iters=2), lambda: checkpoints.load_model(Path('out/a/ckpt_last.pt')),
                    lambda: run('out/b', init_from='out/a')):
         with pytest.raises(UserError, match=message) as error:
@@ -117,7 +154,7 @@ def test_checkpoint_of_another_model(here):
 def test_a_checkpoint_describes_itself(here):
     run('out/a', max_iters=1, ema=0.9)
     checkpoint = read('out/a')
-    assert checkpoint['format'] == 2 and checkpoint['settings']['n_embd'] == checkpoint['model_config']['n_embd'] == 32
+    assert checkpoint['format'] == checkpoints.FORMAT and checkpoint['settings']['n_embd'] == checkpoint['model_config']['n_embd'] == 32
     assert checkpoint['meta']['prepare'] == 'scenes' and checkpoint['step'] == 1 and checkpoint['threads'] >= 1
     names = checkpoint['weights'].keys()
     assert names == checkpoint['ema'].keys() and all('.' in name for name in names)

@@ -2,6 +2,7 @@
 import dataclasses
 import importlib
 import math
+import os
 import re
 import runpy
 import shlex
@@ -51,12 +52,12 @@ def test_order_and_types(tmp_path):
 
 def test_model_fields_are_settings():
     assert settings_of(model='gpt', n_layer=3)['n_layer'] == 3
-    assert settings_of('--model=fourm', '--use=rgb depth')['use'] == 'rgb depth'
+    assert settings_of('--model=fourm', '--train_modalities=rgb depth')['train_modalities'] == 'rgb depth'
 
 
 @pytest.mark.parametrize('arguments, message', [
     (['--batchsize=3'], "unknown setting 'batchsize'; did you mean 'batch_size'"),
-    (['--model=gpt', '--input_slots=3'], "unknown setting 'input_slots'"),  # another model's key
+    (['--model=gpt', '--num_input_tokens=3'], "unknown setting 'num_input_tokens'"),  # another model's key
     (['--max_iters=1.5'], 'not of type int'),
     (['--max_iters=many'], 'not of type int'),
     (['--compile=1'], 'not True or False'),
@@ -312,7 +313,7 @@ def test_a_page_with_a_wrong_setting_is_found(command, message, monkeypatch):
 
 def test_a_page_with_another_chapters_setting_is_found(monkeypatch):
     for command in ('python sample.py --out_dir=out/gpt_mnist --guidance=2',
-                    'python -m lab.score --out_dir=out/nano4m --blind=out/a'):
+                    'python -m lab.score --out_dir=out/nano4m --text_only_run=out/a'):
         with pytest.raises(pytest.fail.Exception, match='is a setting of|unknown setting'):
             test_the_pages_commands_use_settings_that_exist(command, monkeypatch)
 
@@ -336,3 +337,65 @@ def test_processes_of_the_pages_commands_share_the_batch(command, monkeypatch):
     settings = resolve(words[words.index('train.py') + 1:])
     assert settings['batch_size'] % settings['micro_batch_size'] == 0
     assert settings['batch_size'] // settings['micro_batch_size'] % processes == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A newcomer's commands
+
+def command(*words, cwd=ROOT, **environment):
+    """(exit code, stderr) of a program."""
+    done = subprocess.run([sys.executable, *words], cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize('path', ['prepare/scenes.py', 'prepare/text.py', 'prepare/toy2d.py', 'lab/score.py', 'lab/report.py'])
+def test_a_script_started_as_a_file_names_the_command(path):
+    module = path.removesuffix('.py').replace('/', '.')
+    assert command(path) == (1, f'error: start it in the folder of the repository as python -m {module}\n')
+
+
+def test_started_in_another_folder(tmp_path):
+    code, line = command(str(ROOT / 'train.py'), '--device=cpu', cwd=tmp_path)
+    assert code == 1 and line.count('\n') == 1 and line.endswith(f'(start programs in the folder of the repository: cd {ROOT})\n')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_file_as_a_setting():
+    with pytest.raises(UserError, match='--config=config/x.py: name the file alone: python train.py config/x.py'):
+        config.read(['--config=config/x.py'])
+
+
+def test_files_in_utf_8_whatever_the_locale(tmp_path):
+    """Sources and configs, with a byte order mark or without; output that the terminal's encoding lacks is escaped."""
+    (tmp_path / 'mine.py').write_bytes('\ufeff# Frédéric\nmax_iters = 7\n'.encode())
+    assert config.read([str(tmp_path / 'mine.py')]) == dict(max_iters=(7, str(tmp_path / 'mine.py')))
+    path = str(tmp_path / 'mine.py')
+    assert command('train.py', path, '--help', PYTHONUTF8='0', LC_ALL='C', PYTHONCOERCECLOCALE='0') == (0, '')
+    code, line = command('train.py', '--model=ü', PYTHONUTF8='0', PYTHONIOENCODING='ascii')
+    assert code == 1 and line.startswith("error: model='\\xfc': choose one of")
+
+
+def test_rank_alone():
+    """As in a shell inside a SLURM job."""
+    environment = {name: value for name, value in os.environ.items() if name not in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
+    code = 'import config, torch\nfrom engine import processes\nconfig.run(lambda: processes.join(torch.device("cpu"), None))'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=environment | dict(RANK='0'), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1, 'error: RANK=0 is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: unset RANK, or start with torchrun\n')
+
+
+@pytest.mark.parametrize('program', ['train', 'sample', 'bench', 'lab.score', 'prepare.scenes'])
+def test_openmp_is_told_before_torch_is_imported(program):
+    """A limit of spinning counts only then; a user's own choice wins."""
+    code = (f'import os, sys, importlib.abc\n'
+            f'class Watch(importlib.abc.MetaPathFinder):\n'
+            f'    def find_spec(self, name, path, target=None):\n'
+            f'        if name == "torch":\n'
+            f'            print(os.environ.get("GOMP_SPINCOUNT")), os._exit(0)\n'
+            f'sys.meta_path.insert(0, Watch())\n'
+            f'import {program}\n').replace('print(os.environ.get("GOMP_SPINCOUNT"))',
+                                           'print(os.environ.get("GOMP_SPINCOUNT"), flush=True)')
+    environment = {name: value for name, value in os.environ.items() if name != 'GOMP_SPINCOUNT'}
+    for own, expected in ({}, '10000'), (dict(GOMP_SPINCOUNT='7'), '7'):
+        done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=environment | own, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr

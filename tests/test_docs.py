@@ -135,7 +135,7 @@ def test_each_chapter_has_such_a_table():
 # Commands
 
 SHORT = dict(max_iters=1, batch_size=2, micro_batch_size=2, eval_iters=1, compile=False, pictures=False, device='cpu',
-             dtype='float32', n_layer=1, n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, mlp_width=32, transport=1)
+             dtype='float32', n_layer=1, n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, mlp_hidden_dim=32, ot_rounds=1)
 TOYS = ('shakespeare', 'mnist', 'toy2d', 'scenes')
 
 
@@ -274,15 +274,50 @@ def load(path):
 
 def test_a_new_order(mine):
     changed = load(mine / 'maskgit.py')
-    assert changed.spiral_rank([3, 3]).tolist() == [1, 2, 3, 8, 0, 4, 7, 6, 5]
+    assert changed.spiral_order([3, 3]).tolist() == [1, 2, 3, 8, 0, 4, 7, 6, 5]
     for grid in ([7, 7], [4, 6], [9]):
-        rank = changed.spiral_rank(grid)
+        rank = changed.spiral_order(grid)
         assert sorted(rank.tolist()) == list(range(len(rank)))
     empty = torch.full((1, 49), -1)
-    first, *_, last = changed.unmask(empty, lambda tokens, _: (torch.ones_like(tokens), None), [7, 7], 49, 'spiral')
-    assert (first >= 0).nonzero().tolist() == [[0, 24]] and (last >= 0).all()  # the middle first
+    states = list(changed.iterative_decode(empty, lambda tokens, _: (torch.ones_like(tokens), None), [7, 7], 49, 'spiral'))
+    assert (states[0] >= 0).nonzero().tolist() == [[0, 24]] and (states[-1] >= 0).all()  # the middle first
     with pytest.raises(ValueError, match='order is one of'):
-        next(maskgit.unmask(empty, None, [7, 7], 7, 'spiral'))
+        next(maskgit.iterative_decode(empty, None, [7, 7], 7, 'spiral'))
+
+
+def test_meanflow(mine):
+    """The changed chapter trains a step, on intervals for the set fraction of samples, and generates in one step."""
+    changed, generator = load(mine / 'flow.py'), torch.Generator().manual_seed(0)
+    for shape in (dict(image_size=8, n_head=2, n_layer=1), dict(image_size=0, channels=2, n_layer=2)):
+        model = changed.Flow(changed.Config(n_embd=16, mlp_hidden_dim=16, meanflow=0.25, **shape))
+        data = dict(image=torch.randint(256, (40, 8, 8))) if model.config.image_size else dict(point=torch.randn(40, 2))
+        batch = model.prepare_batch(data | dict(label=torch.arange(40) % 10), generator, None)
+        assert (batch['r'] < batch['t']).sum() == 10 == (batch['r'] != batch['t']).sum()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(2):
+            loss, logs = model(batch)
+            assert logs['loss'][1] == 30 and loss.isfinite()
+            loss.backward()
+            assert all(p.grad is not None for p in model.parameters())
+            optimizer.step()
+        for guidance in (1.0, 2.0):
+            states, nfe = model.generate(torch.arange(4), 1, 'meanflow', guidance, generator=generator)
+            assert nfe == 1 and states.shape == (2, 4, *model.shape) and states.isfinite().all()
+
+
+def test_meanflow_targets_agree_with_finite_differences(mine):
+    changed = load(mine / 'flow.py')
+    torch.manual_seed(0)
+    model = changed.Flow(changed.Config(image_size=8, n_head=2, n_layer=2, n_embd=16, mlp_hidden_dim=16)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    z, v, label = torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2])
+    t, r, h = torch.tensor([0.5, 0.7, 0.9]), torch.tensor([0.5, 0.2, 0.0]), 5e-4
+    with torch.no_grad():
+        ahead, back = (model.velocity(z + d * v, torch.stack((t + d, r), 1), label) for d in (h, -h))
+    target = model.meanflow_target(z, v, t, r, label)
+    assert torch.allclose(target, v - (t - r).view(3, 1, 1, 1) * (ahead - back) / (2 * h), atol=0.02)
+    assert torch.equal(target[0], v[0])
 
 
 def test_a_new_data_set_and_a_new_model(mine, toys):

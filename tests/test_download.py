@@ -114,13 +114,13 @@ def test_given_up(server, faults, reason):
     with pytest.raises(UserError) as error:
         download(server.url + 'file.bin', 'file.bin')
     url, path = server.url + 'file.bin', server.cache / 'file.bin'
-    assert str(error.value) == f'{url} cannot be had ({reason}); run this again to go on with it, or copy the file to {path}'
+    assert str(error.value) == f'{url} cannot be downloaded ({reason}); run this again to resume it, or copy the file to {path}'
     assert len(server.ranges) == len(faults)
     assert download(server.url + 'file.bin', 'file.bin', SHA256).read_bytes() == CONTENT
 
 
 def test_nobody_listens(server):
-    with pytest.raises(UserError, match=r'cannot be had \(ConnectionError\); run this again .* copy the file to '):
+    with pytest.raises(UserError, match=r'cannot be downloaded \(ConnectionError\); run this again .* copy the file to '):
         download('http://127.0.0.1:9/file.bin', 'file.bin')
 
 
@@ -154,11 +154,11 @@ def test_wrong_file_in_the_cache(server):
 def test_hash_told_by_the_server():
     def answer(tag):
         return SimpleNamespace(headers={'X-Linked-Etag': tag}, history=[])
-    assert module.told_digest(answer(f'"{SHA256}"')) == SHA256
-    assert module.told_digest(answer(f'"{SHA256[:40]}"')) == module.told_digest(answer('')) == ''  # 40 digits: not of the content
+    assert module.server_digest(answer(f'"{SHA256}"')) == SHA256
+    assert module.server_digest(answer(f'"{SHA256[:40]}"')) == module.server_digest(answer('')) == ''  # 40 digits: not of the content
 
 
 def test_cache_folder_is_a_file(server):
     server.cache.write_text('')
-    with pytest.raises(UserError, match='file.bin cannot be written .*; make room, or set NANO_CACHE to another folder'):
+    with pytest.raises(UserError, match='file.bin cannot be written .*; free disk space, or set NANO_CACHE to another folder'):
         download(server.url + 'file.bin', 'file.bin')

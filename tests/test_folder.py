@@ -89,10 +89,10 @@ def test_faults_are_named_and_left_out(work, tmp_path, capsys):
     assert len(pictures) == len(captions) == 24 and 'a RGBA picture, the number 1 of all' in captions
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
-    for line in ('gone.txt: no picture beside it', 'cut.jpg: truncated', 'text.jpg: truncated', 'latin.txt: no caption',
+    for line in ('gone.txt: no image beside it', 'cut.jpg: truncated', 'text.jpg: truncated', 'latin.txt: no caption',
                  'mute.txt: no caption'):
         assert any(line in found for found in lines), line
-    with pytest.raises(UserError, match='0 pictures with captions'):
+    with pytest.raises(UserError, match='0 images with captions'):
         folder.read_folder(tmp_path / 'mine/none', 8, 1, None)
     for settings, line in ((dict(source=''), 'name a folder'), (dict(source='mine', size=20), 'size must be a multiple of 8'),
                            (dict(source='mine'), 'exists already')):
@@ -102,15 +102,15 @@ def test_faults_are_named_and_left_out(work, tmp_path, capsys):
 
 def test_the_folder(work):
     meta = json.loads(Path('data/folder/meta.json').read_text())
-    fields = folder.Fields('data/folder')
+    dataset = folder.Dataset('data/folder')
     random = np.arange(2)
     for name in [*MAKE, 'caption']:
-        ids, truth = fields.load('val', name), fields.truth('val', name, random)
+        ids, truth = dataset.load('val', name), dataset.truth('val', name, random)
         assert ids.shape[0] == 2 and ids.max() < meta['fields'][name]
-        raw = fields.decode(name, torch.from_numpy(np.array(ids)).long())
+        raw = dataset.decode(name, torch.from_numpy(np.array(ids)).long())
         assert raw == truth if name == 'caption' else raw.shape == truth.shape and raw.dtype == np.uint8
-        assert fields.picture(name, raw[0]).shape == ((128, 128, 3) if name == 'caption' else (32, 32, 3))
-        perfect, blind = (fields.score(name, values, 'val', random) for values in (truth, fields.baseline(name, 'val', random)))
+        assert dataset.picture(name, raw[0]).shape == ((128, 128, 3) if name == 'caption' else (32, 32, 3))
+        perfect, blind = (dataset.score(name, values, 'val', random) for values in (truth, dataset.baseline(name, 'val', random)))
         for key, parts in perfect.items():
             assert parts[:, 0, 0].tolist() == ([0, 0] if key == 'error' else parts[:, 0, 1].tolist())
             assert blind[key].shape == parts.shape
@@ -119,8 +119,8 @@ def test_the_folder(work):
 
 
 def test_a_run(work, capsys):
-    train.main(model='fourm', dataset='folder', n_layer_encoder=1, n_layer_decoder=1, n_embd=32, n_head=2, input_slots='64',
-               target_slots='64', batch_size=4, max_iters=2, device='cpu', dtype='float32', compile=False, out_dir='out/mine')
+    train.main(model='fourm', dataset='folder', n_layer_encoder=1, n_layer_decoder=1, n_embd=32, n_head=2, num_input_tokens='64',
+               num_target_tokens='64', batch_size=4, max_iters=2, device='cpu', dtype='float32', compile=False, out_dir='out/mine')
     assert Path('out/mine/sample_000002.png').is_file()
     sample.main('--out_dir=out/mine', '--n=2', '--given=grey', '--image=mine/more/1.png', '--target=low,palette')
     sample.main('--out_dir=out/mine', '--n=2', '--given=caption', '--text=a picture', '--target=edges')

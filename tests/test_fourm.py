@@ -1,4 +1,4 @@
-"""nano4M: masking for hundreds of random configurations, the digits, the losses, and generation against a slow reference."""
+"""nano4M: masking for hundreds of random configurations, digits, losses, and generation against a slow reference."""
 import math
 
 import pytest
@@ -7,16 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskgit
-from fourm import Config, FourM, Modality, budget_keys, draw_masks, log_dirichlet, smallest
-from maskgit import halton_rank
+from fourm import Config, FourM, Modality, budget_sort_keys, draw_masks, log_dirichlet, take_budget, target_weights
+from lab import retrieval
+from maskgit import halton_order
 
 SPEC = 'rgb:4*4*3:2x3 depth:7:3x3 caption:12:8'
 
 
 def small(**changes):
     torch.manual_seed(0)
-    return FourM(Config(**(dict(modalities=SPEC, n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, input_slots='4,8,12',
-                                target_slots='6') | changes))).eval()
+    return FourM(Config(**(dict(modalities=SPEC, n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32,
+                                num_input_tokens='4,8,12', num_target_tokens='6') | changes))).eval()
 
 
 def lively(model):
@@ -32,11 +33,11 @@ def fake_batch(model, B, seed=0):
     generator = torch.Generator().manual_seed(seed)
     batch = {}
     for m in model.modalities:
-        batch[m.name] = torch.randint(m.vocabulary - m.is_text, (B, m.size), generator=generator)
+        batch[m.name] = torch.randint(m.vocab_size - m.is_text, (B, m.max_tokens), generator=generator)
         if m.is_text:  # some tokens, the end token, then nothing
-            end = torch.randint(m.size, (B, 1), generator=generator)
-            at = torch.arange(m.size)
-            batch[m.name] = torch.where(at < end, batch[m.name], torch.where(at == end, m.vocabulary - 1, -1))
+            end = torch.randint(m.max_tokens, (B, 1), generator=generator)
+            at = torch.arange(m.max_tokens)
+            batch[m.name] = torch.where(at < end, batch[m.name], torch.where(at == end, m.vocab_size - 1, -1))
     return batch
 
 
@@ -49,10 +50,10 @@ def generators(seed):
 
 @settings(max_examples=300, deadline=None)
 @given(sizes=st.lists(st.tuples(st.integers(1, 20), st.booleans()), min_size=1, max_size=5), K=st.integers(1, 40),
-       M=st.integers(1, 40), whole=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1)),
+       M=st.integers(1, 40), full=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1)),
        empty=st.one_of(st.just(0.0), st.floats(0, 1)), alpha=st.sampled_from(['0.01', '0.3,5', '100']),
        seed=st.integers(0, 10 ** 6))
-def test_masks(sizes, K, M, whole, empty, alpha, seed):
+def test_masks(sizes, K, M, full, empty, alpha, seed):
     generator, B, sections, start = torch.Generator().manual_seed(seed), 6, [], 0
     for size, _ in sizes:
         sections.append(slice(start, start + size))
@@ -62,7 +63,7 @@ def test_masks(sizes, K, M, whole, empty, alpha, seed):
     for section, (size, text) in zip(sections, sizes):
         if text:  # each text has at least its end token
             present[:, section] = torch.arange(size) <= torch.randint(size, (B, 1), generator=generator)
-    config = Config(whole=whole * (1 - empty), empty=empty, alphas=alpha)
+    config = Config(full_modality_prob=full * (1 - empty), unconditional_prob=empty, dirichlet_alphas=alpha)
     inputs, targets = draw_masks(present, sections, is_text, K, M, config, generator)
     assert inputs.shape == (B, K) and targets.shape == (B, M)
     for row, seen, asked in zip(present, inputs.tolist(), targets.tolist()):
@@ -71,31 +72,32 @@ def test_masks(sizes, K, M, whole, empty, alpha, seed):
         assert all(row[i] for i in seen + asked)
         assert asked == sorted(asked)  # sorted by modality
         left = int(row.sum()) - len(seen)
-        assert len(asked) == min(M, left) > 0  # exact: target slots are null only where nothing is left, and something is
+        assert len(asked) == min(M, left) > 0  # target slots are null only if no token is left, and some are
     if empty == 1:
         assert (inputs == N).all()
     modality = torch.cat([torch.full((s.stop - s.start,), m) for m, s in enumerate(sections)])
-    if empty == 0 and whole == 1:  # one modality as a whole, unless it does not fit, and at most one other
+    if empty == 0 and full == 1:  # one modality as a whole, unless it does not fit, and at most one other
         for row, seen in zip(present, inputs):
             of = modality[seen[seen < N]]
             assert len(of.unique()) <= 2
-            assert len(of) == min(K, row.sum() - 1) or any((of == m).sum() == row[s].sum() for m, s in enumerate(sections))
-    if empty == 0 and whole == 0:
+            assert (len(of) == min(K, row.sum() - 1)
+                    or any((of == m).sum() == row[s].sum() for m, s in enumerate(sections)))
+    if empty == 0 and full == 0:
         assert ((inputs < N).sum(1) == (present.sum(1) - 1).clamp(max=K)).all()
 
 
-def test_budgets_follow_the_shares():
-    """With room enough each modality gets K times its share, to within rounding; what one cannot supply goes to the others."""
+def test_budgets_follow_the_proportions():
+    """Each modality gets K times its proportion, to within rounding; unused budget goes to the others."""
     generator = torch.Generator().manual_seed(0)
     sections, B, K = [slice(0, 100), slice(100, 200), slice(200, 300)], 500, 60
-    log_share = log_dirichlet(torch.full((B,), 2.0), 3, generator)
-    keys = budget_keys(torch.ones(B, 300, dtype=torch.bool), sections, log_share, torch.zeros(B, 3, dtype=torch.bool), generator)
-    chosen = smallest(keys, K, K)
+    log_proportions = log_dirichlet(torch.full((B,), 2.0), 3, generator)
+    available, prefix_order = torch.ones(B, 300, dtype=torch.bool), torch.zeros(B, 3, dtype=torch.bool)
+    keys = budget_sort_keys(available, sections, log_proportions, prefix_order, generator)
+    chosen = take_budget(keys, K, K)
     count = torch.stack([((chosen >= s.start) & (chosen < s.stop)).sum(1) for s in sections], 1)
-    assert (count.sum(1) == K).all() and ((count - K * log_share.exp()).abs() <= 1.5).all()
-    available = torch.ones(B, 300, dtype=torch.bool)
+    assert (count.sum(1) == K).all() and ((count - K * log_proportions.exp()).abs() <= 1.5).all()
     available[:, 5:100] = False  # the first modality is short
-    count = (smallest(keys.masked_fill(~available, torch.inf), K, K) < 100).sum(1)
+    count = (take_budget(keys.masked_fill(~available, torch.inf), K, K) < 100).sum(1)
     assert (count <= 5).all()
 
 
@@ -112,36 +114,45 @@ def test_dirichlet_moments(alpha):
 def test_ordered_text_is_a_prefix():
     generator = torch.Generator().manual_seed(0)
     available = torch.arange(10) < torch.randint(1, 11, (50, 1), generator=generator)
-    keys = budget_keys(available, [slice(0, 10)], torch.zeros(50, 1), torch.ones(50, 1, dtype=torch.bool), generator)
-    for row, there in zip(smallest(keys, 4, 4).tolist(), available.sum(1).tolist()):
+    prefix_order = torch.ones(50, 1, dtype=torch.bool)
+    keys = budget_sort_keys(available, [slice(0, 10)], torch.zeros(50, 1), prefix_order, generator)
+    for row, there in zip(take_budget(keys, 4, 4).tolist(), available.sum(1).tolist()):
         assert row == sorted(list(range(min(4, there))) + [10] * (4 - min(4, there)))
 
 
-def test_drawn_rows_answer_their_modality():
+def test_prepared_targets_are_those_of_their_modality():
     model = small()
     batch, N = fake_batch(model, 16), model.N
     ids = torch.cat([batch[m.name] for m in model.modalities], 1)
-    drawn = model.draw(batch, *generators(0))
-    inputs = drawn['input_index']
+    drawn = model.prepare_batch(batch, *generators(0))
+    inputs = drawn['input_position_ids']
     assert torch.equal(drawn['input_ids'][inputs < N], ids.gather(1, inputs.clamp(max=N - 1))[inputs < N])
-    flat, total = drawn['target_index'].flatten(), 0
+    flat, total = drawn['target_position_ids'].flatten(), 0
     for m in model.modalities:
-        weight, rows = drawn[f'weight_{m.name}'], drawn[f'rows_{m.name}']
+        weight, token_idx = drawn[f'weight_{m.name}'], drawn[f'token_idx_{m.name}']
         real = weight > 0
-        places = flat[rows[real]]
-        assert ((places >= m.places.start) & (places < m.places.stop)).all()
-        assert torch.equal(drawn[f'ids_{m.name}'][real], ids[rows[real] // 6, places])
+        position_ids = flat[token_idx[real]]
+        assert ((position_ids >= m.token_slice.start) & (position_ids < m.token_slice.stop)).all()
+        assert torch.equal(drawn[f'ids_{m.name}'][real], ids[token_idx[real] // 6, position_ids])
         total += weight.sum().item()
-        assert len(rows) % (16 * 6 // 16) == 0
+        assert len(token_idx) % (16 * 6 // 16) == 0
     assert total == pytest.approx(1, abs=1e-5)  # a mean over samples
 
 
-def test_same_seeds_same_batch_and_k_from_shared():
+def test_target_weights():
+    """The docstring's example: 3 targets of rgb and 1 of depth in one of two samples."""
+    is_target = torch.tensor([[[1, 1, 1, 0], [1, 1, 1, 1]], [[0, 0, 0, 1], [0, 0, 0, 0]]]).bool()
+    assert target_weights(is_target).tolist() == [pytest.approx([1 / 12, 1 / 8]), pytest.approx([1 / 4, math.inf])]
+
+
+def test_same_seeds_same_batch_and_k_from_step_generator():
     model = small()
-    a, b = (model.draw(fake_batch(model, 8), *generators(5)) for _ in range(2))
+    a, b = (model.prepare_batch(fake_batch(model, 8), *generators(5)) for _ in range(2))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    sizes = {model.draw(fake_batch(model, 4), torch.Generator().manual_seed(0), torch.Generator().manual_seed(s))['input_index'].size(1)
-             for s in range(30)}
+    generator = torch.Generator
+    batches = [model.prepare_batch(fake_batch(model, 4), generator().manual_seed(0), generator().manual_seed(s))
+               for s in range(30)]
+    sizes = {batch['input_position_ids'].size(1) for batch in batches}
     assert sizes == {4, 8, 12}
 
 
@@ -150,10 +161,10 @@ def test_same_seeds_same_batch_and_k_from_shared():
 
 def test_first_loss_is_ln_v():
     model = small()
-    _, logs = model(model.draw(fake_batch(model, 32), *generators(0)))
+    _, logs = model(model.prepare_batch(fake_batch(model, 32), *generators(0)))
     for m in model.modalities:
         total, count = logs[f'loss_{m.name}']
-        assert (total / count).item() == pytest.approx(math.log(m.vocabulary), abs=1e-5)
+        assert (total / count).item() == pytest.approx(math.log(m.vocab_size), abs=1e-5)
 
 
 def test_head_is_a_distribution():
@@ -170,14 +181,15 @@ def test_head_is_a_distribution():
 def test_a_split_batch_has_the_same_gradient():
     """The loss is a mean over samples: the mean of two halves' gradients is the whole's."""
     model = lively(small())
-    drawn = model.draw(fake_batch(model, 8), *generators(2))
+    drawn = model.prepare_batch(fake_batch(model, 8), *generators(2))
     halves = []
     for part in (slice(0, 4), slice(4, 8)):
-        half = {name: drawn[name][part] for name in ('input_ids', 'input_index', 'target_index')}
+        half = {name: drawn[name][part] for name in ('input_ids', 'input_position_ids', 'target_position_ids')}
         for m in model.modalities:
-            rows, ids, weight = (drawn[f'{name}_{m.name}'] for name in ('rows', 'ids', 'weight'))
-            own = (rows // 6 >= part.start) & (rows // 6 < part.stop) & (weight > 0)
-            half |= {f'rows_{m.name}': rows[own] - 6 * part.start, f'ids_{m.name}': ids[own], f'weight_{m.name}': 2 * weight[own]}
+            token_idx, ids, weight = (drawn[f'{name}_{m.name}'] for name in ('token_idx', 'ids', 'weight'))
+            own = (token_idx // 6 >= part.start) & (token_idx // 6 < part.stop) & (weight > 0)
+            half |= {f'token_idx_{m.name}': token_idx[own] - 6 * part.start, f'ids_{m.name}': ids[own],
+                     f'weight_{m.name}': 2 * weight[own]}
         halves.append(half)
     gradients = []
     for batches in ([drawn], halves):
@@ -190,24 +202,26 @@ def test_a_split_batch_has_the_same_gradient():
 
 def test_every_parameter_takes_part_in_every_step():
     """Also where a modality has no target in the batch, as on one rank of two, and where there is no input at all."""
-    model = small(use='rgb caption', target_slots='1', empty=1.0, whole=0.0)
-    drawn = model.draw(fake_batch(model, 1), *generators(0))
+    model = small(train_modalities='rgb caption', num_target_tokens='1', unconditional_prob=1.0, full_modality_prob=0.0)
+    drawn = model.prepare_batch(fake_batch(model, 1), *generators(0))
     assert min((drawn[f'weight_{name}'] > 0).sum() for name in ('rgb', 'caption')) == 0
     loss, logs = model(drawn)
     loss.backward()
     assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert set(logs) == {'loss_rgb', 'loss_caption', 'null_share', 'tokens'}
+    assert set(logs) == {'loss_rgb', 'loss_caption', 'null_fraction', 'tokens'}
 
 
 def test_null_tokens_are_few():
-    model = FourM(Config(modalities='rgb:64:8x8 depth:64:8x8 normal:64:8x8 scene_desc:300:31 caption:300:26', n_embd=32, n_head=2))
-    shares = [(model.draw(fake_batch(model, 64), *generators(i))['input_index'] == model.N).float().mean() for i in range(20)]
-    assert sum(shares) / 20 < 0.2  # 0.05 of it is the empty condition
+    model = FourM(Config(modalities='rgb:64:8x8 depth:64:8x8 normal:64:8x8 scene_desc:300:31 caption:300:26', n_embd=32,
+                         n_head=2))
+    batches = [model.prepare_batch(fake_batch(model, 64), *generators(i)) for i in range(20)]
+    fractions = [(batch['input_position_ids'] == model.N).float().mean() for batch in batches]
+    assert sum(fractions) / 20 < 0.2  # 0.05 of it is the empty condition
 
 
 def test_overfits_one_batch():
     model = small(n_layer_encoder=2, n_layer_decoder=2, n_embd=64)
-    drawn = model.draw(fake_batch(model, 4), *generators(1))
+    drawn = model.prepare_batch(fake_batch(model, 4), *generators(1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(300):
         optimizer.zero_grad()
@@ -221,17 +235,17 @@ def test_overfits_one_batch():
 # Generation
 
 def slow_generate(model, given, m, steps, order, random, longest):
-    """One sample, one place at a time; the tokens of a step are drawn from the same knowledge. Greedy. `longest` is the largest
-    number of given tokens in the batch, which decides how many null tokens stand beside them."""
+    """One sample, one position at a time; greedy; all tokens of a step have the same condition. `longest` is the
+    largest number of known tokens in the batch, which determines the number of null tokens."""
     known = {}
     for other in model.modalities:
         if other.name in given:
-            known |= {other.places.start + i: int(t) for i, t in enumerate(given[other.name]) if t >= 0}
+            known |= {other.token_slice.start + i: int(t) for i, t in enumerate(given[other.name]) if t >= 0}
     before = len(known)
-    places = list(range(m.places.start, m.places.stop))
-    query = torch.tensor([places])
+    positions = list(range(m.token_slice.start, m.token_slice.stop))
+    query = torch.tensor([positions])
 
-    def answers():
+    def outputs():
         most = longest + len(known) - before
         K = min([k for k in model.input_sizes if k >= most], default=most)
         index = torch.tensor([sorted(known) + [model.N] * (K - len(known))])
@@ -239,31 +253,32 @@ def slow_generate(model, given, m, steps, order, random, longest):
         h = model.decode(model.encode(ids, index), index, query)[0]
         result = []
         for vector in h:
-            nll = model.heads[m.name](vector.expand(m.vocabulary, -1), torch.arange(m.vocabulary))
+            nll = model.heads[m.name](vector.expand(m.vocab_size, -1), torch.arange(m.vocab_size))
             greedy, state = 0, vector
             for d, level in enumerate(m.levels):
                 digit = model.heads[m.name].logits(state, d).argmax()
-                greedy, state = greedy * level + int(digit), model.heads[m.name].tell(state, d, digit)
+                greedy, state = greedy * level + int(digit), model.heads[m.name].condition_on_digit(state, d, digit)
             result.append((greedy, nll[greedy].item()))
         return result
     if m.is_text:
-        for i, place in enumerate(places):
-            if place not in known:
-                known[place] = answers()[i][0]
-            if known[place] == m.vocabulary - 1:
+        for i, position in enumerate(positions):
+            if position not in known:
+                known[position] = outputs()[i][0]
+            if known[position] == m.vocab_size - 1:
                 break
     else:
-        unknown = [p for p in places if p not in known]
+        unknown = [p for p in positions if p not in known]
         steps = min(steps, len(unknown))
         for step in range(steps):
-            left = [p for p in places if p not in known]
-            found = dict(zip(places, answers()))
+            left = [p for p in positions if p not in known]
+            found = dict(zip(positions, outputs()))
             now = math.ceil(len(unknown) * (step + 1) / steps) - (len(unknown) - len(left))
-            key = {'raster': lambda p: p, 'confidence': lambda p: found[p][1], 'random': lambda p: random[p - places[0]],
-                   'halton': lambda p: halton_rank(m.grid)[p - places[0]]}[order]
-            for place in sorted(left, key=key)[:now]:
-                known[place] = found[place][0]
-    return [known.get(p, -1) for p in places]
+            key = {'raster': lambda p: p, 'confidence': lambda p: found[p][1],
+                   'random': lambda p: random[p - positions[0]],
+                   'halton': lambda p: halton_order(m.grid)[p - positions[0]]}[order]
+            for position in sorted(left, key=key)[:now]:
+                known[position] = found[position][0]
+    return [known.get(p, -1) for p in positions]
 
 
 @pytest.mark.parametrize('order', ['random', 'confidence', 'raster', 'halton'])
@@ -274,13 +289,14 @@ def test_generate_equals_the_slow_reference(order, steps):
     partial = batch['depth'].clone()
     partial[:, [1, 4]] = -1
     given = {'rgb': batch['rgb'], 'depth': partial} if order != 'raster' else {'caption': batch['caption']}
-    longest = max((model.join(given) >= 0).sum(1).tolist())
+    longest = max((model.pack_modalities(given) >= 0).sum(1).tolist())
     for name in ('depth', 'caption') if order != 'raster' else ('rgb',):
         m = model.modality[name]
         found = model.generate(given, [name], steps=steps, temperature=0, order=order,
                                generator=torch.Generator().manual_seed(4))[name]
-        random = torch.rand(3, m.size, generator=torch.Generator().manual_seed(4))
-        slow = [slow_generate(model, {k: v[i] for k, v in given.items()}, m, steps, order, random[i], longest) for i in range(3)]
+        random = torch.rand(3, m.max_tokens, generator=torch.Generator().manual_seed(4))
+        slow = [slow_generate(model, {k: v[i] for k, v in given.items()}, m, steps, order, random[i], longest)
+                for i in range(3)]
         assert found.tolist() == slow
 
 
@@ -293,7 +309,8 @@ def test_generate_from_nothing_and_chains():
         if 11 in row:
             assert all(i == -1 for i in row[row.index(11) + 1:])  # nothing after the end token
     first = model.generate({'rgb': out['rgb']}, ['caption'], temperature=0)
-    both = model.generate({'rgb': out['rgb']}, ['caption', 'depth'], steps=3, temperature=0, generator=torch.Generator().manual_seed(1))
+    both = model.generate({'rgb': out['rgb']}, ['caption', 'depth'], steps=3, temperature=0,
+                          generator=torch.Generator().manual_seed(1))
     second = model.generate({'rgb': out['rgb'], 'caption': first['caption']}, ['depth'], steps=3, temperature=0,
                             generator=torch.Generator().manual_seed(1))
     assert torch.equal(both['depth'], second['depth'])
@@ -302,12 +319,12 @@ def test_generate_from_nothing_and_chains():
 def test_log_prob_is_the_loss():
     model = lively(small())
     batch = fake_batch(model, 3)
-    answers = model.ask({'rgb': batch['rgb']}, 'caption')
+    decoder_out = retrieval.decode_modality(model, {'rgb': batch['rgb']}, 'caption')
     m = model.modalities[2]
-    context, places = model.look(model.join({'rgb': batch['rgb']}))
-    h = model.decode(context, places, torch.arange(m.places.start, m.places.stop).expand(3, -1))
+    context, positions = model.encode_known(model.pack_modalities({'rgb': batch['rgb']}))
+    h = model.decode(context, positions, torch.arange(m.token_slice.start, m.token_slice.stop).expand(3, -1))
     for i in range(3):
-        found = model.log_prob(answers[i].expand(3, -1, -1), 'caption', batch['caption'])
+        found = retrieval.log_prob(model, decoder_out[i].expand(3, -1, -1), 'caption', batch['caption'])
         for j in range(3):
             there = batch['caption'][j] >= 0
             nll = model.heads['caption'](h[i][there], batch['caption'][j][there]).sum()
@@ -317,22 +334,24 @@ def test_log_prob_is_the_loss():
 def test_an_embedding_sees_all_that_is_known_and_nothing_else():
     model = lively(small())
     batch = fake_batch(model, 3)
-    both, one = model.embed({name: batch[name] for name in ('rgb', 'caption')}), model.embed({'rgb': batch['rgb']})
+    both = retrieval.pooled_embedding(model, {name: batch[name] for name in ('rgb', 'caption')})
+    one = retrieval.pooled_embedding(model, {'rgb': batch['rgb']})
     assert both.shape == one.shape == (3, 32) and (both - one).abs().min(1).values.max() > 0
-    alone = torch.cat([model.embed({'rgb': row}) for row in batch['rgb'].split(1)])
+    alone = torch.cat([retrieval.pooled_embedding(model, {'rgb': row}) for row in batch['rgb'].split(1)])
     torch.testing.assert_close(one, alone, rtol=1e-4, atol=1e-5)
 
 
 def logits_of(model, given, name):
-    """Of the first digit, at all places of a modality that is to be generated from what is given."""
-    return model.heads[name].logits(model.ask(given, name), 0)
+    """Of the first digit, at all positions of a modality that is to be generated from what is given."""
+    return model.heads[name].logits(retrieval.decode_modality(model, given, name), 0)
 
 
 def drawn_logits(model, given, name, monkeypatch, **how):
     """The logits that generate draws its first tokens from."""
     seen, plain = [], maskgit.sample_token
     with monkeypatch.context() as patch:
-        patch.setattr(maskgit, 'sample_token', lambda logits, *rest, **more: seen.append(logits) or plain(logits, *rest, **more))
+        patch.setattr(maskgit, 'sample_token',
+                      lambda logits, *rest, **more: seen.append(logits) or plain(logits, *rest, **more))
         model.generate(given, [name], steps=1, temperature=0, **how)
     return seen[0]
 
@@ -346,35 +365,38 @@ def test_guidance_and_weights_are_their_formula(monkeypatch):
     only = {name: logits_of(model, {name: given[name]}, 'depth') for name in given}
     for how, expected in ((dict(), full),
                           (dict(guidance=3.0), none + 3 * (full - none)),
-                          (dict(weights={'caption': -1.0}), full - 2 * (full - only['rgb'])),
-                          (dict(weights={'caption': 0.0}), only['rgb']),
-                          (dict(guidance=2.0, weights={'rgb': 2.5, 'caption': 1.0}), full + (full - none) + 1.5 * (full - only['caption'])),
-                          (dict(guidance=3.0, guidance_start=0.0), none)):
-        torch.testing.assert_close(drawn_logits(model, given, 'depth', monkeypatch, **how), expected, rtol=1e-4, atol=1e-4)
+                          (dict(condition_weights={'caption': -1.0}), full - 2 * (full - only['rgb'])),
+                          (dict(condition_weights={'caption': 0.0}), only['rgb']),
+                          (dict(guidance=2.0, condition_weights={'rgb': 2.5, 'caption': 1.0}),
+                           full + (full - none) + 1.5 * (full - only['caption'])),
+                          (dict(guidance=0.0, guidance_end=3.0), none)):
+        found = drawn_logits(model, given, 'depth', monkeypatch, **how)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     one = {'rgb': given['rgb']}  # of a single condition, its weight is the guidance
-    torch.testing.assert_close(drawn_logits(model, one, 'depth', monkeypatch, weights={'rgb': 4.0}),
+    torch.testing.assert_close(drawn_logits(model, one, 'depth', monkeypatch, condition_weights={'rgb': 4.0}),
                                drawn_logits(model, one, 'depth', monkeypatch, guidance=4.0), rtol=1e-4, atol=1e-4)
 
 
 def test_a_temperature_that_falls():
-    """Hot at first, and at the end so cold that the last of the steps takes the likeliest token."""
+    """High at first, 0 at the end: the last step takes the most probable token."""
     model = lively(small())
     given = {'caption': fake_batch(model, 40)['caption']}
     draw = [model.generate(given, ['rgb'], steps=6, temperature=1e3, temperature_end=0.0, order='raster',
                            generator=torch.Generator().manual_seed(seed))['rgb'] for seed in (1, 2)]
     assert (draw[0][:, 0] != draw[1][:, 0]).float().mean() > 0.5
-    again = model.generate(given | {'rgb': draw[0].index_fill(1, torch.tensor([5]), -1)}, ['rgb'], steps=1, temperature=0)['rgb']
+    known = given | {'rgb': draw[0].index_fill(1, torch.tensor([5]), -1)}
+    again = model.generate(known, ['rgb'], steps=1, temperature=0)['rgb']
     assert torch.equal(draw[0], again)
 
 
 @pytest.mark.parametrize('spec, use, message', [
-    ('rgb:16', '', 'write name:vocabulary:size'), ('rgb:x:8x8', '', 'write name:vocabulary:size'),
+    ('rgb:16', '', 'write name:levels:grid'), ('rgb:x:8x8', '', 'write name:levels:grid'),
     (SPEC, 'rgb sound', "no modality 'sound'; there are rgb, depth, caption")])
 def test_bad_modalities(spec, use, message):
     with pytest.raises(ValueError, match=message):
-        FourM(Config(modalities=spec, use=use))
+        FourM(Config(modalities=spec, train_modalities=use))
 
 
-def test_use_chooses_a_subset():
-    model = small(use='caption rgb')
-    assert [m.name for m in model.modalities] == ['rgb', 'caption'] and Modality('a:3:5', 0).size == 5
+def test_train_modalities_choose_a_subset():
+    model = small(train_modalities='caption rgb')
+    assert [m.name for m in model.modalities] == ['rgb', 'caption'] and Modality('a:3:5', 0).max_tokens == 5

@@ -1,4 +1,4 @@
-"""CUDA graphs, noted and replayed on a CPU: training and decoding give what they give without."""
+"""CUDA graphs, recorded and replayed on a CPU: training and decoding give the same results as without."""
 import contextlib
 import signal
 from pathlib import Path
@@ -18,23 +18,25 @@ SMALL = dict(n_layer=1, n_head=2, n_embd=16)
 
 @pytest.fixture
 def replays(monkeypatch):
-    """CUDA graphs without a GPU. Gives how often one was played."""
+    """CUDA graphs without a GPU. Yields a list with one entry per replay."""
     replays = []
 
     def capture(*arguments, **settings):
         now, replay, later = pretend.capture_cuda_graph(*arguments, **settings)
         return now, lambda: replays.append(replay()), later
     for where, name, value in ((graphs, 'DEVICE', 'cpu'), (graphs, 'capture_cuda_graph', capture),
-                               (torch.cuda, 'graph_pool_handle', lambda: None), (torch.cuda, 'empty_cache', lambda: None)):
+                               (torch.cuda, 'graph_pool_handle', lambda: None),
+                               (torch.cuda, 'empty_cache', lambda: None)):
         monkeypatch.setattr(where, name, value)
     return replays
 
 
 @pytest.mark.parametrize('chapter', faults.CASES)
 def test_training_by_graphs(chapter, tmp_path, monkeypatch, replays):
-    """The same weights but for rounding, while rates rise and fall; and when a run goes on without them."""
+    """The same weights up to rounding, with warm-up and decay of learning rates; also if a run continues without."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(devices, 'find_dtype', lambda name, device: torch.float32)  # Muon in bfloat16 would make roundings larger
+    # Muon in bfloat16 would make rounding differences larger
+    monkeypatch.setattr(devices, 'find_dtype', lambda name, device: torch.float32)
     faults.make_data(chapter, faults.CASES[chapter][0])
     settings = faults.RUN | faults.CASES[chapter][1] | dict(model=chapter, dataset=chapter, max_iters=16, ema=0.9)
     train.main(**settings, out_dir='out/plain')
@@ -59,7 +61,7 @@ def test_training_by_graphs(chapter, tmp_path, monkeypatch, replays):
 
 
 def test_graphs_see_each_batch(replays):
-    """A set of shapes is recorded when it comes the third time; sums are those of each batch, whatever the order of
+    """A combination of shapes is captured at its third occurrence; results are those of each batch, in any order of
     shapes."""
     total = torch.zeros(1)
 
@@ -84,37 +86,39 @@ def random_model(model):
 
 
 def make_vlm(**changes):
-    config = dict(vocab_size=9, image_token=8, image_size=16, block_size=40, eyes_layer=1, eyes_head=2, eyes_embd=16)
+    config = dict(vocab_size=9, image_token=8, image_size=16, block_size=40, vision_layer=1, vision_head=2,
+                  vision_embd=16)
     return random_model(vlm.VLM(vlm.Config(**(SMALL | config | changes))))
 
 
 @pytest.mark.parametrize('shift', (True, False))
 def test_generation_by_graphs(shift, replays):
-    """The same tokens as one pass after the other, with prompts of different lengths, past the number of positions that the
-    first graph reads, and past the context."""
+    """The same tokens as without graphs, with prompts of different lengths, beyond the positions of the first graph,
+    and beyond the context."""
     model = random_model(gpt.GPT(gpt.Config(vocab_size=50, block_size=300, n_kv_head=1, token_shift=shift, **SMALL)))
 
     def texts():
         for prompt, n in (([[1, 2]], 320), ([[-1, -1, 3], [4, 5, 6]], 40)):
             generator = torch.Generator().manual_seed(1)
-            yield model.generate(torch.tensor(prompt), n, end=7 if len(prompt) > 1 else -1, generator=generator)
+            yield model.generate(torch.tensor(prompt), n, eos_id=7 if len(prompt) > 1 else -1, generator=generator)
     plain = list(texts())
-    for _ in range(2):  # to be asked for twice changes nothing
+    for _ in range(2):  # a second call changes nothing
         graphs.graph_decoding(model)
     assert not replays and all(torch.equal(*pair) for pair in zip(plain, texts(), strict=True)) and len(replays) > 300
 
 
 @pytest.mark.parametrize('shift', (True, False))
-def test_a_graph_follows_its_cache_to_other_memory(shift, replays):
-    """Turns of a chat: prompts of one token and of several, which make the cache grow in the middle of a graph or not."""
+def test_a_graph_is_captured_again_when_its_cache_is_reallocated(shift, replays):
+    """Turns of a chat: prompts of one token and of several; the cache grows while a graph is in use, or not."""
     model = make_vlm(token_shift=shift, block_size=200)
     images = torch.arange(2 * 16 * 16 * 3).view(2, 1, 16, 16, 3) % 256
 
     def chat():
-        cache = model.read(torch.full((2, 1), 8), images, 2)
-        for turn, n in (([[1, 2, 3], [-1, -1, 4]], 9), ([[5], [6]], 41), ([[5], [6]], 19), ([[-1, 7], [6, 5]], 20), ([[3], [2]], 99)):
+        cache = model.prefill(torch.full((2, 1), 8), images, 2)
+        for turn, n in (([[1, 2, 3], [-1, -1, 4]], 9), ([[5], [6]], 41), ([[5], [6]], 19), ([[-1, 7], [6, 5]], 20),
+                        ([[3], [2]], 99)):
             yield model.generate(torch.tensor(turn).repeat(2, 1), cache, n)
-        cache.repeat(2)
+        cache.repeat_batch(2)
         yield model.generate(torch.tensor([[4]]).expand(8, 1), cache, 5)
     plain = list(chat())
     graphs.graph_decoding(model)
@@ -131,14 +135,14 @@ def test_two_streams_at_once_have_their_own_graphs(replays):
     assert [list(new) for new in zip(*both)] == plain and len(replays) > 20
 
 
-def test_positions_that_were_never_written_are_not_read(replays, monkeypatch):
+def test_unwritten_positions_are_not_read(replays, monkeypatch):
     class Dirty(gpt.KVCache):
-        def append(self, layer, k, v):
-            new, end = layer not in self.store, self.filled + k.size(2)
-            super().append(layer, k, v)
+        def update(self, layer, k, v):
+            i, new = layer.layer_idx, layer.layer_idx == len(self.kv)
+            kv = super().update(layer, k, v)
             if new:
-                self.store[layer][:, :, :, end:] = torch.nan
-            return self.store[layer][:, :, :, :end]
+                self.kv[i][:, :, :, self.cur_len + k.size(2):] = torch.nan
+            return kv
     model, prompt = random_model(gpt.GPT(gpt.Config(vocab_size=50, block_size=64, **SMALL))), torch.tensor([[1, 2, 3]])
     plain = model.generate(prompt, 20, temperature=0)
     graphs.graph_decoding(model)
@@ -146,11 +150,11 @@ def test_positions_that_were_never_written_are_not_read(replays, monkeypatch):
     assert torch.equal(model.generate(prompt, 20, temperature=0), plain) and replays
 
 
-def test_other_models_stay_as_they_are():
+def test_other_models_are_unchanged():
     class Mine(torch.nn.Module):
         def step(self, x):
             return x
-    for model in (Mine(), flow.Flow(flow.Config(image_size=4, patch=2, **SMALL))):
+    for model in (Mine(), flow.Flow(flow.Config(image_size=4, patch_size=2, **SMALL))):
         graphs.graph_decoding(model)
         assert 'step' not in vars(model)
 
@@ -161,12 +165,12 @@ def test_training_by_graphs_needs_one_gpu(monkeypatch, capsys):
     assert graphs.possible(torch.device('cpu'), 1) and not graphs.possible(torch.device('cpu'), 2)
 
 
-def test_the_compiled_cross_entropy_is_given_back(monkeypatch):
-    plain, blocks = gpt.nll, []
+def test_the_compiled_cross_entropy_is_restored(monkeypatch):
+    plain, blocks = gpt.token_nll, []
     monkeypatch.setattr(torch, 'compile', lambda function, **_: lambda *arguments: function(*arguments))
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda module, **_: blocks.append(module))
     monkeypatch.setattr(graphs, 'DEVICE', 'cpu')
     with contextlib.ExitStack() as stack:
         assert graphs.compile_blocks(make_vlm(), torch.device('cpu'), stack)
-        assert gpt.nll is not plain and [type(block).__name__ for block in blocks] == ['Block', 'Block']
-    assert gpt.nll is plain
+        assert gpt.token_nll is not plain and [type(block).__name__ for block in blocks] == ['Block', 'Block']
+    assert gpt.token_nll is plain

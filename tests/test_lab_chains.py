@@ -9,6 +9,7 @@ import lab
 import train
 from lab.chains import best_samples, mean_of, read_link, sampling_of
 from lab.fourm import AnyToAny
+from lab.retrieval import decode_modality, log_prob
 from tests.tiny import TINY
 
 
@@ -20,23 +21,26 @@ def run(work):
 
 def test_links():
     link = read_link('rgb:25:halton:cosine:t0.9..0.3:g1..3:w-0.5:best8', AnyToAny())
-    assert {name: getattr(link, name) for name in ('steps', 'order', 'schedule', 'temperature', 'guidance', 'weight', 'best', 'mean')
-            } == dict(steps=25, order='halton', schedule='cosine', temperature='0.9..0.3', guidance='1..3', weight=-0.5, best=8, mean=1)
+    expected = dict(steps=25, order='halton', schedule='cosine', temperature='0.9..0.3', guidance='1..3', weight=-0.5,
+                    best=8, mean=1)
+    assert {name: getattr(link, name) for name in expected} == expected
     plain = read_link('depth', AnyToAny(order='raster', steps=7))
     assert plain.order == 'raster' and plain.steps == 7 and plain.weight == 1 and plain.guidance is None
 
 
 def test_what_a_link_leaves_open_follows_from_its_target(run):
-    """One step and no choice if rgb is known, a few sampled ones otherwise; whatever a link or the settings say counts."""
+    """One step and no choice if rgb is known, a few sampled ones otherwise; whatever a link or the settings say
+    counts."""
     rgb, patches = torch.zeros(2, 64, dtype=torch.long), torch.full((2, 64), -1)
 
     def sampling(entry, known, weighted=False, **settings):
         found = sampling_of(run.model, read_link(entry, AnyToAny(**settings)), known, weighted)
-        return [found[name] for name in ('steps', 'temperature', 'temperature_end', 'guidance_start', 'guidance')]
+        return [found[name] for name in ('steps', 'temperature', 'temperature_end', 'guidance', 'guidance_end')]
     assert sampling('depth', dict(rgb=rgb)) == sampling('caption', {}) == [1, 0, 0, 1, 1]
     assert sampling('depth', dict(rgb=patches)) == sampling('rgb', dict(rgb=rgb)) == [8, 0.4, 0.4, 2, 2]
     assert sampling('rgb', {}, weighted=True) == [8, 0.4, 0.4, 1, 1]
-    assert sampling('depth:mean3', dict(rgb=rgb)) == [1, 1, 1, 1, 1] and sampling('caption:best3', {}) == [1, 0.7, 0.7, 1, 1]
+    assert sampling('depth:mean3', dict(rgb=rgb)) == [1, 1, 1, 1, 1]
+    assert sampling('caption:best3', {}) == [1, 0.7, 0.7, 1, 1]
     assert sampling('rgb:best3', {}) == [8, 0.4, 0.4, 2, 2]
     assert sampling('depth', dict(rgb=rgb), steps=4, temperature='0.9..0.1', guidance='0') == [4, 0.9, 0.1, 0, 0]
     assert sampling('depth:2:t0:g1..3', dict(rgb=rgb), steps=4, temperature='1', guidance='5') == [2, 0, 0, 1, 3]
@@ -58,6 +62,7 @@ def test_the_best_sample_makes_its_condition_most_probable(run):
     ids = torch.randint(4096, (12, 64))
     best = best_samples(model, given, 'depth', ids, 4)
     for i in range(3):
-        log_p = [model.log_prob(model.ask({'depth': row[None]}, 'caption'), 'caption', given['caption'][i:i + 1]).item()
+        caption = given['caption'][i:i + 1]
+        log_p = [log_prob(model, decode_modality(model, {'depth': row[None]}, 'caption'), 'caption', caption).item()
                  for row in ids[4 * i:4 * i + 4]]
         assert torch.equal(best[i], ids[4 * i + int(np.argmax(log_p))])

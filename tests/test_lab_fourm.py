@@ -42,7 +42,8 @@ def test_grids(out_dir, capsys):
     chain = draw(out_dir, '--chain=rgb>depth:2,normal:2:confidence,scene_desc')
     assert chain.size[0] == 7 * 132 - 4
     text = draw(out_dir, '--given=caption', '--text=two large red metal spheres', '--target=rgb,depth')
-    assert text.size[0] == 3 * 132 - 4 and 'a large red metal sphere and a large red metal sphere' in capsys.readouterr().out
+    assert text.size[0] == 3 * 132 - 4
+    assert 'a large red metal sphere and a large red metal sphere' in capsys.readouterr().out
     Image.new('L', (32, 32)).save('own.png')
     assert draw(out_dir, '--given=rgb', '--image=own.png', '--target=depth').size[0] == 2 * 132 - 4
     both = draw(out_dir, '--given=rgb,caption', '--image=own.png', '--text=a small red metal cube', '--target=depth')
@@ -74,14 +75,15 @@ def test_what_is_hidden_is_generated_and_the_rest_stays(run):
     whole = torch.zeros(8, 8, dtype=torch.bool)
     whole[1:5, 2:4] = True
     assert torch.equal(hidden('depth=outside 16,8,32,40', 'rgb,depth'), ~whole.flatten().expand(2, -1))
-    segmentation = run.fields.decode('segmentation', run.ids('segmentation', np.arange(2)))
+    segmentation = run.dataset.decode('segmentation', run.ids('segmentation', np.arange(2)))
     there = (segmentation > 0).reshape(2, 8, 8, 8, 8).any((2, 4)).reshape(2, 64)
     assert torch.equal(hidden('rgb=objects', 'rgb,segmentation'), torch.from_numpy(there))
     assert hidden('caption=6', 'rgb,caption')[:, 6:].all() and not hidden('caption=6', 'rgb,caption')[:, :6].any()
     words = hidden('caption=large,small', 'rgb,caption')
     truth = run.ids('caption', np.arange(2))
-    assert [run.fields.decode('caption', row[one][None])[0].split() for row, one in zip(truth, words)] == [
-        [word for word in run.fields.decode('caption', row[None])[0].split() if word in ('large', 'small')] for row in truth]
+    assert [run.dataset.decode('caption', row[one][None])[0].split() for row, one in zip(truth, words)] == [
+        [word for word in run.dataset.decode('caption', row[None])[0].split() if word in ('large', 'small')]
+        for row in truth]
 
 
 def test_images_before_and_after(out_dir, capsys):
@@ -103,7 +105,7 @@ def test_the_nearest_scenes(out_dir, monkeypatch):
     monkeypatch.setattr(retrieval.train_towers, '__defaults__', ('cpu', 20, 32, 0))
     for arguments in (['--text=two large red spheres'], ['--by=embedding']):
         assert draw(out_dir, '--retrieve=rgb', '--given=caption', *arguments).size[0] == 11 * 132 - 4
-    draw(out_dir, '--init_from=sampled', '--retrieve=rgb', '--given=caption')  # the index beside these weights, no other's
+    draw(out_dir, '--init_from=sampled', '--retrieve=rgb', '--given=caption')  # the index of these weights
 
 
 def test_same_seed_same_image(out_dir):
@@ -131,8 +133,10 @@ def test_same_seed_same_image(out_dir):
     (['--given=rgb', '--hide=rgb=red house'], "'house' is no color"),
     (['--given=rgb', '--replace=red=blue'], 'replace needs a text'),
     (['--given=caption', '--replace=red'], 'write OLD=NEW'),
-    (['--given=rgb,caption', '--target=depth', '--replace=redd=blue'], "'redd' is no word of caption; one such text is 'a "),
-    (['--given=caption', '--text=a red cube', '--replace=green=blue', '--target=depth'], "'green' is no word of caption"),
+    (['--given=rgb,caption', '--target=depth', '--replace=redd=blue'],
+     "'redd' is no word of caption; one such text is 'a "),
+    (['--given=caption', '--text=a red cube', '--replace=green=blue', '--target=depth'],
+     "'green' is no word of caption"),
     (['--given=caption', '--hide=caption=large,rubbber'], "'rubbber' is no token of caption; the nearest are rubber"),
     (['--retrieve=rgb'], 'one modality each'),
     (['--retrieve=rgb', '--given=rgb'], 'one modality each'),
@@ -147,7 +151,7 @@ def test_same_seed_same_image(out_dir):
     (['--chain=rgb>rgb:best4', '--hide=rgb=8,8,24,24'], 'best needs something given that it is judged by'),
     (['--temperature=-1'], 'temperature=-1.0 must be'),
     (['--temperature=warm'], "'warm': write a number"),
-    (['--chain=caption>rgb:t0.9..-1'], 'at least 1e-6'),
+    (['--chain=caption>rgb:t0.9..-1'], 'must be 0 or >= 1e-6'),
     (['--top_p=2'], 'top_p=2.0'),
 ])
 def test_faults(out_dir, arguments, message):

@@ -20,7 +20,7 @@ from tests.toys import GPT, draw, make_digits, make_story
 
 @pytest.fixture(scope='module')
 def story(work):
-    """A GPT that has seen a few steps of byte-pair tokens."""
+    """A GPT after a few training steps on byte-pair tokens."""
     make_story()
     train.main(**GPT, dataset='story', block_size=16, out_dir='out/story')
     return 'out/story'
@@ -57,32 +57,34 @@ def test_texts(story, capsys):
 
 def test_texts_are_returned(story):
     run = lab.open_run(Path(story, 'ckpt_last.pt'), 'cpu')
-    one, again = (lab.module_of(run.model).draw(run, lab.module_of('gpt').Text(prompt='The', max_new_tokens=9, seed=5), None)
-                  for _ in range(2))
+    settings = lab.module_of('gpt').Text(prompt='The', max_new_tokens=9, seed=5)
+    one, again = (lab.module_of(run.model).draw(run, settings, None) for _ in range(2))
     assert one == again and one[0].startswith('The')
 
 
 def test_compiled_passes(story, capsys, monkeypatch):
-    """The same text by --compile, in both dtypes; all layers share what is compiled: five take no more than two."""
+    """The same text with --compile, in both dtypes; all layers share compiled code: five need no more than two."""
     frames = torch._dynamo.utils.counters['frames']
     for kind in gpt.KVCache, graphs.GraphedCache:
-        monkeypatch.setattr(kind, 'append', kind.append)  # to be as they were afterwards
+        monkeypatch.setattr(kind, 'update', kind.update)  # restored after the test
     for layers, more in ((2, True), (5, False)):
-        train.main(**(GPT | dict(n_layer=layers)), dataset='story', block_size=16, out_dir=f'out/story_{layers}', pictures=False)
+        train.main(**(GPT | dict(n_layer=layers)), dataset='story', block_size=16, out_dir=f'out/story_{layers}',
+                   pictures=False)
         capsys.readouterr()
         before = frames['ok']
         for dtype in ('float32', 'bfloat16'):
             texts = []
             for compiled in (False, True):
-                sample.main(f'--out_dir=out/story_{layers}', '--prompt=The cat', '--max_new_tokens=12', '--temperature=0',
-                            f'--dtype={dtype}', f'--compile={compiled}')
+                sample.main(f'--out_dir=out/story_{layers}', '--prompt=The cat', '--max_new_tokens=12',
+                            '--temperature=0', f'--dtype={dtype}', f'--compile={compiled}')
                 texts.append(capsys.readouterr().out)
             assert texts[0] == texts[1]
         assert (frames['ok'] > before) == more
 
 
 def test_a_draft_changes_nothing_but_the_speed(story, capsys):
-    train.main(**(GPT | dict(n_head=1, n_embd=8)), dataset='story', block_size=16, out_dir='out/story_draft', pictures=False)
+    train.main(**(GPT | dict(n_head=1, n_embd=8)), dataset='story', block_size=16, out_dir='out/story_draft',
+               pictures=False)
     train.main(**GPT, dataset='story', block_size=8, out_dir='out/story_short', pictures=False)
     Path('other.txt').write_text('abcab' * 100)
     text.main(input='other.txt', out='data/other')
@@ -101,7 +103,7 @@ def test_a_draft_changes_nothing_but_the_speed(story, capsys):
 
 
 def test_a_text_without_lines(work, capsys):
-    """Its alphabet has no line's end to begin with; training draws all the same."""
+    """A vocabulary without a line break, the default first token; training samples texts all the same."""
     Path('flat.txt').write_text('abcab' * 100)
     text.main(input='flat.txt', out='data/flat')
     train.main(**GPT, dataset='flat', block_size=8, out_dir='out/flat')
@@ -153,7 +155,7 @@ def test_binary_digits(digits):
 # Scores
 
 def test_exact_score_of_a_text(story):
-    """Every token of the validation set but the first, once: as the loop's own val_loss, and by a sum over windows written out."""
+    """Every token of the validation set but the first, once: equal to val_loss, and to a sum over explicit windows."""
     scores = score.main(f'--out_dir={story}')
     assert scores == read_scores(Path(story, 'scores.json'))
     model, _ = checkpoints.load_model(Path(story, 'ckpt_last.pt'))
@@ -161,15 +163,15 @@ def test_exact_score_of_a_text(story):
     total = 0
     for start in range(0, len(tokens) - 1, 16):
         window = tokens[start:start + 17]
-        logits = model.logits(model.trunk(window[None, :-1]))[0]
+        logits = model.logits(model.backbone(window[None, :-1]))[0]
         total -= logits.log_softmax(-1)[range(len(window) - 1), window[1:]].sum().item()
     assert scores['nats/token']['value'] == pytest.approx(total / (len(tokens) - 1), rel=1e-4)
     log = [json.loads(line) for line in Path(story, 'log.jsonl').read_text().splitlines()]
     assert scores['nats/token']['value'] == pytest.approx(log[-1]['val_loss'], rel=1e-4)
-    n_bytes = len(text.Fields('data/story').decode(tokens.tolist()))
+    n_bytes = len(text.Dataset('data/story').decode(tokens.tolist()))
     assert scores['bits/byte']['value'] == pytest.approx(total / np.log(2) / n_bytes, rel=0.05)
     score.main(f'--out_dir={story}', '--checkpoint=ckpt_best.pt', '--split=train')
-    assert read_scores(Path(story, 'scores.json')) == scores  # other weights, other samples: another file
+    assert read_scores(Path(story, 'scores.json')) == scores  # other weights or split: another file
     assert read_scores(Path(story, 'scores_ckpt_best_train.json'))['nats/token']['n'] != scores['nats/token']['n']
 
 

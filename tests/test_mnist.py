@@ -117,7 +117,7 @@ def test_training_makes_fashion_mnist(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['prepare/fashion_mnist.py'])
     folder, meta = arrays.find('fashion_mnist')
     assert str(folder) == 'data/fashion_mnist' and meta['classes'][0] == 't-shirt' and meta['prepare'] == 'mnist'
-    assert arrays.Data(folder, 'train', meta, ['tokens']).n == 200 and mnist.Fields(folder).load('val', 'label').shape == (60,)
+    assert arrays.Data(folder, 'train', meta, ['tokens']).n == 200 and mnist.Dataset(folder).load('val', 'label').shape == (60,)
     monkeypatch.setattr(sys, 'argv', ['prepare/fashion_mnist.py', '--subset=t20k'])
     with pytest.raises(SystemExit, match="error: subset='t20k'"):
         runpy.run_module('prepare.fashion_mnist', run_name='__main__')
@@ -126,7 +126,7 @@ def test_training_makes_fashion_mnist(cache, tmp_path, monkeypatch):
 def test_file_errors(cache, monkeypatch):
     images, labels = toy_digits(10)
     put_part(cache, 't10k', images, labels[:9])
-    with pytest.raises(UserError, match=r'pictures \(10, 28, 28\) do not belong to labels \(9,\)'):
+    with pytest.raises(UserError, match=r'images \(10, 28, 28\) do not belong to labels \(9,\)'):
         mnist.main(subset='t10k')
     mnist.DIGESTS['t10k-images-idx3-ubyte.gz'] = '0' * 64
     with pytest.raises(UserError, match='expected .*0000'):
@@ -206,8 +206,8 @@ def test_frechet_is_that_of_gaussians():
     white = np.linalg.solve(np.linalg.cholesky(np.cov(white.T)), (white - white.mean(0)).T).T  # mean 0 and covariance 1 exactly
     assert judge.frechet(white, white) == pytest.approx(0, abs=1e-9)
     assert judge.frechet(white, 3 * white + [1, 2, 0]) == pytest.approx(5 + 3 * (3 - 1) ** 2)
-    turn = np.linalg.qr(random.normal(size=(3, 3)))[0]
-    a, b = white * [1, 2, 3] @ turn, white * [2, 2, 5] @ turn  # covariances that commute: the deviations' squared differences
+    rope = np.linalg.qr(random.normal(size=(3, 3)))[0]
+    a, b = white * [1, 2, 3] @ rope, white * [2, 2, 5] @ rope  # covariances that commute: the deviations' squared differences
     assert judge.frechet(a, b) == pytest.approx(1 + 0 + 4) == judge.frechet(b, a)
     flat = white * [1, 0, 0]  # a singular covariance
     assert judge.frechet(flat, flat) == pytest.approx(0, abs=1e-6)
@@ -249,24 +249,24 @@ def test_the_folder(folder):
     assert meta['kind'] == 'rows' and meta['fields'] == dict(tokens=26, image=256, label=10) and meta['prepare'] == 'mnist'
     assert meta['config']['vocab_size'] == 26 and meta['config']['block_size'] == 49 and meta['settings']['views'] == 3
     assert meta['quality']['judge_grey'] > 0.8 and meta['quality']['judge_binary'] > 0.8  # learnt in 100 steps; chance is 0.1
-    fields = mnist.Fields(folder)
-    assert fields.load('train', 'tokens').shape == (400, 3, 50) and fields.load('val', 'tokens').shape == (200, 1, 50)
-    tokens, images, labels = (fields.load('val', name) for name in ('tokens', 'image', 'label'))
+    dataset = mnist.Dataset(folder)
+    assert dataset.load('train', 'tokens').shape == (400, 3, 50) and dataset.load('val', 'tokens').shape == (200, 1, 50)
+    tokens, images, labels = (dataset.load('val', name) for name in ('tokens', 'image', 'label'))
     assert (tokens[:, 0, 0] == labels).all() and images.dtype == labels.dtype == np.uint8
-    assert (mnist.to_tokens(fields.decode(tokens[:, 0]), labels) == tokens[:, 0]).all()
-    assert (fields.decode(tokens[:, 0]) == mnist.binary(images)).all() and len(fields.classes) == 10
+    assert (mnist.to_tokens(dataset.decode(tokens[:, 0]), labels) == tokens[:, 0]).all()
+    assert (dataset.decode(tokens[:, 0]) == mnist.binary(images)).all() and len(dataset.classes) == 10
     with pytest.raises(UserError, match='absent.npy: missing or damaged'):
-        fields.load('val', 'absent')
+        dataset.load('val', 'absent')
     (folder / 'bad.pt').write_bytes(b'no judge')
-    with pytest.raises(UserError, match='bad.pt: missing, truncated or not a judge'):
+    with pytest.raises(UserError, match='bad.pt: missing, truncated or not an evaluation classifier'):
         judge.Judge.load(folder / 'bad.pt')
 
 
 @pytest.mark.parametrize('size', [14, 28])
 def test_scores(folder, size):
-    fields = mnist.Fields(folder)
-    held_out, labels = fields.real('val', size), fields.load('val', 'label')
-    scores = fields.score(held_out, labels)
+    dataset = mnist.Dataset(folder)
+    held_out, labels = dataset.real('val', size), dataset.load('val', 'label')
+    scores = dataset.score(held_out, labels)
     assert list(scores) == ['accuracy', 'precision', 'recall', 'frechet', 'copies', 'near_copies']
     means = {name: one['value'] if name == 'frechet' else one['parts'][..., 0].mean() for name, one in scores.items()}
     assert means['precision'] == means['recall'] == 1 and means['frechet'] == pytest.approx(0, abs=1e-4)
@@ -275,16 +275,16 @@ def test_scores(folder, size):
     assert 0 < scores['frechet']['floor'] < scores['frechet']['baseline']
     assert all(one['parts'].shape == (200, 1, 2) for name, one in scores.items() if name != 'frechet')
 
-    copied = fields.score(fields.real('train', size)[:30], fields.load('train', 'label')[:30])
+    copied = dataset.score(dataset.real('train', size)[:30], dataset.load('train', 'label')[:30])
     assert (copied['copies']['parts'] == 1).all() and copied['copies']['parts'].shape == (30, 1, 2)
-    wrong = fields.score(held_out, (labels + 1) % 10)['accuracy']['parts']
+    wrong = dataset.score(held_out, (labels + 1) % 10)['accuracy']['parts']
     assert wrong[..., 0].mean() < 0.2
-    with pytest.raises(UserError, match='2 pictures are too few'):
-        fields.score(held_out[:2], labels[:2])
+    with pytest.raises(UserError, match='2 images are too few'):
+        dataset.score(held_out[:2], labels[:2])
 
 
 def test_saved_judge_says_the_same(folder, tmp_path):
-    one, images = judge.Judge.load(folder / 'judge_binary.pt'), mnist.Fields(folder).real('val', 14)
+    one, images = judge.Judge.load(folder / 'judge_binary.pt'), mnist.Dataset(folder).real('val', 14)
     one.save(tmp_path / 'again.pt')
     assert (judge.Judge.load(tmp_path / 'again.pt').logits(images) == one.logits(images)).all()
     assert one.features(images).shape == (200, 64) and one.logits(images).shape == (200, 10)

@@ -69,7 +69,7 @@ def contents(folder):
 def test_everything_is_packed(tree, packed):
     meta = json.loads((packed / 'meta.json').read_text())
     assert list(meta['fields']) == [*multiclevr.IMAGES, *multiclevr.TEXTS] and set(meta['views'].values()) == {10}
-    fields = multiclevr.Fields(packed)
+    dataset = multiclevr.Dataset(packed)
     for split, n in dict(train=60, val=7, test=5).items():
         assert not (packed / split / 'texts.jsonl').exists()
         for name, folder in multiclevr.FOLDERS.items():
@@ -81,7 +81,7 @@ def test_everything_is_packed(tree, packed):
                     assert (np.load(path.with_suffix('.npy')) == whole[i]).all()
                 else:
                     texts = json.loads(path.with_suffix('.json').read_text())
-                    assert fields.decode(name, torch.from_numpy(np.array(whole[i]))) == texts
+                    assert dataset.decode(name, torch.from_numpy(np.array(whole[i]))) == texts
     assert (whole < 0).any() and ((whole >= 256) | np.isin(whole, [-1, ord('a'), ord(',')])).all()  # captions are words
 
 
@@ -169,8 +169,8 @@ def test_column_major_and_other_integers(faulty, tmp_path):
         assert (multiclevr.read_tokens(tmp_path / 'x.npy') == tokens).all()
 
 
-RUN = dict(model='fourm', dataset='multiclevr', n_layer_encoder=1, n_layer_decoder=1, n_embd=32, n_head=2, input_slots='32',
-           target_slots='32', batch_size=4, max_iters=2, device='cpu', dtype='float32', compile=False, out_dir='out/clevr')
+RUN = dict(model='fourm', dataset='multiclevr', n_layer_encoder=1, n_layer_decoder=1, n_embd=32, n_head=2, num_input_tokens='32',
+           num_target_tokens='32', batch_size=4, max_iters=2, device='cpu', dtype='float32', compile=False, out_dir='out/clevr')
 
 
 def test_a_run(packed, capsys):
@@ -201,16 +201,16 @@ def test_an_external_decoder(packed, tmp_path):
     torch.jit.script(Decoder()).save(tmp_path / 'decoder.jit')
     before = contents(packed)
     multiclevr.main(out=str(packed), decoder=str(tmp_path / 'decoder.jit'))
-    fields = multiclevr.Fields(packed)
-    raw = fields.truth('val', 'rgb', [0])[0]
-    picture = fields.picture('rgb', raw)
+    dataset = multiclevr.Dataset(packed)
+    raw = dataset.truth('val', 'rgb', [0])[0]
+    picture = dataset.picture('rgb', raw)
     assert picture.shape == (128, 128, 3) and abs(picture[::8, ::8, 0].flatten() - raw / 32000 * 127.5).max() <= 1
     (packed / 'decoder.jit').write_bytes(b'no program')
     with pytest.raises(UserError, match='decoder.jit: not a TorchScript file'):
-        multiclevr.Fields(packed).picture('rgb', raw)
+        multiclevr.Dataset(packed).picture('rgb', raw)
     torch.jit.script(torch.nn.Linear(2, 2)).save(packed / 'decoder.jit')
     with pytest.raises(UserError, match='decoder.jit: cannot turn integers'):
-        multiclevr.Fields(packed).picture('rgb', raw)
+        multiclevr.Dataset(packed).picture('rgb', raw)
     (packed / 'decoder.jit').unlink()
     assert contents(packed) == before
 
@@ -221,8 +221,8 @@ def test_captions_of_another_grammar(tree, tmp_path):
     for path in source.glob('*/caption/*.json'):
         path.write_text(json.dumps(['There is nothing here, élan!'] * 10))
     pack(source, tmp_path / 'out')
-    fields = multiclevr.Fields(tmp_path / 'out')
-    texts = fields.truth('val', 'caption', np.arange(3))
+    dataset = multiclevr.Dataset(tmp_path / 'out')
+    texts = dataset.truth('val', 'caption', np.arange(3))
     assert texts == ['There is nothing here, élan!'] * 3
-    assert fields.baseline('caption', 'val', [0]) == [''] and fields.picture('caption', texts[0]).ndim == 3
-    assert fields.score('caption', texts, 'val', np.arange(3))['scenes'].tolist() == [[[1, 0]]] * 3
+    assert dataset.baseline('caption', 'val', [0]) == [''] and dataset.picture('caption', texts[0]).ndim == 3
+    assert dataset.score('caption', texts, 'val', np.arange(3))['scenes'].tolist() == [[[1, 0]]] * 3

@@ -64,7 +64,7 @@ def together(world, chapter, out_dir, **changes):
 
 @pytest.fixture
 def exact_muon(monkeypatch):
-    """In bfloat16, Muon would turn the last bit of a gradient into a hundredth of its step."""
+    """In bfloat16, Muon would rope the last bit of a gradient into a hundredth of its step."""
     monkeypatch.setattr(devices, 'find_dtype', lambda name, device, find=devices.find_dtype: find(
         'float32' if name == 'auto' else name, device))
 
@@ -102,7 +102,7 @@ def test_shards_resume_on_any_number_of_processes(tmp_path, monkeypatch, exact_m
     process's."""
     monkeypatch.chdir(tmp_path)
     faults.make_data('fourm', faults.CASES['fourm'][0])
-    settings = dict(dtype=dtype, ema=0.9, rates='place_embedding:0', decay=1e-9, eval_iters=2, eval_interval=2, log_interval=1)
+    settings = dict(dtype=dtype, ema=0.9, lr_multipliers='pos_embedding:0', decay=1e-9, eval_iters=2, eval_interval=2, log_interval=1)
     together(1, 'fourm', 'out/whole', max_iters=6, **settings)
     for steps, world in ((2, 2), (4, 1), (6, 2)):
         together(world, 'fourm', 'out/parts', max_iters=steps, shard=True, **settings)

@@ -1,5 +1,4 @@
 """Pages of runs: curves, tables, the command that makes a run again, which generator, and faults in one line."""
-import json
 import re
 import shlex
 import shutil
@@ -20,8 +19,8 @@ from tests.test_mnist import toy_digits
 RUN = dict(n_layer=1, n_head=2, n_embd=16, batch_size=4, max_iters=4, eval_interval=2, log_interval=1, device='cpu',
            dtype='float32', compile=False)
 GPT = RUN | dict(model='gpt', dataset='report_text', block_size=8, out_dir='out/report gpt')
-FOURM = dict(model='fourm', dataset='scenes', n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, input_slots='16,32',
-             target_slots='16', batch_size=8, micro_batch_size=4, max_iters=2, eval_interval=1, eval_iters=1, log_interval=1,
+FOURM = dict(model='fourm', dataset='scenes', n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, num_input_tokens='16,32',
+             num_target_tokens='16', batch_size=8, micro_batch_size=4, max_iters=2, eval_interval=1, eval_iters=1, log_interval=1,
              device='cpu', dtype='float32', compile=False, out_dir='out/report_fourm')
 
 
@@ -118,7 +117,7 @@ def test_which_generator(work, monkeypatch, capsys):
     for name in names:
         model = name.removeprefix('digits_')
         train.main(**RUN | dict(model=model, dataset='report_digits', out_dir=f'out/{name}', max_iters=1, eval_iters=1,
-                                pictures=False) | (dict(patch=14) if model == 'flow' else {}))
+                                pictures=False) | (dict(patch_size=14) if model == 'flow' else {}))
     add_scores('out/digits_flow', **{'bits/dim given the class': dict(value=5.432, low=5, high=6, n=9)})
     report.main(f'--compare={",".join(f"out/{name}" for name in names)}', '--n_score=100')
     printed = capsys.readouterr().out

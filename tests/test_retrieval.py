@@ -13,9 +13,10 @@ from config import UserError
 from engine import checkpoints
 from lab import retrieval
 
-RUN = dict(model='fourm', dataset='scenes', n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, input_slots='16,32',
-           target_slots='16', batch_size=8, micro_batch_size=4, max_iters=40, eval_interval=40, eval_iters=1, device='cpu',
-           dtype='float32', compile=False, pictures=False, out_dir='out/found')
+RUN = dict(model='fourm', dataset='scenes', n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32,
+           num_input_tokens='16,32', num_target_tokens='16', batch_size=8, micro_batch_size=4, max_iters=40,
+           eval_interval=40, eval_iters=1, device='cpu', dtype='float32', compile=False, pictures=False,
+           out_dir='out/found')
 
 
 @pytest.fixture(autouse=True)
@@ -40,24 +41,27 @@ def index(model, path):
 
 
 def test_nearness_is_the_likelihood_ratio(model, index):
-    """Pair by pair: ln p(caption | rgb) - ln p(caption), from both sides; the second lacks what is the same for all images."""
+    """Pair by pair: ln p(caption | rgb) - ln p(caption), from both sides; the second lacks what is the same for all
+    images."""
     assert index['names'] == ['rgb', 'caption'] and index['n'] == 32
     rgb, caption = (index['ids'][name] for name in ('rgb', 'caption'))
     from_rgb = retrieval.nearness(model, index, 'rgb', rgb[:3])
     from_caption = retrieval.nearness(model, index, 'caption', caption[:3])
-    nothing = model.ask({'rgb': torch.full((1, 64), -1)}, 'caption')
+    nothing = retrieval.decode_modality(model, {'rgb': torch.full((1, 64), -1)}, 'caption')
     for i in range(3):
         for j in range(3):
-            log_prob = model.log_prob(model.ask({'rgb': rgb[i:i + 1]}, 'caption'), 'caption', caption[j:j + 1])
-            ratio = log_prob - model.log_prob(nothing, 'caption', caption[j:j + 1])
+            decoder_out = retrieval.decode_modality(model, {'rgb': rgb[i:i + 1]}, 'caption')
+            log_prob = retrieval.log_prob(model, decoder_out, 'caption', caption[j:j + 1])
+            ratio = log_prob - retrieval.log_prob(model, nothing, 'caption', caption[j:j + 1])
             assert from_rgb[i, j].item() == pytest.approx(ratio.item(), abs=0.02)
-            assert from_caption[j, i].item() == pytest.approx(log_prob.item(), abs=0.1)  # outputs are stored in half precision
+            assert from_caption[j, i].item() == pytest.approx(log_prob.item(), abs=0.1)  # stored in half precision
 
 
 def test_recall_counts_equal_texts_as_the_same():
     table = torch.tensor([[3.0, 2, 1], [5, 4, 1], [9, 8, 7]])
     same = torch.eye(3, dtype=torch.bool)
-    assert [retrieval.hits(table, same, k).tolist() for k in (1, 2, 3)] == [[True, False, False], [True, True, False], [True] * 3]
+    found = [retrieval.hits(table, same, k).tolist() for k in (1, 2, 3)]
+    assert found == [[True, False, False], [True, True, False], [True] * 3]
     same[1, 0] = True
     assert retrieval.hits(table, same, 1).tolist() == [True, True, False]
 
@@ -99,7 +103,8 @@ def test_chance(model, index):
 
 
 def test_an_index_is_made_again(model, index, path, tmp_path, capsys):
-    """If it is of other weights, as after more training, or damaged; not for a copied run or another file of the same weights."""
+    """If it is of other weights, as after more training, or damaged; not for a copied run or another file of the same
+    weights."""
     def opened(model=model, name='ckpt_last.pt'):
         found = retrieval.open_index(model, 'data/scenes', tmp_path / 'run' / name, 'rgb', 'caption', 'val')
         assert found['weights'] == retrieval.digest(model)

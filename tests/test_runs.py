@@ -37,7 +37,7 @@ def test_one_run_a_folder(here):
 
 
 def test_what_was_started_again_goes_on(here, monkeypatch):
-    """A job that began with init_from=scratch does not begin anew when SLURM or torchrun starts it once more."""
+    """A job that began with init_from=scratch continues when SLURM or torchrun restarts it."""
     run('out/a', max_iters=2, init_from='scratch')
     monkeypatch.setenv('SLURM_RESTART_COUNT', '1')
     run('out/a', max_iters=3, init_from='scratch')
@@ -56,7 +56,7 @@ def test_the_newest_are_kept(tmp_path):
 
 def test_a_disk_that_is_nearly_full(here, monkeypatch):
     monkeypatch.setattr(runs.shutil, 'disk_usage', lambda path: type('Usage', (), dict(free=1000)))
-    with pytest.raises(UserError, match='out/a: less than 0.0 GB free, which its checkpoints may need'):
+    with pytest.raises(UserError, match='out/a: less than 0.0 GB free, which checkpoints may need'):
         run('out/a')
 
 
@@ -65,9 +65,9 @@ def test_nothing_left_to_do():
         state = type('State', (), dict(step=3, best=2.0) | {k: v for k, v in changes.items() if k in ('step', 'best')})
         return runs.finished(Path('out/a'), dict(max_iters=6, target_loss=0.0) | changes, state)
     assert not left() and not left(target_loss=1.0)
-    assert 'out/a: finished at step 6, best val_loss 2.0000; raise max_iters to go on' in left(step=6)
-    assert 'lower target_loss to go on' in left(target_loss=2.5)
-    assert 'raise max_iters and lower target_loss to go on' in left(step=6, target_loss=2.5)
+    assert 'out/a: finished at step 6, best val_loss 2.0000; raise max_iters to continue' in left(step=6)
+    assert 'lower target_loss to continue' in left(target_loss=2.5)
+    assert 'raise max_iters and lower target_loss to continue' in left(step=6, target_loss=2.5)
 
 
 def test_two_signals_end_it_at_once(monkeypatch):

@@ -2,6 +2,7 @@
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -131,8 +132,8 @@ def test_weights_without_data(runs, tmp_path, monkeypatch, capsys):
     """As prepare/smollm2.py leaves them: step 0, a tokenizer of their own, no data folder."""
     from prepare import smollm2
     text = checkpoints.read(Path(runs[0], 'ckpt_last.pt'))
-    fields = lab.open_run(Path(runs[0], 'ckpt_last.pt')).fields
-    monkeypatch.setattr(smollm2, 'Fields', lambda folder: fields)
+    dataset = lab.open_run(Path(runs[0], 'ckpt_last.pt')).dataset
+    monkeypatch.setattr(smollm2, 'Dataset', lambda folder: dataset)
     monkeypatch.chdir(tmp_path)
     Path('out/fetched').mkdir(parents=True)
     meta = dict(kind='stream', fields=dict(tokens=278), config={}, prepare='smollm2', encoding='smollm2')
@@ -195,3 +196,13 @@ def test_what_training_draws(runs, tmp_path):
     lab.draw(run.model, run.folder, run.meta, tmp_path / 'sample_000001.png')
     text = (tmp_path / 'sample_000001.txt').read_bytes().decode()
     assert [text] == lab.module_of('gpt').draw(run, lab.module_of('gpt').Text(max_new_tokens=300), None)
+
+
+def test_names_of_samples_never_collide(tmp_path, monkeypatch):
+    """Several in a second, and even at the same moment; a text or an animation takes a name, too."""
+    monkeypatch.setattr(sample, 'datetime', type('Frozen', (), dict(now=staticmethod(lambda: datetime(2026, 1, 2, 3, 4, 5, 6)))))
+    paths = []
+    for suffix in ('.png', '.gif', '.txt', '.png'):
+        paths.append(sample.new_path(tmp_path))
+        paths[-1].with_suffix(suffix).touch()
+    assert len(set(paths)) == 4 and paths[0].name == 'sample_20260102_030405_000006.png'

@@ -125,13 +125,13 @@ def test_numbers_and_back():
     numbers = np.array([40, 30, 36, 33, 31, 35, 37, 30, 31, 27, 34, 33])
     blurred = np.repeat(np.repeat(scenes_numbers.from_layout(numbers), 4, 0), 4, 1)
     assert scenes_numbers.layout(dict(rgb=blurred[None])).tolist() == [[numbers.tolist()]]
-    text = scenes_numbers.tell('boxes', table[0].tolist())
+    text = scenes_numbers.to_text('boxes', table[0].tolist())
     assert text == 'shape=sphere left=4 top=16 right=10 bottom=22 shape=cube left=40 top=8 right=42 bottom=60'
     assert scenes_numbers.read('boxes', text).tolist() == table[0, :2].tolist()
     assert scenes_numbers.read('boxes', text[:-3] + ' top=3').tolist() == table[0, :1].tolist()  # malformed: left out
     for name in scenes_numbers.NUMBERS:
         encoding = word_encoding(name, scenes_numbers.words(name))
-        text = scenes_numbers.tell(name, scenes_numbers.NUMBERS[name][0](RAW)[0].tolist())
+        text = scenes_numbers.to_text(name, scenes_numbers.NUMBERS[name][0](RAW)[0].tolist())
         assert min(encoding.encode_ordinary(text)) >= 256 and encoding.decode(encoding.encode_ordinary(text)) == text
     assert scenes_numbers.middle([table[0, :2], table[0, :2] + 2, table[0, :1]]).tolist() == (table[0, :2] + 1).tolist()
 
@@ -159,25 +159,25 @@ def test_parser_targets():
 def test_the_folder(work):
     meta = json.loads((work / 'data/scenes/meta.json').read_text())
     assert meta['kind'] == 'rows' and list(meta['fields']) == [*scenes.IMAGES, *scenes.TEXTS, 'tokens', 'image']
-    fields = scenes.Fields(work / 'data/scenes')
+    dataset = scenes.Dataset(work / 'data/scenes')
     index = np.arange(10)
     for name in scenes.IMAGES + scenes.TEXTS:
-        ids = fields.load('val', name)
+        ids = dataset.load('val', name)
         assert len(ids) == 32 and ids.max() < meta['fields'][name]
-        raw = fields.decode(name, torch.from_numpy(np.array(ids[:10])).long())
-        again, stored = fields.encode(name, fields.truth('val', name, index)), torch.from_numpy(np.array(ids[:10])).long()
+        raw = dataset.decode(name, torch.from_numpy(np.array(ids[:10])).long())
+        again, stored = dataset.encode(name, dataset.truth('val', name, index)), torch.from_numpy(np.array(ids[:10])).long()
         if name in scenes.TEXTS:
             assert torch.equal(again, stored)
         else:  # the stored tokens are those of the stored raw values, but for digits on the edge between two levels
-            levels = fields.tokenizers[name].levels
+            levels = dataset.tokenizers[name].levels
             assert (ids_to_digits(again, levels) - ids_to_digits(stored, levels)).abs().max() <= 1
         if name == 'normal':
-            assert np.linalg.norm(fields.truth('val', name, index), axis=-1) == pytest.approx(1, abs=0.01)
+            assert np.linalg.norm(dataset.truth('val', name, index), axis=-1) == pytest.approx(1, abs=0.01)
         for one in raw:
-            picture = fields.picture(name, one)
+            picture = dataset.picture(name, one)
             assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
-        assert all(np.isfinite(value(parts)) for parts in fields.score(name, raw, 'val', index).values())
-        fields.picture(name, fields.baseline(name, 'val', index)[0])
+        assert all(np.isfinite(value(parts)) for parts in dataset.score(name, raw, 'val', index).values())
+        dataset.picture(name, dataset.baseline(name, 'val', index)[0])
     objects, instance = np.load(work / 'data/scenes/val/raw_objects.npy'), np.load(work / 'data/scenes/val/raw_instance.npy')
     labels = np.load(work / 'data/scenes/val/raw_segmentation.npy')
     assert labels[0][instance[0] == 2][0] == 1 + objects[0, 1, 0] * 8 + objects[0, 1, 1]
@@ -196,30 +196,30 @@ def test_more_modalities(work, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pictures.train_tokenizer, '__defaults__', (0, 8))
     out, names = work / 'data/scenes_more', ('edges', 'palette', 'low', 'boxes', 'metadata', 'layout', 'counts')
     shutil.copytree(work / 'data/scenes', out)
-    tiny = dict(model='fourm', dataset='scenes_more', n_layer_encoder=1, n_layer_decoder=1, n_embd=32, n_head=2, input_slots='64',
-                target_slots='64', batch_size=4, micro_batch_size=4, device='cpu', dtype='float32', compile=False, eval_iters=1)
+    tiny = dict(model='fourm', dataset='scenes_more', n_layer_encoder=1, n_layer_decoder=1, n_embd=32, n_head=2, num_input_tokens='64',
+                num_target_tokens='64', batch_size=4, micro_batch_size=4, device='cpu', dtype='float32', compile=False, eval_iters=1)
     train.main(**tiny, max_iters=1, pictures=False, out_dir='out/older')
     before, stamps = json.loads((out / 'meta.json').read_text()), {path: path.stat().st_mtime_ns for path in out.rglob('*.npy')}
     scenes.main(f'--out={out}', '--extra=' + ' '.join(names))
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
-    meta, fields, index = json.loads((out / 'meta.json').read_text()), scenes.Fields(out), np.arange(10)
+    meta, dataset, index = json.loads((out / 'meta.json').read_text()), scenes.Dataset(out), np.arange(10)
     assert list(meta['fields']) == [*before['fields'], *names] and meta['settings'] == before['settings']
     assert meta['config']['modalities'].startswith(before['config']['modalities'] + ' edges:8*8*8*8:8x8 palette:16*16*16:1x5 ')
     for name in names:
-        ids, truth = torch.from_numpy(np.array(fields.load('val', name)[:10])).long(), fields.truth('val', name, index)
-        raw, blind = fields.decode(name, ids), fields.baseline(name, 'val', index)
-        perfect, worse = (fields.score(name, some, 'val', index) for some in (truth, blind))
+        ids, truth = torch.from_numpy(np.array(dataset.load('val', name)[:10])).long(), dataset.truth('val', name, index)
+        raw, blind = dataset.decode(name, ids), dataset.baseline(name, 'val', index)
+        perfect, worse = (dataset.score(name, some, 'val', index) for some in (truth, blind))
         for metric, parts in perfect.items():
             best = 0 if 'error' in metric else 1
             assert value(parts) == best and abs(value(worse[metric]) - best) > 0.02
-        assert (fields.encode(name, truth) != ids).float().mean() < 0.02  # but for digits on the edge between two levels
+        assert (dataset.encode(name, truth) != ids).float().mean() < 0.02  # but for digits on the edge between two levels
         assert name not in scenes.NUMBERS or raw == truth
-        assert all(fields.picture(name, one).shape == (64, 64, 3) for one in raw)
+        assert all(dataset.picture(name, one).shape == (64, 64, 3) for one in raw)
     train.main(**tiny, max_iters=2, pictures=False, out_dir='out/older')  # an older run's data, and more: it goes on
-    assert checkpoints.load_model(work / 'out/older/ckpt_last.pt')[0].fields == scenes.IMAGES + scenes.TEXTS
+    assert checkpoints.load_model(work / 'out/older/ckpt_last.pt')[0].batch_keys == scenes.IMAGES + scenes.TEXTS
     with pytest.raises(UserError, match='is not the data that this run was trained on'):
         arrays.agree(out, before, dict(meta=meta))
-    train.main(**tiny, use='rgb palette boxes metadata', max_iters=1, out_dir='out/more')
+    train.main(**tiny, train_modalities='rgb palette boxes metadata', max_iters=1, out_dir='out/more')
     scores = score.main('--out_dir=out/more', '--n_score=2', '--given=rgb', '--target=palette,boxes,metadata')
     assert scores['rgb>boxes/found']['ceiling'] == 1 and scores['rgb>metadata/depth_error']['ceiling'] == 0
     Image.new('RGB', (64, 64)).save(tmp_path / 'x.png')
@@ -229,8 +229,8 @@ def test_more_modalities(work, tmp_path, monkeypatch, capsys):
     assert 'scenes_more has edges already' in capsys.readouterr().out
     (out / 'val/raw_instance.npy').unlink()
     for arguments, message in ((['--extra=edgse'], "there is no modality 'edgse'; there are grey, edges, palette, low, boxes"),
-                               (['--extra=grey', '--n_train=7'], 'was made with n_train=96: leave n_train out'),
-                               ([], 'exists already: delete it, choose another --out, or let --extra= add')):
+                               (['--extra=grey', '--n_train=7'], 'has n_train=96: leave n_train out'),
+                               ([], 'exists already: delete it, choose another --out, or add modalities by --extra=')):
         with pytest.raises(UserError, match=message):
             scenes.main(f'--out={out}', *arguments)
     (out / 'meta.json').write_text(json.dumps(before))
@@ -239,17 +239,17 @@ def test_more_modalities(work, tmp_path, monkeypatch, capsys):
 
 
 def test_user_pictures(work, tmp_path):
-    fields = scenes.Fields(work / 'data/scenes')
+    dataset = scenes.Dataset(work / 'data/scenes')
     for mode, size in (('RGBA', 64), ('L', 100), ('P', 17)):
         Image.new(mode, (size, size)).save(tmp_path / 'x.png')
-        assert fields.read_image('rgb', tmp_path / 'x.png').shape == (1, 64)
+        assert dataset.read_image('rgb', tmp_path / 'x.png').shape == (1, 64)
     Image.new('RGB', (64, 48)).save(tmp_path / 'wide.png')
-    with pytest.raises(UserError, match='wide.png: 64x48 pixels; give a square picture'):
-        fields.read_image('rgb', tmp_path / 'wide.png')
+    with pytest.raises(UserError, match='wide.png: 64x48 pixels; give a square image'):
+        dataset.read_image('rgb', tmp_path / 'wide.png')
     (tmp_path / 'text.png').write_text('no picture')
-    for path, message in (('text.png', 'truncated, too large or not a picture'), ('absent.png', 'no such picture')):
+    for path, message in (('text.png', 'truncated, too large or not an image'), ('absent.png', 'no such image')):
         with pytest.raises(UserError, match=f'{path}: {message}'):
-            fields.read_image('rgb', tmp_path / path)
+            dataset.read_image('rgb', tmp_path / path)
 
 
 def test_bad_settings(work):

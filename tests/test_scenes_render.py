@@ -94,6 +94,16 @@ def test_counts_are_uniform_and_attributes_independent(most):
     np.testing.assert_allclose(table / table.sum(), 1 / 24, atol=0.01)
 
 
+@pytest.mark.parametrize('n', [2, 3, 5, 9])
+def test_cameras_stay_whole_for_any_number_of_scenes(n):
+    """Objects are sorted, cameras and lights are not: also if scenes, objects and coordinates are three each."""
+    scenes = sample_scenes(n, np.random.default_rng(1), 3)
+    axes = scenes['axes']  # (3 axes, 3 coordinates, S)
+    np.testing.assert_allclose(np.einsum('acs,bcs->sab', axes, axes), np.tile(np.eye(3), (n, 1, 1)), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(scenes['light'], axis=0), 1, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(scenes['eye'] - [[0], [0], [0.25]], axis=0), 7.5, atol=0.31)
+
+
 def test_rejection_keeps_attributes():
     """Scenes whose objects were hidden get new places, not new objects."""
     kept = sample_scenes(64, np.random.default_rng(5))

@@ -89,7 +89,7 @@ def test_scores_are_those_of_the_weights(out_dir, tmp_path):
     (['--chain=rgb'], 'write given>target'),
     (['--chain=rgb>depth', '--target=depth'], 'chain and target do not go together'),
     (['--text=two red spheres', '--given=caption'], 'text is a setting of sample.py; here are those of lab/fourm.py .Scores.'),
-    (['--blind=out/x'], 'blind is a setting of lab/vlm.py .Scores.'),
+    (['--text_only_run=out/x'], 'text_only_run is a setting of lab/vlm.py .Scores.'),
     (['--split=test'], "split='test': data/scenes has train, val"),
     (['--out_dir=out/none'], 'no such checkpoint'),
 ])

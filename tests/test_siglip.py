@@ -7,9 +7,10 @@ import torch
 from config import UserError
 from engine import checkpoints
 from prepare import siglip
-from vlm import Config, Eyes
+from vlm import Config, VisionEncoder
 
-SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+             patch_size=8)
 
 
 @pytest.fixture
@@ -31,9 +32,10 @@ def test_features_agree(saved, monkeypatch):
     monkeypatch.setattr(siglip, 'download', lambda url, name: folder / name.split('/')[1])
     monkeypatch.chdir(folder)
     siglip.main()
-    checkpoint = checkpoints.read_sources(dict(init_from=('eyes:siglip,projector:out/siglip', 'call')))['eyes']
+    sources = checkpoints.read_sources(dict(init_from=('vision_encoder:siglip,projector:out/siglip', 'call')))
+    checkpoint = sources['vision_encoder']
     assert checkpoints.find('siglip').is_file()
-    ours = Eyes(Config(**checkpoint['model_config'])).eval()
+    ours = VisionEncoder(Config(**checkpoint['model_config'])).eval()
     ours.load_state_dict(checkpoint['weights'])
     images = torch.randint(256, (3, 32, 32, 3))
     expected = theirs(pixel_values=images.permute(0, 3, 1, 2) / 127.5 - 1).last_hidden_state
@@ -55,8 +57,8 @@ def test_damaged_weights(saved):
     folder, _ = saved
     settings = siglip.read_config(folder / 'config.json')
     with pytest.raises(UserError, match='encoder.layers.2.self_attn.q_proj.weight is missing'):
-        siglip.read_weights(folder / 'model.safetensors', settings | dict(eyes_layer=3))
-    with pytest.raises(UserError, match=r'place_embedding is \(16, 32\), expected \(64, 32\)'):
+        siglip.read_weights(folder / 'model.safetensors', settings | dict(vision_layer=3))
+    with pytest.raises(UserError, match=r'pos_embedding is \(16, 32\), expected \(64, 32\)'):
         siglip.read_weights(folder / 'model.safetensors', settings | dict(image_size=64))
     (folder / 'half.safetensors').write_bytes((folder / 'model.safetensors').read_bytes()[:1000])
     with pytest.raises(UserError, match='not a safetensors file'):

@@ -1,6 +1,6 @@
-"""SmolLM2's conversion against Hugging Face's own implementations, on small random models and a small trained tokenizer.
+"""SmolLM2's conversion against Hugging Face's implementations, on small random models and a small trained tokenizer.
 
-Those tests need `pip install safetensors transformers tokenizers` and are skipped without; the others need nothing more.
+Those tests need `pip install safetensors transformers tokenizers`, else they are skipped; the others need no package.
 """
 import copy
 import json
@@ -22,9 +22,11 @@ MERGES = ['Ġ t', 'h e', 'Ġt he', 'Ġ Ġ']
 TOKENIZER = dict(
     added_tokens=[dict(id=i, content=token) for i, token in enumerate(SPECIAL)], normalizer=None,
     pre_tokenizer={'type': 'Sequence', 'pretokenizers': [{'type': 'Digits', 'individual_digits': True}, LEVEL]},
-    model=dict(vocab={token: i for i, token in enumerate([*SPECIAL, *SINGLE, 'Ġt', 'he', 'Ġthe', 'ĠĠ'])}, merges=MERGES))
-LLAMA = dict(model_type='llama', vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=100000, rope_scaling=None,
+    model=dict(vocab={token: i for i, token in enumerate([*SPECIAL, *SINGLE, 'Ġt', 'he', 'Ġthe', 'ĠĠ'])},
+               merges=MERGES))
+LLAMA = dict(model_type='llama', vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5,
+             rope_theta=100000, rope_scaling=None,
              hidden_act='silu', tie_word_embeddings=True)
 
 
@@ -44,7 +46,8 @@ def test_digits_stand_alone_and_take_no_space(tmp_path):
     encoding = smollm2.encoding(write(tmp_path / 'tokenizer.json', TOKENIZER))
     assert encoding.n_vocab == 17 + 235 + 4
     assert pieces(encoding, 'the 12  the') == ['t', 'he', ' ', '1', '2', ' ', ' the']
-    assert pieces(encoding, 'the   1') == ['t', 'he', '  ', ' ', '1'] and pieces(encoding, 'x   the')[1:] == ['  ', ' the']
+    assert pieces(encoding, 'the   1') == ['t', 'he', '  ', ' ', '1']
+    assert pieces(encoding, 'x   the')[1:] == ['  ', ' the']
     assert len(encoding.encode_ordinary('<|endoftext|>')) == 13  # in a text it is text
     assert encoding.decode(encoding.encode_ordinary('naïve ٣ ½\n\n\t👍🏽 \r\n')) == 'naïve ٣ ½\n\n\t👍🏽 \r\n'
     assert pieces(encoding, 'a\x04b\U00040000c') == ['a', 'b', 'c']  # nothing in the vocabulary could stand for them
@@ -60,10 +63,10 @@ def test_merges_as_pairs_are_the_same(tmp_path):
 def test_fields(tmp_path, monkeypatch):
     path = write(tmp_path / 'tokenizer.json', TOKENIZER)
     monkeypatch.setattr(smollm2, 'download', lambda url, name: path)
-    fields = smollm2.Fields(tmp_path)
-    ids = fields.encode('the the')
-    assert ids.dtype == torch.long and ids.shape == (3,) and fields.encode('').shape == (0,)
-    assert fields.end == 0 and fields.decode([*ids.tolist(), 0, -1, -1]) == 'the the'
+    dataset = smollm2.Dataset(tmp_path)
+    ids = dataset.encode('the the')
+    assert ids.dtype == torch.long and ids.shape == (3,) and dataset.encode('').shape == (0,)
+    assert dataset.end == 0 and dataset.decode([*ids.tolist(), 0, -1, -1]) == 'the the'
 
 
 @pytest.mark.parametrize('change, word', [
@@ -91,11 +94,12 @@ def test_damaged_tokenizer(tmp_path):
 
 
 def random_texts(count):
-    """Letters, numbers and white space of all scripts in random order. Characters too new for Python's Unicode are left out:
-    implementations of different age disagree about them (with tokenizers 0.23.3 on 13 characters, numbers since 2025)."""
+    """Letters, numbers and white space of all scripts in random order. Characters newer than Python's Unicode are
+    excluded: implementations disagree about them (tokenizers 0.23.3: 13 characters, numbers since 2025)."""
     known = [chr(i) for i in range(0x40000) if unicodedata.category(chr(i)) not in ('Cn', 'Cs', 'Cc')]
-    kinds = (known, [chr(i) for i in range(32, 127)], [c for c in known if c.isnumeric()], [c for c in known if c.isspace()],
-             [' ', '  ', '    ', '\n', '\t', '\r\n', '\x0b', '\x1c', '\x85'], ["'s", "'ll", "'S", " don't", ' the', ' THE'],
+    kinds = (known, [chr(i) for i in range(32, 127)], [c for c in known if c.isnumeric()],
+             [c for c in known if c.isspace()], [' ', '  ', '    ', '\n', '\t', '\r\n', '\x0b', '\x1c', '\x85'],
+             ["'s", "'ll", "'S", " don't", ' the', ' THE'],
              ['é', 'e\u0301', '\u200d', '👩‍👩‍👧', '👍🏽', '🇨🇭', '½', '٣', '一'])
     return [''.join(random.choice(random.choice(kinds)) for _ in range(random.randrange(1, 30))) for _ in range(count)]
 
@@ -107,7 +111,8 @@ def test_ids_equal_those_of_tokenizers(tmp_path):
     texts = random_texts(5000)
     reference = tokenizers.Tokenizer(tokenizers.models.BPE())
     steps = tokenizers.pre_tokenizers
-    reference.pre_tokenizer = steps.Sequence([steps.Digits(individual_digits=True), steps.ByteLevel(add_prefix_space=False)])
+    reference.pre_tokenizer = steps.Sequence([
+        steps.Digits(individual_digits=True), steps.ByteLevel(add_prefix_space=False)])
     reference.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=1500, special_tokens=SPECIAL, initial_alphabet=SINGLE, limit_alphabet=235, show_progress=False))
     reference.save(str(tmp_path / 'tokenizer.json'))
@@ -122,8 +127,10 @@ def test_ids_equal_those_of_tokenizers(tmp_path):
 # Weights
 
 @pytest.mark.parametrize('change', [
-    dict(model_type='qwen2'), dict(hidden_act='gelu'), dict(attention_bias=True), dict(mlp_bias=True), dict(head_dim=16),
-    dict(rope_scaling={'type': 'linear', 'factor': 2.0}), dict(rope_parameters={'rope_type': 'llama3', 'rope_theta': 1e5}),
+    dict(model_type='qwen2'), dict(hidden_act='gelu'), dict(attention_bias=True), dict(mlp_bias=True),
+    dict(head_dim=16),
+    dict(rope_scaling={'type': 'linear', 'factor': 2.0}),
+    dict(rope_parameters={'rope_type': 'llama3', 'rope_theta': 1e5}),
     dict(rope_interleaved=True), dict(tie_word_embeddings=False), dict(hidden_size='32'), dict(rope_theta=None)])
 def test_another_llama_is_refused(tmp_path, change):
     path = write(tmp_path / 'config.json', LLAMA)
@@ -137,7 +144,8 @@ def test_another_llama_is_refused(tmp_path, change):
 def test_missing_safetensors_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'safetensors', None)
     with pytest.raises(UserError, match='pip install safetensors'):
-        smollm2.read_weights(tmp_path / 'model.safetensors', smollm2.read_config(write(tmp_path / 'config.json', LLAMA)))
+        model_config = smollm2.read_config(write(tmp_path / 'config.json', LLAMA))
+        smollm2.read_weights(tmp_path / 'model.safetensors', model_config)
 
 
 def test_unknown_size():
@@ -152,7 +160,7 @@ def test_logits_and_text_equal_those_of_transformers(tmp_path, monkeypatch, dtyp
     torch.manual_seed(0)
     reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | dict(eos_token_id=None)))
     for name, parameter in reference.named_parameters():
-        torch.nn.init.normal_(parameter, mean='norm' in name, std=0.3)  # gains around 1, and logits that are not all alike
+        torch.nn.init.normal_(parameter, mean='norm' in name, std=0.3)  # gains around 1, logits that differ
     reference.to(dtype).save_pretrained(tmp_path)
     reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     write(tmp_path / 'tokenizer.json', TOKENIZER)
@@ -163,7 +171,7 @@ def test_logits_and_text_equal_those_of_transformers(tmp_path, monkeypatch, dtyp
     tokens = torch.randint(256, (3, 40))
     with torch.no_grad():
         theirs = reference(tokens).logits
-        torch.testing.assert_close(model.logits(model.trunk(tokens)), theirs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.logits(model.backbone(tokens)), theirs, atol=1e-4, rtol=1e-4)
     assert theirs.std() > 0.5
     written = reference.generate(tokens[:, :8], attention_mask=torch.ones(3, 8), do_sample=False, max_new_tokens=40)
     assert torch.equal(model.generate(tokens[:, :8], 40, temperature=0), written)
@@ -176,15 +184,15 @@ def test_other_tensors_are_refused(tmp_path):
     with pytest.raises(UserError, match='not a safetensors file'):
         smollm2.read_weights(path, llama)
     D, shapes = 32, {'self_attn.q_proj': (32, 32), 'self_attn.k_proj': (16, 32), 'self_attn.v_proj': (16, 32),
-                     'self_attn.o_proj': (32, 32), 'mlp.gate_proj': (48, 32), 'mlp.up_proj': (48, 32), 'mlp.down_proj': (32, 48),
-                     'input_layernorm': (32,), 'post_attention_layernorm': (32,)}
+                     'self_attn.o_proj': (32, 32), 'mlp.gate_proj': (48, 32), 'mlp.up_proj': (48, 32),
+                     'mlp.down_proj': (32, 48), 'input_layernorm': (32,), 'post_attention_layernorm': (32,)}
     good = {f'model.layers.{i}.{name}.weight': torch.zeros(shape) for i in range(2) for name, shape in shapes.items()}
     good |= {'model.embed_tokens.weight': torch.zeros(256, D), 'model.norm.weight': torch.zeros(D)}
     torch_files.save_file(good, path)
     assert smollm2.read_weights(path, llama)['blocks.1.attention.qkv.weight'].shape == (64, D)
     for change, word in (({'model.norm.weight': torch.zeros(1)}, r'\(1,\), expected \(32,\)'),
-                         ({'model.layers.0.self_attn.q_proj.bias': torch.zeros(D)}, 'q_proj.bias has no place'),
-                         ({'lm_head.weight': torch.zeros(256, D)}, 'lm_head.weight has no place')):
+                         ({'model.layers.0.self_attn.q_proj.bias': torch.zeros(D)}, 'q_proj.bias has no counterpart'),
+                         ({'lm_head.weight': torch.zeros(256, D)}, 'lm_head.weight has no counterpart')):
         torch_files.save_file(good | change, path)
         with pytest.raises(UserError, match=word):
             smollm2.read_weights(path, llama)

@@ -14,22 +14,22 @@ from tests.test_gpt import small
 @torch.no_grad()
 @pytest.mark.parametrize('n_draft', [1, 3, 7])
 def test_temperature_0_gives_the_tokens_of_the_model(n_draft):
-    """Whatever the draft: the model itself, or one of another kind and a longer context; beyond block_size too."""
+    """With the model itself as draft, or a different model with a longer context; also beyond block_size."""
     model, other = small(), small(n_layer=1, token_shift=False, block_size=20)
-    torch.nn.init.normal_(other.embedding.weight, std=0.5)
+    torch.nn.init.normal_(other.token_embedding.weight, std=0.5)
     for length in (1, 5, 12, 20):
         start = torch.randint(11, (1, length))
         expected = model.generate(start, 40, temperature=0)[0, length:]
         for draft in (other, model):
             found = generate_speculative(model, draft, start, 40, temperature=0, n_draft=n_draft)
             assert torch.equal(torch.cat(list(found)), expected)
-        end = expected[7].item()
-        until = expected[:expected.tolist().index(end) + 1]
-        found = generate_speculative(model, other, start, 40, temperature=0, end=end, n_draft=n_draft)
+        eos_id = expected[7].item()
+        until = expected[:expected.tolist().index(eos_id) + 1]
+        found = generate_speculative(model, other, start, 40, temperature=0, eos_id=eos_id, n_draft=n_draft)
         assert torch.equal(torch.cat(list(found)), until)
 
 
-def test_what_it_cannot_do():
+def test_arguments_out_of_range():
     model, tokens = small(), torch.zeros(2, 3).long()
     for draft, rows in ((small(), tokens), (small(block_size=8), tokens[:1])):
         with pytest.raises(ValueError, match='must be'):
@@ -39,28 +39,28 @@ def test_what_it_cannot_do():
 
 
 def accepted(p, q):
-    """The distribution of what speculative_accept returns, {tokens: probability}, over all draft tokens, each accepted or
-    not, and all samples that replace one."""
+    """The distribution of the result of speculative_accept, {tokens: probability}: the sum over all draft tokens,
+    accepted or rejected, and all replacements."""
     found, V = {}, p.size(-1)
 
-    def go_on(before, chance):
+    def visit(before, chance):
         i = len(before)
         for x in range(V):  # a draft token, or after all of them the last sample
             if i == len(q):
                 found[before + (x,)] = found.get(before + (x,), 0) + chance * p[i, x].item()
                 continue
             accept = min(1, (p[i, x] / q[i, x]).item())
-            go_on(before + (x,), chance * q[i, x].item() * accept)
+            visit(before + (x,), chance * q[i, x].item() * accept)
             residual = (p[i] - q[i]).clamp(min=0)
             for y in range(V if accept < 1 else 0):
-                share = chance * q[i, x].item() * (1 - accept) * (residual[y] / residual.sum()).item()
-                found[before + (y,)] = found.get(before + (y,), 0) + share
-    go_on((), 1.0)
+                replaced = chance * q[i, x].item() * (1 - accept) * (residual[y] / residual.sum()).item()
+                found[before + (y,)] = found.get(before + (y,), 0) + replaced
+    visit((), 1.0)
     return {key: chance for key, chance in found.items() if chance}
 
 
 def chi_square(counts, expected):
-    """Of counts {outcome: n} against {outcome: probability}, in standard deviations of its own distribution."""
+    """Chi-square of counts {outcome: n} against {outcome: probability}, in its standard deviations from its mean."""
     n = sum(counts.values())
     assert set(counts) <= set(expected)
     value = sum((counts.get(key, 0) - n * chance) ** 2 / (n * chance) for key, chance in expected.items())
@@ -68,7 +68,7 @@ def chi_square(counts, expected):
 
 
 def test_accepted_tokens_follow_p():
-    """By the formula, in which each token has exactly the distribution p; and by samples of the function."""
+    """By exact enumeration, in which each token has the distribution p; and by samples of the function."""
     torch.manual_seed(0)
     p, q = torch.randn(3, 4).mul(1.5).softmax(-1), torch.randn(2, 4).mul(1.5).softmax(-1)
     expected = accepted(p, q)
@@ -85,21 +85,23 @@ def test_accepted_tokens_follow_p():
     assert chi_square(found, expected) < 4
     assert speculative_accept(p[:1], q[:0], torch.zeros(0).long()).shape == (1,)
     same = torch.eye(4)[:2]
-    assert speculative_accept(same[[0, 1, 0]], same, torch.tensor([0, 1])).tolist() == [0, 1, 0]  # nothing is left of p - q
+    assert speculative_accept(same[[0, 1, 0]], same, torch.tensor([0, 1])).tolist() == [0, 1, 0]  # the residual is zero
 
 
 @torch.no_grad()
 def test_samples_follow_the_model():
-    """The joint distribution of three tokens, by chi-square against the product of their probabilities, in a context that
+    """The joint distribution of three tokens, by chi-square against the product of their probabilities; the context
     overflows."""
-    model, draft = small(vocab_size=3, block_size=4, n_layer=1), small(vocab_size=3, block_size=4, n_layer=1, token_shift=False)
-    torch.nn.init.normal_(draft.head.weight, std=0.5)
+    settings = dict(vocab_size=3, block_size=4, n_layer=1)
+    model, draft = small(**settings), small(**settings, token_shift=False)
+    torch.nn.init.normal_(draft.lm_head.weight, std=0.5)
     start, expected = torch.tensor([[1, 2, 0]]), {}
     for new in itertools.product(range(3), repeat=3):
         tokens, chance = torch.cat((start, torch.tensor([new])), 1), 1.0
         for i in range(3, 6):
             context = tokens[:, :i] if i <= 4 else tokens[:, i - 2:i]
-            chance *= filter_logits(model.logits(model.trunk(context)[0, -1]), 0.9, 2).softmax(-1)[tokens[0, i]].item()
+            logits = model.logits(model.backbone(context)[0, -1])
+            chance *= filter_logits(logits, 0.9, 2).softmax(-1)[tokens[0, i]].item()
         expected[new] = chance
     expected, found = {new: chance for new, chance in expected.items() if chance}, Counter()
     generator = torch.Generator().manual_seed(0)

@@ -90,7 +90,7 @@ def test_dummy_data_fit_every_config(here):
         assert len(sizes) == {'gpt_finetune': 1, 'vlm_smol': 2}.get(path.stem, 0)
         if 'smol' in path.stem or 'finetune' in path.stem:
             continue  # tested by their sizes alone: hundreds of megabytes
-        assigned |= {name: (1, 'test') for name in ('n_layer', 'n_layer_encoder', 'n_layer_decoder', 'eyes_layer')
+        assigned |= {name: (1, 'test') for name in ('n_layer', 'n_layer_encoder', 'n_layer_decoder', 'vision_layer')
                      if name in speed.resolve(assigned)[0]}
         with speed.built(assigned, CPU) as (options, model, data):
             loss, logs = model(batches.micro_batch(data, model, options | dict(batch_size=2, micro_batch_size=2), 0, 0))
@@ -99,7 +99,7 @@ def test_dummy_data_fit_every_config(here):
 
 def test_sizes_of_weights():
     both, _ = speed.resolve(config.read([str(ROOT / 'config/vlm_smol.py')]))
-    assert both['eyes_embd'] == 768 and both['n_layer'] == 30 and both['mlp'] == 'swiglu' and both['block_size'] == 8192
+    assert both['vision_embd'] == 768 and both['n_layer'] == 30 and both['activation'] == 'swiglu' and both['block_size'] == 8192
     assert speed.resolve(config.read([str(ROOT / 'config/gpt_finetune.py')]))[0]['n_kv_head'] == 3
 
 
@@ -133,7 +133,7 @@ def test_steps_by_graphs(here, monkeypatch):
 
 @pytest.mark.parametrize('chapter, settings, n', [
     (gpt, dict(block_size=16), 15), (maskgit, dict(vocab_size=26, grid='3x3'), 9), (flow, {}, 1),
-    (vlm, dict(vocab_size=9, image_token=8, eyes_layer=1, eyes_head=2, eyes_embd=32), 16),
+    (vlm, dict(vocab_size=9, image_token=8, vision_layer=1, vision_head=2, vision_embd=32), 16),
     (fourm, dict(modalities='rgb:4*4:4x4 depth:4*4:3x3', n_layer_encoder=1, n_layer_decoder=1), 9)])
 def test_generation_of_each_chapter(chapter, settings, n, here):
     small = {name: value for name, value in SMALL.items() if name in chapter.Config.__dataclass_fields__}

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from config import UserError
 from prepare import shakespeare, text, text_tokenizers, tinystories
-from prepare.text import Fields, first, pieces
+from prepare.text import Dataset, first, pieces
 from prepare.text_tokenizers import END, GPT2_PATTERN, Characters, load_encoding, merge, save_encoding, train_bpe
 from tests.test_download import server  # noqa: F401, a fixture
 
@@ -58,10 +58,10 @@ def test_bpe_round_trip(any_text):
 
 def test_special_tokens_in_user_text_are_text(tmp_path):
     save_encoding(tmp_path / 'encoding.json', BPE)
-    fields = Fields(tmp_path)
-    ids = fields.encode(f'a{END}b').tolist()
-    assert fields.end == BPE.n_vocab - 1 and fields.end not in ids
-    assert fields.decode([*ids, fields.end, -1, *ids]) == f'a{END}b' * 2
+    dataset = Dataset(tmp_path)
+    ids = dataset.encode(f'a{END}b').tolist()
+    assert dataset.end == BPE.n_vocab - 1 and dataset.end not in ids
+    assert dataset.decode([*ids, dataset.end, -1, *ids]) == f'a{END}b' * 2
 
 
 @settings(deadline=None)
@@ -100,9 +100,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def stored(out):
-    """All tokens of a data folder, its Fields and its meta.json."""
+    """All tokens of a data folder, its Dataset and its meta.json."""
     tokens = [np.load(out / split / 'tokens.npy') for split in ('train', 'val')]
-    return np.concatenate(tokens), Fields(out), json.loads((out / 'meta.json').read_text())
+    return np.concatenate(tokens), Dataset(out), json.loads((out / 'meta.json').read_text())
 
 
 @pytest.mark.parametrize('encoding', ['bpe', 'gpt2', 'smollm2'])
@@ -110,24 +110,24 @@ def test_a_folder_of_texts(folder, encoding, monkeypatch):
     monkeypatch.setattr(text, 'gpt2_encoding', lambda: BPE)
     monkeypatch.setattr('prepare.smollm2.encoding', lambda: BPE)
     text.main('--input=in', f'--encoding={encoding}', '--vocab_size=265', '--out=data/mine', '--val_share=0.25')
-    tokens, fields, meta = stored(folder / 'data/mine')
-    places = np.flatnonzero(tokens == fields.end)
-    assert [fields.decode(part.tolist()) for part in np.split(tokens, places + 1)[:-1]] == ['first', 'second one', 'third\n']
+    tokens, dataset, meta = stored(folder / 'data/mine')
+    places = np.flatnonzero(tokens == dataset.end)
+    assert [dataset.decode(part.tolist()) for part in np.split(tokens, places + 1)[:-1]] == ['first', 'second one', 'third\n']
     assert places[-1] == len(tokens) - 1 and tokens.dtype == np.uint16
     assert meta['kind'] == 'stream' and meta['prepare'] == 'text' and meta['encoding'].split('-')[0] == encoding
-    assert meta['fields']['tokens'] == meta['config']['vocab_size'] == fields.end + 1
+    assert meta['fields']['tokens'] == meta['config']['vocab_size'] == dataset.end + 1
     assert meta['sizes'] == dict(train=int(0.75 * len(tokens)), val=len(tokens) - int(0.75 * len(tokens)))
     assert not list(folder.glob('data/mine/*.tmp'))
 
 
 def test_characters(folder):
     text.main(input='in')
-    tokens, fields, meta = stored(folder / 'data/text')
-    assert fields.decode(tokens.tolist()) == 'firstsecond onethird\n' and fields.end is None and tokens.dtype == np.uint8
-    assert fields.encode('one').tolist() == [fields.encode(c).item() for c in 'one'] and fields.encode('').shape == (0,)
+    tokens, dataset, meta = stored(folder / 'data/text')
+    assert dataset.decode(tokens.tolist()) == 'firstsecond onethird\n' and dataset.end is None and tokens.dtype == np.uint8
+    assert dataset.encode('one').tolist() == [dataset.encode(c).item() for c in 'one'] and dataset.encode('').shape == (0,)
     assert meta['bytes_per_token'] == 1
-    with pytest.raises(UserError, match="the character 'Z' is none of this text's; its alphabet is '\\\\n cdef"):
-        fields.encode('oZe')
+    with pytest.raises(UserError, match="the character 'Z' is not in the alphabet '\\\\n cdef"):
+        dataset.encode('oZe')
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -157,9 +157,9 @@ def test_shakespeare(folder, server, monkeypatch):  # noqa: F811
         shakespeare.main()
     monkeypatch.setattr(shakespeare, 'SHA256', '')
     shakespeare.main()
-    tokens, fields, meta = stored(folder / 'data/shakespeare')
-    assert fields.decode(tokens.tolist()) == content.decode() and meta['config'] == dict(vocab_size=len(set(content)))
-    assert meta['sizes'] == dict(train=17, val=2) and shakespeare.Fields is Fields
+    tokens, dataset, meta = stored(folder / 'data/shakespeare')
+    assert dataset.decode(tokens.tolist()) == content.decode() and meta['config'] == dict(vocab_size=len(set(content)))
+    assert meta['sizes'] == dict(train=17, val=2) and shakespeare.Dataset is Dataset
 
 
 def test_tinystories(folder, server, monkeypatch):  # noqa: F811
@@ -168,11 +168,11 @@ def test_tinystories(folder, server, monkeypatch):  # noqa: F811
         server.files[name] = f'\n{END}\n'.join(part + ['\n']).encode()
     monkeypatch.setattr(tinystories, 'URL', server.url)
     tinystories.main('--vocab_size=300', '--n_stories=20')
-    fields = tinystories.Fields('data/tinystories')
+    dataset = tinystories.Dataset('data/tinystories')
     for split, expected in (('train', told[:20]), ('val', told[30:])):
         tokens = np.load(f'data/tinystories/{split}/tokens.npy')
-        parts = np.split(tokens, np.flatnonzero(tokens == fields.end) + 1)
-        assert [fields.decode(part.tolist()) for part in parts[:-1]] == expected and len(parts[-1]) == 0
+        parts = np.split(tokens, np.flatnonzero(tokens == dataset.end) + 1)
+        assert [dataset.decode(part.tolist()) for part in parts[:-1]] == expected and len(parts[-1]) == 0
     meta = json.loads((folder / 'data/tinystories/meta.json').read_text())
     assert meta['prepare'] == 'tinystories' and meta['config']['vocab_size'] == 300 and meta['bytes_per_token'] > 2
     with pytest.raises(UserError, match='encoding must be bpe or gpt2'):

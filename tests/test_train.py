@@ -23,7 +23,7 @@ from tests.tiny import GPT, TINY, lines, losses, read, run, save_data, weights
 
 def test_a_run_and_its_folder(here):
     values = run('out/a')
-    assert {'loss_rgb', 'loss_caption', 'null_share'} <= values.keys()
+    assert {'loss_rgb', 'loss_caption', 'null_fraction'} <= values.keys()
     log = lines('out/a')
     evaluations = [line for line in log if 'val_loss' in line]
     assert [line['step'] for line in evaluations] == [0, 3, 6] and evaluations[-1]['val_loss'] < evaluations[0]['val_loss']
@@ -135,7 +135,7 @@ def test_finished_scratch_and_changed_settings(here, capsys):
     with pytest.raises(UserError, match=r'holds a run with n_embd=32, not 64: choose another --out_dir='):
         run('out/a', n_embd=64, max_iters=3)
     run('out/a', n_embd=64, max_iters=3, init_from='scratch')
-    assert Path('out/a.1/ckpt_last.pt').exists() and weights('out/a')['place_embedding.weight'].shape[1] == 64
+    assert Path('out/a.1/ckpt_last.pt').exists() and weights('out/a')['pos_embedding.weight'].shape[1] == 64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_the_ema_is_evaluated_and_kept(here):
     checkpoint = read('out/ema')
     assert faults.same(weights('out/plain'), checkpoint['weights'])
     model, _ = checkpoints.load_model(Path('out/ema/ckpt_last.pt'))
-    assert torch.equal(model.state_dict()['place_embedding.weight'], checkpoint['ema']['place_embedding.weight'])
+    assert torch.equal(model.state_dict()['pos_embedding.weight'], checkpoint['ema']['pos_embedding.weight'])
     assert losses('out/plain') == losses('out/ema') and losses('out/plain', 'val_loss') != losses('out/ema', 'val_loss')
     run('out/parts', ema=0.9, max_iters=3, decay=1e-9)
     run('out/parts', ema=0.9, decay=1e-9)
@@ -184,18 +184,18 @@ def test_the_ema_is_evaluated_and_kept(here):
 
 
 def test_older_checkpoints_are_kept(here):
-    run('out/a', eval_interval=1, keep=2)
+    run('out/a', eval_interval=1, keep_checkpoints=2)
     assert sorted(path.name for path in Path('out/a').glob('ckpt_0*.pt')) == ['ckpt_000005.pt', 'ckpt_000006.pt']
 
 
 def test_a_picture_that_cannot_be_drawn(here, monkeypatch, capsys):
-    """It is told, and training goes on as without pictures."""
+    """A message, and training continues as without samples."""
     def broken(*arguments):
         raise ZeroDivisionError('no ink')
     monkeypatch.setattr(lab, 'draw', broken)
     run('out/a', pictures=True)
     printed = capsys.readouterr().out
-    assert all(f'step {step}: no picture (ZeroDivisionError: no ink); training goes on' in printed for step in (3, 6))
+    assert all(f'step {step}: no samples (ZeroDivisionError: no ink); training continues' in printed for step in (3, 6))
     run('out/b')
     assert faults.same(weights('out/a'), weights('out/b'))
 
@@ -227,12 +227,12 @@ def test_layers_that_the_loss_does_not_reach(here, monkeypatch):
     assert torch.equal(weights('out/a')['more.weight'], kept[0])
 
 
-def test_a_blind_model_trains_without_eyes(toy):
-    train.main(**(toy('vlm') | dict(max_iters=1)), out_dir='out/a', blind=True)
+def test_a_text_only_model_trains_no_vision_encoder(toy):
+    train.main(**(toy('vlm') | dict(max_iters=1)), out_dir='out/a', text_only=True)
     groups = read('out/a')['optimizers']['param_groups']
     names = {name for group in groups for name in group['params']}
     whole = checkpoints.load_model(Path('out/a/ckpt_last.pt'))[0]
-    assert names == {f'language.{name}' for name, _ in whole.language.named_parameters()}
+    assert names == {f'language_model.{name}' for name, _ in whole.language_model.named_parameters()}
 
 
 def broken_clip(monkeypatch, call):
@@ -254,7 +254,7 @@ def test_a_gradient_that_is_not_finite(here, monkeypatch):
     assert read('out/a', 'ckpt_fault.pt')['step'] == 4 and weights('out/a').keys()
     assert sum(len(ids) for _, ids in lines('out/a')[-1]['samples']) == 8
     calls.clear()
-    run('out/b', skip=1)
+    run('out/b', max_skipped_steps=1)
     assert [line.get('skipped') for line in lines('out/b') if 'train_loss' in line] == [None] * 4 + [1, 1]
     assert read('out/b')['skipped'] == 1
 
@@ -262,10 +262,10 @@ def test_a_gradient_that_is_not_finite(here, monkeypatch):
 def test_a_stop_before_the_first_optimizer_step(here, monkeypatch):
     """The first step is skipped: a checkpoint after it has no moments yet, and must not count a step of theirs."""
     calls = broken_clip(monkeypatch, 1)
-    run('out/whole', skip=1, max_iters=4, eval_interval=4, decay=1e-9)
+    run('out/whole', max_skipped_steps=1, max_iters=4, eval_interval=4, decay=1e-9)
     calls.clear()
     for steps in (1, 4):
-        run('out/parts', skip=1, max_iters=steps, eval_interval=4, decay=1e-9)
+        run('out/parts', max_skipped_steps=1, max_iters=steps, eval_interval=4, decay=1e-9)
     assert read('out/parts')['skipped'] == 1 and faults.same(weights('out/whole'), weights('out/parts'))
     assert faults.same(read('out/whole')['optimizers'], read('out/parts')['optimizers'])
 
@@ -274,7 +274,7 @@ def test_the_ema_does_not_move_on_skipped_steps(here, monkeypatch):
     broken_clip(monkeypatch, 3)
     moved, update = [], optimizers.update_ema
     monkeypatch.setattr(optimizers, 'update_ema', lambda *arguments: moved.append(arguments[-1]) or update(*arguments))
-    run('out/a', skip=1, ema=0.9)
+    run('out/a', max_skipped_steps=1, ema=0.9)
     assert moved == [0, 1, 3, 4, 5]
 
 
@@ -337,13 +337,16 @@ def test_a_run_from_another_runs_weights(here):
     (dict(dataset='scnes'), "dataset='scnes': there is neither data/scnes/meta.json nor a script prepare/scnes.py"),
     (dict(dataset='download'), 'nor a script prepare/download.py that makes it .there are cifar10, cifar10_modalities'),
     (dict(modalities='rgb:4:2x2'), 'modalities is decided by the data set'),
-    (dict(use='rgb sound'), "there is no modality 'sound'"),
+    (dict(train_modalities='rgb sound'), "there is no modality 'sound'"),
     (dict(micro_batch_size=3), 'does not split into micro-batches of 3'),
     (dict(n_head=5), 'must be a multiple'), (dict(n_head=0), 'cannot be built'), (dict(n_embd=-8), 'cannot be built'),
     (dict(device='gpu'), "device='gpu' does not work here"),
     (dict(dtype='float8'), 'choose auto, float32, bfloat16 or float16'),
     (dict(grad_clip=-1.0), 'grad_clip=-1.0: must be at least 0'),
-    (dict(seed=-1), 'seed=-1: must be at least 0'), (dict(beta2=1.0), 'beta2=1.0: must be below 1'),
+    (dict(seed=-1), 'seed=-1: must be at least 0'), (dict(seed=2 ** 64), 'seed=18446744073709551616: must be at most'),
+    (dict(batch_size=10 ** 18), 'batch_size=1000000000000000000: must be at most 16777216'),
+    (dict(batch_size=0), 'batch_size=0: must be at least 1'), (dict(max_iters=0), 'max_iters=0: must be at least 1'),
+    (dict(threads=100_000), 'threads=100000: must be at most 1024'), (dict(beta2=1.0), 'beta2=1.0: must be below 1'),
     (dict(checksum=True), "unknown setting 'checksum'"),
     (dict(init_from=Path('out/nobody')), 'out/nobody/ckpt_last.pt: no such checkpoint'),
 ])

@@ -1,9 +1,10 @@
-"""Conversations of the user's own: rows, pictures of all kinds, broken lines; the questions about scenes against the scenes."""
+"""Conversations of the user's own: rows, images of all kinds, broken lines; questions and answers about scenes."""
 import io
 import json
 import re
 import struct
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 import train
 from config import UserError
-from lab.vlm import final
+from lab.vlm import final_answer
 from prepare import arrays, scenes_align, scenes_qa, smollm2, vqa
 from prepare.scenes import MATERIALS, SHAPES, SIZES, COLOR_NAMES
 from prepare.text_tokenizers import save_words, word_encoding
@@ -19,7 +20,7 @@ from tests.test_smollm2 import TOKENIZER
 
 
 @pytest.fixture
-def way():
+def template():
     encoding = word_encoding('small', [' Question:', ' Answer:', ' yes', ' no', ' Is', ' it'])
     return vqa.Template(encoding, encoding.n_vocab - 1, encoding.n_vocab)
 
@@ -27,40 +28,43 @@ def way():
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
-def test_a_conversation_is_one_row(way):
-    (tokens, counted), = way.rows([('is it?', 'yes'), ('Is it?', ' no ')], 20, n_images=2)
-    text = ''.join('#' if i == way.image else '.' if i == way.end else '' if i < 0 else way.encoding.decode([i]) for i in tokens)
+def test_a_conversation_is_one_row(template):
+    (tokens, loss_mask), = template.rows([('is it?', 'yes'), ('Is it?', ' no ')], 20, n_images=2)
+    marks = {template.image: '#', template.end: '.', -1: ''}
+    text = ''.join(marks[i] if i in marks else template.encoding.decode([i]) for i in tokens)
     assert text == '## Question: Is it? Answer: yes. Question: Is it? Answer: no.'
-    learned = [i for i, flag in zip(tokens, counted) if flag]
-    assert [way.encoding.decode([i]) if i != way.end else '.' for i in learned] == [' yes', '.', ' no', '.']
-    assert tokens[:7] == way.ask('is it?', 2) and tokens[7:9] == way.reply('yes')  # what chat writes is what was trained on
-    assert len(tokens) == len(counted) == 20 and tokens[16:] == [-1] * 4
+    learned = [i for i, flag in zip(tokens, loss_mask) if flag]
+    assert [template.encoding.decode([i]) if i != template.end else '.' for i in learned] == [' yes', '.', ' no', '.']
+    assert tokens[:7] == template.encode_question('is it?', 2)  # the same in chat as in training
+    assert tokens[7:9] == template.encode_reply('yes')
+    assert len(tokens) == len(loss_mask) == 20 and tokens[16:] == [-1] * 4
 
 
-def test_a_long_conversation_goes_on_in_the_next_row(way):
-    rows = way.rows([('Is it?', 'yes')] * 3 + [('x' * 30, 'no'), ('Is it?', 'no')], 16)
+def test_a_long_conversation_goes_on_in_the_next_row(template):
+    rows = template.rows([('Is it?', 'yes')] * 3 + [('x' * 30, 'no'), ('Is it?', 'no')], 16)
     starts = [tokens[:2] for tokens, _ in rows]
-    assert len(rows) == 2 and starts == [[way.image, way.encoding.encode_ordinary(' Question:')[0]]] * 2
-    assert [tokens.count(way.end) for tokens, _ in rows] == [2, 2]  # the turn of 30 letters is in none
-    assert way.rows([('x' * 30, 'no')], 16) == []
+    assert len(rows) == 2 and starts == [[template.image, template.encoding.encode_ordinary(' Question:')[0]]] * 2
+    assert [tokens.count(template.end) for tokens, _ in rows] == [2, 2]  # the turn of 30 letters is in none
+    assert template.rows([('x' * 30, 'no')], 16) == []
 
 
 @pytest.mark.parametrize('question', ['', '  \n'])
-def test_an_empty_question(way, question):
+def test_an_empty_question(template, question):
     with pytest.raises(UserError, match='an empty question'):
-        way.ask(question)
+        template.encode_question(question)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
-def test_pictures_of_all_modes(tmp_path):
+def test_images_of_all_modes(tmp_path):
     red, path = Image.new('RGB', (40, 20), (200, 0, 0)), tmp_path / 'x.png'
     for image, kind in ((red, 'png'), (red.convert('CMYK'), 'jpeg'), (red.convert('P'), 'gif')):
         path = tmp_path / f'x.{kind}'
         image.save(path)
         pixels = vqa.read_resized(path, 8)
-        assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8 and abs(pixels.astype(int) - (200, 0, 0)).max() < 12
+        assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
+        assert abs(pixels.astype(int) - (200, 0, 0)).max() < 12
     red.putalpha(0)
     red.save(path := tmp_path / 'clear.png')
     assert (vqa.read_resized(path, 8) == 255).all()  # transparent: white
@@ -76,7 +80,7 @@ def test_pictures_of_all_modes(tmp_path):
     assert (np.diff(turned, axis=1) < 0).all() and abs(np.diff(turned, axis=0)).max() < 6
 
 
-def test_faults_of_pictures(tmp_path):
+def test_faults_of_images(tmp_path):
     Image.effect_noise((90, 90), 50).save(tmp_path / 'good.png')
     whole = (tmp_path / 'good.png').read_bytes()
     (tmp_path / 'half.png').write_bytes(whole[:len(whole) // 2])
@@ -85,8 +89,9 @@ def test_faults_of_pictures(tmp_path):
     Image.new('RGB', (1, 1)).save(tmp_path / 'dot.png')
     header = io.BytesIO(whole)
     (tmp_path / 'huge.png').write_bytes(header.getvalue()[:16] + struct.pack('>II', 60000, 60000) + whole[24:])
-    for name, message in (('none', 'no such picture'), ('half', 'truncated'), ('text', 'truncated, too large or not a picture'),
-                          ('empty', 'not a picture'), ('dot', '1x1 pixels show nothing'), ('huge', 'too large')):
+    for name, message in (('none', 'no such image'), ('half', 'truncated'),
+                          ('text', 'truncated, too large or not an image'), ('empty', 'not an image'),
+                          ('dot', '1x1 pixels show nothing'), ('huge', 'too large')):
         with pytest.raises(UserError, match=rf'{name}.png: .*{message}') as error:
             vqa.read_resized(tmp_path / f'{name}.png', 8)
         assert '\n' not in str(error.value)
@@ -104,7 +109,7 @@ def test_faults_of_pictures(tmp_path):
     ('{"image": "a.png", "turns": []}', 'line 2: turns is not a list'),
     ('{"image": "a.png", "turns": [["q", "a", "b"]]}', 'line 2: the turn .* is not .question, answer.'),
     ('{"image": "a.png", "turns": [["", "a"]]}', 'line 2: the turn .* is not .question, answer.'),
-    ('{"image": ["a.png", "b.png"], "turns": [["q", "a"]]}', 'conversations have 1 to 2 pictures'),
+    ('{"image": ["a.png", "b.png"], "turns": [["q", "a"]]}', 'conversations have 1 to 2 images'),
 ])
 def test_broken_lines(tmp_path, line, message):
     path = tmp_path / 'talk.jsonl'
@@ -128,7 +133,7 @@ def test_faults_of_files(tmp_path):
 
 
 def test_llava_becomes_a_data_set(tmp_path, monkeypatch):
-    """LLaVA-Instruct's JSON with pictures -> rows that train.py reads and a vision-language model learns from."""
+    """LLaVA-Instruct's JSON with images becomes rows that train.py reads; a model is trained on them."""
     monkeypatch.setattr(smollm2, 'download', lambda *_: tmp_path / 'tokenizer.json')
     tokenizer = json.loads(json.dumps(TOKENIZER).replace('<special 5>', '<filename>'))
     (tmp_path / 'tokenizer.json').write_text(json.dumps(tokenizer))
@@ -140,31 +145,82 @@ def test_llava_becomes_a_data_set(tmp_path, monkeypatch):
     (tmp_path / 'llava.json').write_text(json.dumps(entries))
     monkeypatch.chdir(tmp_path)
     vqa.main(input='llava.json', size=32, length=60, val_share=0.3)
-    fields = vqa.Fields('data/vqa')
-    assert len(fields.questions('train')) == 4 and fields.questions('val')[0]['turns'] == [['Is it?', 'Yes.'], ['Red?', 'No.']]
-    assert fields.decode(np.load('data/vqa/train/tokens.npy')[0][1:][np.load('data/vqa/train/counted.npy')[0][1:] > 0]) == 'Yes.'
-    train.main(model='vlm', dataset='vqa', out_dir='out/x', n_layer=1, n_head=2, n_embd=16, eyes_layer=1, eyes_embd=16, patch=8,
-               batch_size=2, max_iters=1, compile=False, device='cpu', threads=1, pictures=False)
+    dataset = vqa.Dataset('data/vqa')
+    assert len(dataset.questions('train')) == 4
+    assert dataset.questions('val')[0]['turns'] == [['Is it?', 'Yes.'], ['Red?', 'No.']]
+    tokens, loss_mask = (np.load(f'data/vqa/train/{name}.npy')[0] for name in ('tokens', 'loss_mask'))
+    assert dataset.decode(tokens[loss_mask > 0]) == 'Yes.'
+    train.main(model='vlm', dataset='vqa', out_dir='out/x', n_layer=1, n_head=2, n_embd=16, vision_layer=1,
+               vision_embd=16, patch_size=8, batch_size=2, max_iters=1, compile=False, device='cpu', threads=1,
+               pictures=False)
     for name in ('train', 'val'):
-        assert np.load(f'data/vqa/{name}/pictures.npy').shape == ({'train': 4, 'val': 2}[name], 32, 32, 3)
+        assert np.load(f'data/vqa/{name}/images.npy').shape == ({'train': 4, 'val': 2}[name], 32, 32, 3)
 
 
-def test_two_pictures_a_conversation(tmp_path, monkeypatch):
-    """Each is stored once, whatever the number of conversations about it, and a batch brings both."""
+def test_two_images_per_conversation(tmp_path, monkeypatch):
+    """Each is stored once, for any number of conversations about it, and a batch has both."""
     monkeypatch.setattr(smollm2, 'download', lambda *_: tmp_path / 'tokenizer.json')
     (tmp_path / 'tokenizer.json').write_text(json.dumps(TOKENIZER).replace('<special 5>', '<filename>'))
     monkeypatch.chdir(tmp_path)
-    for i in range(3):
-        Image.new('RGB', (9, 9), (90 * i, 0, 0)).save(f'{i}.png')
-    lines = [dict(image=[f'{i}.png', f'{(i + 1) % 3}.png'], turns=[['Same?', 'No.']]) for i in (0, 1, 2, 0)]
+    for i in range(5):
+        Image.new('RGB', (9, 9), (50 * i, 0, 0)).save(f'{i}.png')
+    pairs = (0, 1), (1, 2), (2, 0), (3, 4)
+    lines = [dict(image=[f'{i}.png', f'{j}.png'], turns=[['Same?', 'No.']]) for i, j in pairs]
     (tmp_path / 'two.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     vqa.main(input='two.jsonl', size=16, length=40, val_share=0.25)
     meta = arrays.read_meta('data/vqa')
-    batch = arrays.Data('data/vqa', 'train', meta, ('image', 'tokens', 'counted')).rows(np.arange(3))
+    batch = arrays.Data('data/vqa', 'train', meta, ('image', 'tokens', 'loss_mask')).rows(np.arange(3))
     assert batch['image'].shape == (3, 2, 16, 16, 3) and meta['config']['n_images'] == 2
-    assert len(np.load('data/vqa/train/pictures.npy')) == 3
+    assert len(np.load('data/vqa/train/images.npy')) == 3 and len(np.load('data/vqa/val/images.npy')) == 2
     assert ((batch['tokens'] == meta['config']['image_token']).sum(1) == 2).all()
     assert (batch['image'][:, 0, 0, 0, 0] - batch['image'][:, 1, 0, 0, 0] != 0).all()
+
+
+def test_splits_share_no_image():
+    """At most n_val conversations for validation, in whole groups: those about a, b and c are one group."""
+    images = ['a', 'b'], ['d', 'd'], ['b', 'c'], ['e', 'e'], ['c', 'a'], ['f', 'f'], ['d', 'd'], ['a', 'a']
+    conversations = [(names, []) for names in images]
+    found = set()
+    for seed in range(20):
+        splits = vqa.split_by_image(conversations, 2, np.random.default_rng(seed))
+        names = {split: {name for i in part for name in images[i]} for split, part in splits.items()}
+        assert sorted(splits['train'] + splits['val']) == list(range(8)) and not names['train'] & names['val']
+        found.add(''.join(sorted(names['val'])))
+    assert found == {'d', 'ef'}
+    assert sorted(vqa.split_by_image(conversations[:2] + conversations[6:7], 1, np.random.default_rng(0))['val']) == [0]
+    assert vqa.split_by_image(conversations[:1] + conversations[4:5], 1, np.random.default_rng(0))['train'] == []
+
+
+def test_long_turns_are_in_neither_rows_nor_questions(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, 'download', lambda *_: tmp_path / 'tokenizer.json')
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(TOKENIZER).replace('<special 5>', '<filename>'))
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        Image.new('RGB', (9, 9)).save(f'{i}.png')
+    lines = [dict(image=f'{i}.png', turns=[['x' * 50, 'No.'], ['Red?', 'No.']][:1 + (i < 3)]) for i in range(4)]
+    Path('long.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    vqa.main(input='long.jsonl', size=16, length=40, val_share=0.3)
+    assert '4 of 7 turns are left out: they have more than --length=40 tokens' in capsys.readouterr().out
+    for split, n in (('val', 1), ('train', 2)):
+        found = vqa.Dataset('data/vqa').questions(split)
+        assert [line['turns'] for line in found] == [[['Red?', 'No.']]] * n
+        assert all(len(np.load(f'data/vqa/{split}/{name}.npy')) == n for name in ('images', 'tokens'))
+    with pytest.raises(UserError, match='no turn fits into 9 tokens: raise --length'):
+        vqa.main(input='long.jsonl', size=16, length=9)
+    Path('one.jsonl').write_text('\n'.join(json.dumps(dict(image='0.png', turns=[['Red?', 'No.']])) for _ in range(3)))
+    with pytest.raises(UserError, match='3 conversations are too few for training and validation without a common'):
+        vqa.main(input='one.jsonl', size=16, length=40)
+
+
+def test_data_of_the_first_edition_are_refused(tmp_path, monkeypatch):
+    folder = tmp_path / 'data/old'
+    folder.mkdir(parents=True)
+    meta = dict(kind='rows', prepare='scenes_qa', fields=dict(tokens=9, counted=2, image=256),
+                config=dict(vocab_size=9, block_size=8, image_token=8, image_size=16, channels=3, n_images=1))
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="data/old has no 'loss_mask'.* delete data/old and run .*prepare.scenes_qa"):
+        train.main(model='vlm', dataset='old', out_dir='out/x', device='cpu', compile=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,8 +231,8 @@ def talks():
     """300 scenes' objects and a conversation about each."""
     random = np.random.default_rng(0)
     made = [sample_objects(random) for _ in range(300)]
-    heard = {}
-    return made, [scenes_qa.converse(scenes_qa.Scene(objects, random, 64), heard, 12) for objects in made]
+    counts = {}
+    return made, [scenes_qa.converse(scenes_qa.Scene(objects, random, 64), counts, 12) for objects in made]
 
 
 def sample_objects(random):
@@ -244,7 +300,7 @@ def test_answers_are_right(talks):
 
 
 def test_thoughts_look_at_what_is_asked_about(talks):
-    """Every thing that a question names by itself is looked at, in the order of the words; nothing else is, but with one hop."""
+    """A thought has each object that a question names by itself, in the order of the words, and others only in hops."""
     for objects, talk in zip(*talks):
         objects = objects[objects[:, 0] >= 0]
         cells = [f'row {y // 8} column {x // 8}' for *_, x, y in objects.tolist()]
@@ -272,29 +328,30 @@ def test_thoughts_look_at_what_is_asked_about(talks):
 
 def test_a_thought_comes_before_its_answer(tmp_path):
     save_words(tmp_path / 'words.json', scenes_qa.vocabulary())
-    way = vqa.template('', tmp_path)
+    template = vqa.load_template('', tmp_path)
     turn = 'is the cube left of the blue thing?', 'no', 'row 0 column 7 row 5 column 1'
-    assert way.encoding.decode(way.ask(turn[0])) == ' Question: Is the cube left of the blue thing? Answer:'
-    way = vqa.template('', tmp_path, thinks=True)
-    (tokens, counted), = way.rows([turn], 30)
-    assert way.encoding.decode([i for i in tokens[1:] if i >= 0]) == (
+    question = ' Question: Is the cube left of the blue thing?'
+    assert template.encoding.decode(template.encode_question(turn[0])) == f'{question} Answer:'
+    template = vqa.load_template('', tmp_path, thinks=True)
+    (tokens, loss_mask), = template.rows([turn], 30)
+    assert template.encoding.decode([i for i in tokens[1:] if i >= 0]) == (
         ' Question: Is the cube left of the blue thing? row 0 column 7 row 5 column 1 Answer: no<|end|>')
-    learned = way.encoding.decode([i for i, flag in zip(tokens, counted) if flag])
+    learned = template.encoding.decode([i for i, flag in zip(tokens, loss_mask) if flag])
     assert learned == ' row 0 column 7 row 5 column 1 Answer: no<|end|>'  # also when to answer
-    assert final(learned.removesuffix('<|end|>')) == 'no' == final(' no')
+    assert final_answer(learned.removesuffix('<|end|>')) == 'no' == final_answer(' no')
 
 
 def test_no_prior_helps(talks):
-    heard = {}
+    counts = {}
     for talk in talks[1]:
         for family, _, answer, _ in talk:
-            heard.setdefault(family, Counter())[answer] += 1
+            counts.setdefault(family, Counter())[answer] += 1
         assert len(talk) >= 8 and len({question for _, question, *_ in talk}) == len(talk)
-    assert heard.keys() == scenes_qa.FAMILIES.keys()
+    assert counts.keys() == scenes_qa.FAMILIES.keys()
     for family in ('exist', 'compare', 'number', 'relation'):
-        assert abs(heard[family]['yes'] - heard[family]['no']) < 0.05 * sum(heard[family].values())
-    assert max(heard['count'].values()) < 1.25 * min(heard['count'].values()) and len(heard['count']) == 6
-    assert abs(heard['hop']['yes'] - heard['hop']['no']) < 0.1 * heard['hop']['yes']
+        assert abs(counts[family]['yes'] - counts[family]['no']) < 0.05 * sum(counts[family].values())
+    assert max(counts['count'].values()) < 1.25 * min(counts['count'].values()) and len(counts['count']) == 6
+    assert abs(counts['hop']['yes'] - counts['hop']['no']) < 0.1 * counts['hop']['yes']
 
 
 def test_the_vocabulary_is_closed(talks):
@@ -310,7 +367,8 @@ def test_the_vocabulary_is_closed(talks):
 def test_new_pairs():
     objects = np.full((3, 2, 6), -1)
     objects[0, 0, :2] = SHAPES.index('cube'), COLOR_NAMES.index('purple')
-    objects[1, :, :2] = [(SHAPES.index('cube'), COLOR_NAMES.index('cyan')), (SHAPES.index('sphere'), COLOR_NAMES.index('purple'))]
+    objects[1, 0, :2] = SHAPES.index('cube'), COLOR_NAMES.index('cyan')
+    objects[1, 1, :2] = SHAPES.index('sphere'), COLOR_NAMES.index('purple')
     objects[2, 1, :2] = SHAPES.index('cylinder'), COLOR_NAMES.index('yellow')
     assert scenes_qa.has_new_pair(objects).tolist() == [True, False, True]
 

@@ -7,8 +7,8 @@ import numpy as np
 import train
 from engine import checkpoints
 
-TINY = dict(model='fourm', dataset='scenes', n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, input_slots='16,32',
-            target_slots='16', batch_size=8, micro_batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, log_interval=1,
+TINY = dict(model='fourm', dataset='scenes', n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, num_input_tokens='16,32',
+            num_target_tokens='16', batch_size=8, micro_batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, log_interval=1,
             warmup_iters=2, device='cpu', dtype='float32', compile=False, pictures=False)
 GPT = dict(model='gpt', dataset='toy', n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iters=3, device='cpu',
            compile=False, dtype='float32', pictures=False)

@@ -1,7 +1,7 @@
 """
-Chapter 5's exercises: each check's docstring is what a student reads, its asserts are what a failed answer is told.
+Chapter 5's exercises: a check's docstring is what a student reads, its asserts are what a wrong answer is told.
 
-The references are slow and obvious: one conversation at a time, without a cache.
+The references are slow and simple: one conversation at a time, without a cache.
 """
 import torch
 
@@ -9,27 +9,28 @@ from tests.exercises import equal, generator, lively
 
 
 def small(vlm, **changes):
-    config = dict(vocab_size=12, image_token=10, block_size=14, n_layer=1, n_head=2, n_embd=16, image_size=16, patch=4, pool=2,
-                  eyes_layer=1, eyes_head=2, eyes_embd=8)
+    config = dict(vocab_size=12, image_token=10, block_size=14, n_layer=1, n_head=2, n_embd=16, image_size=16,
+                  patch_size=4, pixel_shuffle_factor=2, vision_layer=1, vision_head=2, vision_embd=8)
     return lively(vlm.VLM(vlm.Config(**(config | changes))))
 
 
-def pictures(*shape):
+def random_images(*shape):
     return torch.randint(256, (*shape, 16, 16, 3))
 
 
 def pixel_shuffle(vlm):
-    """The projector, first half: squares of pool x pool patches become one vector each (as in Idefics3, 2408.12637). The
-    N = side * side patches of a picture come row by row, and so do the squares, (B, N / pool^2, pool^2 D). Number d of
-    the patch in row i and column j of its square stands at d * pool^2 + i * pool + j, the order of F.pixel_unshuffle."""
+    """The projector, first half: concatenate each square of factor x factor patches to one vector (as in Idefics3,
+    2408.12637). The N = side * side patches of an image are in raster order, and so are the squares of the result,
+    (B, N / factor^2, factor^2 D). Element d of the patch in row i and column j of its square has the index
+    d * factor^2 + i * factor + j, the order of F.pixel_unshuffle."""
     patches = torch.arange(16.0).view(1, 16, 1)  # their own numbers, 4 x 4
     got = vlm.pixel_shuffle(patches, 2)
     assert isinstance(got, torch.Tensor) and got.shape == (1, 4, 4), (
-        f'16 patches of 1 number in squares of 2 x 2 should be (1, 4, 4), not {tuple(getattr(got, "shape", ()))}')
+        f'16 patches of 1 value in squares of 2 x 2 should be (1, 4, 4), not {tuple(getattr(got, "shape", ()))}')
     for square, expected in enumerate(([0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15])):
         found = [int(i) for i in got[0, square].tolist()]
         assert sorted(found) == expected, (
-            f'of patches 0 to 15 in 4 rows, square {square} should hold {expected}, but it holds {found}')
+            f'of patches 0 to 15 in 4 rows, square {square} should have {expected}, but it has {found}')
     x = torch.randn(2, 36, 5)
     got, expected = vlm.pixel_shuffle(x, 3), torch.empty(2, 4, 45)
     for square in range(4):
@@ -37,210 +38,222 @@ def pixel_shuffle(vlm):
             for j in range(3):
                 row, column = square // 2 * 3 + i, square % 2 * 3 + j
                 expected[:, square, i * 3 + j::9] = x[:, row * 6 + column]
-    equal(got, expected, 'the order of numbers in a vector (5 numbers a patch, squares of 3 x 3)')
-    equal(vlm.pixel_shuffle(x, 1), x, 'with pool=1, x')
+    equal(got, expected, 'the order of values in a vector (5 values a patch, squares of 3 x 3)')
+    equal(vlm.pixel_shuffle(x, 1), x, 'with factor=1, x')
 
 
-def VLM_look(vlm):
-    """The projector, second half: from pixels to what the language model reads (LLaVA, 2304.08485, section 4.1). self.eyes,
-    which takes pictures (B m, H, W, C), then `pixel_shuffle` with config.pool, then the matrix self.projector. A row has
-    one picture, (B, H, W, C), or m, (B, m, H, W, C); its m pictures stand one behind the other, (B, m P, D)."""
-    model, images = small(vlm, n_images=2), pictures(3, 2)
-    seen = model.look(images)
-    assert isinstance(seen, torch.Tensor) and seen.shape == (3, 8, 16), (
-        f'3 rows with 2 pictures a row, of 4 tokens each, should be (3, 8, 16), not {tuple(getattr(seen, "shape", ()))}')
+def VLM_encode_images(vlm):
+    """The projector, second half: from pixels to image embeddings (LLaVA, 2304.08485, section 4.1). Apply
+    self.vision_encoder, which takes images (B m, H, W, C), then `pixel_shuffle` with config.pixel_shuffle_factor, then
+    the linear layer self.projector. A row has one image, (B, H, W, C), or m, (B, m, H, W, C); the embeddings of its m
+    images are concatenated, (B, m P, D)."""
+    model, images = small(vlm, n_images=2), random_images(3, 2)
+    image_embeds = model.encode_images(images)
+    assert isinstance(image_embeds, torch.Tensor) and image_embeds.shape == (3, 8, 16), (
+        '3 rows with 2 images a row, of 4 tokens each, should be (3, 8, 16), not '
+        f'{tuple(getattr(image_embeds, "shape", ()))}')
     for row in range(3):
         for i in range(2):
-            expected = model.projector(vlm.pixel_shuffle(model.eyes(images[row, i][None]), 2))[0]
-            equal(seen[row, 4 * i:4 * i + 4], expected, f'what is read of picture {i} of row {row}')
-    equal(model.look(images[:, 0]), seen[:, :4], 'what is read of pictures (B, H, W, C)')
+            expected = model.projector(vlm.pixel_shuffle(model.vision_encoder(images[row, i][None]), 2))[0]
+            equal(image_embeds[row, 4 * i:4 * i + 4], expected, f'the embeddings of image {i} of row {row}')
+    equal(model.encode_images(images[:, 0]), image_embeds[:, :4], 'the embeddings of images (B, H, W, C)')
 
 
-def make_room(vlm):
-    """The splice, first half: a picture's token stands once in a text and is to become P tokens. Returns where the tokens
-    of the longer sequence come from, indices into L, (B, L + m (P - 1)): those of a picture's token P times, all others
-    once, in their order.
-    ValueError where a row does not have exactly n_images = m pictures."""
+def expand_image_tokens(vlm):
+    """The splice, first half: a text has one image token per image, which is to become P = tokens_per_image tokens.
+    Return the indices into L of the tokens of the longer sequence, (B, L + m (P - 1)): that of an image token P times,
+    all others once, in their order.
+    Raise ValueError if a row has a number of image tokens other than n_images = m."""
     tokens = torch.tensor([[9, 1, 2, -1, 9], [3, 9, 9, 5, 6]])
-    got = vlm.make_room(tokens, 9, 3, 2)
+    got = vlm.expand_image_tokens(tokens, 9, 3, 2)
     expected = [[0, 0, 0, 1, 2, 3, 4, 4, 4], [0, 1, 1, 1, 2, 2, 2, 3, 4]]
     assert got.tolist() == expected, (
-        f'for {tokens.tolist()}, 9 being a picture of P=3 tokens, the places should be {expected}, but they are {got.tolist()}')
-    equal(vlm.make_room(tokens, 9, 1, 2), torch.arange(5).expand(2, 5), 'the places when a picture is P=1 token')
+        f'for {tokens.tolist()}, image_token=9 and P=3, the indices should be {expected}, but they are {got.tolist()}')
+    equal(vlm.expand_image_tokens(tokens, 9, 1, 2), torch.arange(5).expand(2, 5), 'the indices for P=1 token per image')
     for n in (1, 3):
         try:
-            vlm.make_room(tokens, 9, 3, n)
+            vlm.expand_image_tokens(tokens, 9, 3, n)
         except ValueError:
             continue
-        raise AssertionError(f'rows tell of 2 pictures, n_images={n}: that should raise a ValueError')
+        raise AssertionError(f'rows have 2 image tokens, n_images={n}: that should raise a ValueError')
 
 
-def VLM_trunk(vlm):
-    """The splice, second half: pictures among words. Words are embedded by self.language.embedding (-1 as 0); where the
-    tokens are config.image_token, the vectors seen (B, m P, D) stand instead, in their order.
-    self.language.trunk(tokens, cache, x) reads them. Without seen, all are words."""
+def VLM_backbone(vlm):
+    """The splice, second half: images between words. Embed tokens by self.language_model.token_embedding (-1 as 0);
+    where tokens equal config.image_token, use image_embeds (B, m P, D) instead, in their order. Then
+    self.language_model.backbone(tokens, cache, x). Without image_embeds all tokens are words."""
     model = small(vlm)
-    tokens, seen = torch.tensor([[10, 10, 10, 10, 1, 2], [3, 4, 10, 10, 10, 10]]), torch.randn(2, 4, 16)
-    x = model.language.embedding(tokens)
-    words = model.trunk(tokens)
-    equal(words, model.language.trunk(tokens), 'what is read of words alone')
-    got = model.trunk(tokens, seen)
-    assert not torch.allclose(got, words), 'seen changes nothing: the picture is not read'
-    x[0, :4], x[1, 2:] = seen[0], seen[1]
-    expected = model.language.trunk(tokens, None, x)
-    equal(got[0], expected[0], 'what is read of a picture and two words')
-    equal(got[1], expected[1], 'what is read of a picture behind two words')
-    cache = vlm.KVCache(model.length, ragged=True)
-    parts = model.trunk(tokens[:1, :4], seen[:1], cache), model.trunk(tokens[:1, 4:], cache=cache)
-    equal(torch.cat(parts, 1), expected[:1], 'with a cache, two words after a picture')
-    assert torch.isfinite(model.trunk(torch.tensor([[1, 2, -1]]))).all(), (
-        'behind the end of a text tokens are -1, which is no row of the table')
+    tokens, image_embeds = torch.tensor([[10, 10, 10, 10, 1, 2], [3, 4, 10, 10, 10, 10]]), torch.randn(2, 4, 16)
+    x = model.language_model.token_embedding(tokens)
+    words = model.backbone(tokens)
+    equal(words, model.language_model.backbone(tokens), 'the output for words alone')
+    got = model.backbone(tokens, image_embeds)
+    assert not torch.allclose(got, words), 'image_embeds changes nothing: the image is not read'
+    x[0, :4], x[1, 2:] = image_embeds[0], image_embeds[1]
+    expected = model.language_model.backbone(tokens, None, x)
+    equal(got[0], expected[0], 'the output for an image and two words')
+    equal(got[1], expected[1], 'the output for an image after two words')
+    cache = vlm.KVCache(model.max_seq_len, left_padded=True)
+    parts = model.backbone(tokens[:1, :4], image_embeds[:1], cache), model.backbone(tokens[:1, 4:], cache=cache)
+    equal(torch.cat(parts, 1), expected[:1], 'with a cache, two words after an image')
+    assert torch.isfinite(model.backbone(torch.tensor([[1, 2, -1]]))).all(), (
+        'after the end of a text tokens are -1, which is no row of the embedding table')
 
 
-def VLM_draw(vlm):
-    """The loss mask: answers are learned, questions and pictures only read. `make_room` for the pictures, in tokens and
-    counted alike: (B, T). The token after each of the first T - 1 places is its target where it is counted (> 0) and not
-    -1. Returns a dictionary of
-    image, tokens  as they were; with room, (B, T);
-    rows, targets  (R,) the numbers, among B (T - 1), of the places that have a target, from first to last; the targets;
-    weight         (R,) such that the sum of weight * loss is the mean over a conversation's targets, then over
-                   conversations.
-    Where the batch has names (B, m P, n), the targets of a picture's token are its names instead: up to n rows for one
-    place, in their order, -1 being none. The last three are filled up with zeros to a multiple of 64."""
-    model, images = small(vlm), pictures(2)
+def VLM_prepare_batch(vlm):
+    """The loss mask: only answers are targets, questions and images are input. Three parts:
+    1. `expand_image_tokens`, for tokens and loss_mask: (B, T).
+    2. The target of each of the first T - 1 positions is the next token if its loss_mask is > 0 and it is not -1.
+       If the batch has patch_labels (B, m P, n), the targets of image tokens are their labels instead: up to n targets
+       for one position, in their order; -1 is none.
+    3. Flatten. Return a dictionary of
+       image, tokens       image as it was; tokens expanded, (B, T)
+       token_idx, targets  (R,) the positions, among B (T - 1), that have a target, from first to last; the targets
+       weight              (R,) such that the sum of weight * loss is the mean over a conversation's targets, then over
+                           conversations
+       The last three are padded with zeros to a multiple of 64."""
+    model, images = small(vlm), random_images(2)
     tokens = torch.tensor([[10, 1, 2, 3, 4, 5, 6, -1], [10, 7, 8, 3, -1, -1, -1, -1]])
-    counted = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0, 1]])
+    loss_mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0, 1]])
 
-    def check(drawn, triples, what):
-        missing = {'image', 'tokens', 'rows', 'targets', 'weight'} - set(drawn)
-        assert not missing, f'the drawn batch lacks {", ".join(sorted(missing))}'
+    def check(found, triples, name):
+        missing = {'image', 'tokens', 'token_idx', 'targets', 'weight'} - set(found)
+        assert not missing, f'the prepared batch lacks {", ".join(sorted(missing))}'
         n, expected = len(triples), [list(column) for column in zip(*triples)]
-        got = [drawn[name][:n].tolist() for name in ('rows', 'targets', 'weight')]
-        assert got[0] == expected[0], f'{what}: rows should begin with {expected[0]}, but they are {got[0]}'
-        assert got[1] == expected[1], f'{what}: targets should begin with {expected[1]}, but they are {got[1]}'
-        equal(drawn['weight'][:n], torch.tensor(expected[2]), f'{what}: weight')
-        assert not drawn['weight'][n:].any(), (
-            f'{what}: there are {int((drawn["weight"] > 0).sum())} targets in rows, should be {n}')
-        assert len(drawn['rows']) == len(drawn['targets']) == len(drawn['weight']) == 64, (
-            f'{what}: should be filled up to 64 targets')
-    batch = dict(image=images, tokens=tokens, counted=counted)
-    drawn = model.draw(dict(batch), None, None)
-    equal(drawn['tokens'], torch.cat((torch.full((2, 3), 10), tokens), 1), 'tokens, with room for the picture')
-    # T - 1 = 10 places a row: 4 of the picture, then the words; the token after place 4 of row 0 is 2
-    check(drawn, [(4, 2, 1 / 8), (5, 3, 1 / 8), (7, 5, 1 / 8), (8, 6, 1 / 8), (14, 8, 1 / 4), (15, 3, 1 / 4)],
+        got = [found[key][:n].tolist() for key in ('token_idx', 'targets', 'weight')]
+        assert got[0] == expected[0], f'{name}: token_idx should begin with {expected[0]}, but it is {got[0]}'
+        assert got[1] == expected[1], f'{name}: targets should begin with {expected[1]}, but they are {got[1]}'
+        equal(found['weight'][:n], torch.tensor(expected[2]), f'{name}: weight')
+        assert not found['weight'][n:].any(), (
+            f'{name}: there are {int((found["weight"] > 0).sum())} targets in token_idx, should be {n}')
+        assert len(found['token_idx']) == len(found['targets']) == len(found['weight']) == 64, (
+            f'{name}: should be padded to 64 targets')
+    batch = dict(image=images, tokens=tokens, loss_mask=loss_mask)
+    found = model.prepare_batch(dict(batch), None, None)
+    equal(found['tokens'], torch.cat((torch.full((2, 3), 10), tokens), 1), 'tokens, with the image token expanded')
+    # T - 1 = 10 positions a row: 4 of the image, then the words; the token after position 4 of row 0 is 2
+    check(found, [(4, 2, 1 / 8), (5, 3, 1 / 8), (7, 5, 1 / 8), (8, 6, 1 / 8), (14, 8, 1 / 4), (15, 3, 1 / 4)],
           'answers of 4 and 2 tokens')
-    assert drawn['image'] is not None and torch.equal(drawn['image'], images), 'image should be as it was'
-    named = small(vlm, n_names=2, n_named=4)
-    names = torch.tensor([[[1, 2], [3, -1], [-1, -1], [4, 5]]])
-    batch = dict(image=images[:1], tokens=torch.tensor([[10, 6, 7]]), counted=torch.tensor([[0, 0, 1]]), names=names)
-    drawn = named.draw(batch, None, None)
-    check(drawn, [(row, target, 1 / 6) for row, target in ((0, 1), (0, 2), (1, 3), (3, 4), (3, 5), (4, 7))],
-          'with names of two words')
+    assert found['image'] is not None and torch.equal(found['image'], images), 'image should be as it was'
+    labelled = small(vlm, max_label_tokens=2, n_patch_labels=4)
+    labels = torch.tensor([[[1, 2], [3, -1], [-1, -1], [4, 5]]])
+    batch = dict(image=images[:1], tokens=torch.tensor([[10, 6, 7]]), loss_mask=torch.tensor([[0, 0, 1]]),
+                 patch_labels=labels)
+    found = labelled.prepare_batch(batch, None, None)
+    check(found, [(row, target, 1 / 6) for row, target in ((0, 1), (0, 2), (1, 3), (3, 4), (3, 5), (4, 7))],
+          'with patch labels of two words')
 
 
 def next_logits(model, images, tokens):
-    """Of what comes after one conversation, tokens (L,) with -1 cut off, all read at once."""
+    """Logits of the token after one conversation, tokens (L,) without -1, read in one pass."""
     tokens = tokens[tokens >= 0]
     if images is None:
-        return model.language.logits(model.trunk(tokens[None]))[0, -1]
-    tokens = torch.cat([torch.full((model.P,), 10) if token == 10 else token[None] for token in tokens])
-    return model.language.logits(model.trunk(tokens[None], model.look(images[None])))[0, -1]
+        return model.language_model.logits(model.backbone(tokens[None]))[0, -1]
+    tokens = torch.cat([torch.full((model.tokens_per_image,), 10) if token == 10 else token[None] for token in tokens])
+    return model.language_model.logits(model.backbone(tokens[None], model.encode_images(images[None])))[0, -1]
 
 
 @torch.no_grad()
-def VLM_read(vlm):
-    """The cache: read pictures and prompt once, for many questions. With images (B, m, H, W, C): `make_room` in the tokens,
-    and, unless config.blind, `look`. One KVCache for all of them, ragged, since prompts (B, L) have -1 in front of shorter
-    ones. The trunk reads all into the cache. Then cache.repeat(n), and return it."""
-    model, images = small(vlm, n_images=1), pictures(2, 1)
+def VLM_prefill(vlm):
+    """Prefill: read images and prompts into a cache once, for several questions. With images (B, m, H, W, C):
+    `expand_image_tokens` for the tokens and, unless config.text_only, `encode_images`. One KVCache for all rows,
+    left_padded, since shorter prompts among (B, L) begin with -1. The backbone reads all into the cache. Then
+    cache.repeat_batch(n_repeat), and return the cache."""
+    model, images = small(vlm, n_images=1), random_images(2, 1)
     prompts, after = torch.tensor([[-1, 10, 1], [10, 2, 3]]), torch.tensor([[4], [5]])
-    cache = model.read(prompts, images)
-    assert isinstance(cache, vlm.KVCache), f'read should return the cache, not {type(cache).__name__}'
-    assert cache.filled == 6, f'3 tokens, one of them a picture of 4: cache.filled should be 6, but it is {cache.filled}'
-    got = model.language.logits(model.trunk(after, cache=cache))[:, -1]
+    cache = model.prefill(prompts, images)
+    assert isinstance(cache, vlm.KVCache), f'prefill should return the cache, not {type(cache).__name__}'
+    assert cache.cur_len == 6, f'3 tokens, one of them an image of 4: cache.cur_len should be 6, not {cache.cur_len}'
+    got = model.language_model.logits(model.backbone(after, cache=cache))[:, -1]
     for row in range(2):
         expected = next_logits(model, images[row], torch.cat((prompts[row], after[row])))
-        equal(got[row], expected, f'the logits after reading prompt {row} and a word more')
-    cache, asked = model.read(prompts, images, 2), torch.tensor([[4], [5], [6], [7]])
-    got = model.language.logits(model.trunk(asked, cache=cache))[:, -1]
+        equal(got[row], expected, f'the logits after reading prompt {row} and one more word')
+    cache, questions = model.prefill(prompts, images, 2), torch.tensor([[4], [5], [6], [7]])
+    got = model.language_model.logits(model.backbone(questions, cache=cache))[:, -1]
     for row in range(4):
-        expected = next_logits(model, images[row // 2], torch.cat((prompts[row // 2], asked[row])))
-        equal(got[row], expected, f'the logits of question {row}, with 2 questions about each of 2 pictures,')
-    got = model.language.logits(model.trunk(after, cache=model.read(torch.tensor([[-1, 1], [2, 3]]))))[:, -1]
+        expected = next_logits(model, images[row // 2], torch.cat((prompts[row // 2], questions[row])))
+        equal(got[row], expected, f'the logits of question {row}, with 2 questions about each of 2 images,')
+    cache = model.prefill(torch.tensor([[-1, 1], [2, 3]]))
+    got = model.language_model.logits(model.backbone(after, cache=cache))[:, -1]
     for row, prompt in enumerate(([1, 4], [2, 3, 5])):
-        equal(got[row], next_logits(model, None, torch.tensor(prompt)), f'the logits after prompt {row}, without a picture,')
-    blind = small(vlm, blind=True)
-    first, second = (blind.language.logits(blind.trunk(after, cache=blind.read(prompts, pictures(2, 1)))) for _ in range(2))
-    assert torch.equal(first, second), 'a blind model should not look at pictures'
+        expected = next_logits(model, None, torch.tensor(prompt))
+        equal(got[row], expected, f'the logits after prompt {row}, without an image,')
+    ignoring = small(vlm, text_only=True)
+    caches = [ignoring.prefill(prompts, random_images(2, 1)) for _ in range(2)]
+    first, second = (ignoring.language_model.logits(ignoring.backbone(after, cache=cache)) for cache in caches)
+    assert torch.equal(first, second), 'a text_only model should ignore images'
 
 
 @torch.no_grad()
 def VLM_step(vlm):
-    """What comes next? self.language.step(tokens, cache) reads tokens (B, T) after what the cache holds and gives the logits
-    of the next token (B, V). That of a picture is -inf: it cannot be said."""
-    model, images = small(vlm), pictures(2, 1)
-    prompts, asked = torch.tensor([[10], [10]]), torch.tensor([[1, 4], [2, 3]])
-    got = model.step(asked, model.read(prompts, images))
+    """Decode, one step: self.language_model.step(tokens, cache) reads tokens (B, T) after those in the cache,
+    and returns the logits of the next token (B, V). Set the logit of the image token to -inf: it is never sampled."""
+    model, images = small(vlm), random_images(2, 1)
+    prompts, questions = torch.tensor([[10], [10]]), torch.tensor([[1, 4], [2, 3]])
+    got = model.step(questions, model.prefill(prompts, images))
     for row in range(2):
-        expected = next_logits(model, images[row], torch.cat((prompts[row], asked[row])))
+        expected = next_logits(model, images[row], torch.cat((prompts[row], questions[row])))
         expected[10] = -torch.inf
-        assert got.shape == (2, len(expected)), f'logits of 2 rows: shape {tuple(got.shape)}, should be (2, {len(expected)})'
-        assert got[row, 10] == -torch.inf, 'the token of a picture cannot be said: its logit should be -inf'
-        equal(got[row, :10], expected[:10], f'the logits of words after a picture and a question, row {row},')
+        assert got.shape == (2, len(expected)), (
+            f'logits of 2 rows: shape {tuple(got.shape)}, should be (2, {len(expected)})')
+        assert got[row, 10] == -torch.inf, 'the image token is never sampled: its logit should be -inf'
+        equal(got[row, :10], expected[:10], f'the logits of words after an image and a question, row {row},')
 
 
 @torch.no_grad()
 def VLM_stream(vlm):
-    """Generation: the answer, token by token. Returns chapter 1's generator `decode`, whose arguments are self, tokens, the
-    cache, ended, a number of tokens, and all that follows max_new_tokens here.
-    1. ended: False for each of the B rows.
-    2. The number is max_new_tokens, or fewer: tokens (B, T0) and all new ones but the last, which is not read, must fit
-       into self.length behind what the cache holds.
-    3. cache.length is the number of positions that it will then hold."""
-    model, images = small(vlm), pictures(2, 1)
-    prompts, asked = torch.tensor([[10], [10]]), torch.tensor([[-1, 4], [2, 3]])
+    """Decode: the answer, token by token. Return chapter 1's generator `decode`, whose arguments are self, tokens, the
+    cache, finished, a number of tokens, and all that follows max_new_tokens here.
+    1. finished: False for each of the B rows.
+    2. The number is max_new_tokens, or less: tokens (B, T0) and all new ones but the last, which is not read, must fit
+       into self.max_seq_len after those in the cache.
+    3. cache.max_len is the number of positions that the cache will then hold."""
+    model, images = small(vlm), random_images(2, 1)
+    prompts, questions = torch.tensor([[10], [10]]), torch.tensor([[-1, 4], [2, 3]])
 
-    def answer(n, end=-1, **settings):
-        steps = [*model.stream(asked, model.read(prompts, images), n, end=end, **settings)]
+    def answer(n, eos_id=-1, **settings):
+        steps = [*model.stream(questions, model.prefill(prompts, images), n, eos_id=eos_id, **settings)]
         assert all(isinstance(step, torch.Tensor) and step.shape == (2,) for step in steps), (
             'each `yield` should give a token a row, shape (2,)')
         return torch.stack(steps, 1).tolist()
 
-    def by_hand(row, n, end=-1):
-        tokens, new = torch.cat((prompts[row], asked[row])), []
+    def by_hand(row, n, eos_id=-1):
+        tokens, new = torch.cat((prompts[row], questions[row])), []
         for _ in range(n):
             logits = next_logits(model, images[row], torch.cat((tokens, torch.tensor(new, dtype=torch.long))))
             logits[10] = -torch.inf
-            new.append(-1 if end in new else int(logits.argmax()))
+            new.append(-1 if eos_id in new else int(logits.argmax()))
         return new
     expected, got = [by_hand(row, 5) for row in range(2)], answer(5)
-    assert got == expected, f'after questions about two pictures {expected} should come, not {got}'
+    assert got == expected, f'after questions about two images {expected} should follow, not {got}'
     for row in range(2):
-        end = expected[row][2]
-        wanted = [by_hand(row, 5, end) for row in range(2)]
-        stop = max(new.index(end) + 1 if end in new else 5 for new in wanted)
-        wanted, got = [new[:stop] for new in wanted], answer(5, end)
-        assert got == wanted, f'with end={end}, {wanted} should come, not {got}'
+        eos_id = expected[row][2]
+        wanted = [by_hand(row, 5, eos_id) for row in range(2)]
+        stop = max(new.index(eos_id) + 1 if eos_id in new else 5 for new in wanted)
+        wanted, got = [new[:stop] for new in wanted], answer(5, eos_id)
+        assert got == wanted, f'with eos_id={eos_id}, {wanted} should follow, not {got}'
     flat = [answer(9, temperature=2.0, generator=generator(seed)) for seed in (1, 1, 2)]
-    assert flat[0] == flat[1] != flat[2], 'at temperature 2 the same generator should sample the same tokens, another seed others'
+    assert flat[0] == flat[1] != flat[2], (
+        'at temperature 2 the same generator should sample the same tokens, another seed others')
     got = answer(30)
-    assert len(got[0]) == 12, (f'the context holds {model.length} tokens, of which 6 are read: of 30 new ones asked for, '
-                               f'11 have room and one more can be drawn, not {len(got[0])}')
-    model.language.head.weight.data[10] = 100 * model.language.head.weight.data[10].abs() + 1
-    drawn = [token for _ in range(5) for row in answer(5, temperature=1.0) for token in row]
-    assert 10 not in drawn, 'it says the token of a picture, which cannot be said'
-    cache = model.read(prompts, images)
-    new = [*model.stream(asked, cache, 3)]
-    assert len(new) == 3 and cache.length == 8, f'6 tokens and 2 of 3 new ones are read: cache.length should be 8, not {cache.length}'
+    assert len(got[0]) == 12, (f'the context has {model.max_seq_len} tokens, of which 6 are read: of 30 new ones, '
+                               f'11 fit and one more can be sampled, not {len(got[0])}')
+    model.language_model.lm_head.weight.data[10] = 100 * model.language_model.lm_head.weight.data[10].abs() + 1
+    sampled = [token for _ in range(5) for row in answer(5, temperature=1.0) for token in row]
+    assert 10 not in sampled, 'it samples the image token'
+    cache = model.prefill(prompts, images)
+    new = [*model.stream(questions, cache, 3)]
+    assert len(new) == 3 and cache.max_len == 8, (
+        f'6 tokens and 2 of 3 new ones are read: cache.max_len should be 8, not {cache.max_len}')
 
 
 EXERCISES = {
     'pixel_shuffle': (3, pixel_shuffle),
-    'VLM.look': (2, VLM_look),
-    'make_room': (3, make_room),
-    'VLM.trunk': (3, VLM_trunk),
-    'VLM.draw': (4, VLM_draw),
-    'VLM.read': (2, VLM_read),
+    'VLM.encode_images': (2, VLM_encode_images),
+    'expand_image_tokens': (3, expand_image_tokens),
+    'VLM.backbone': (3, VLM_backbone),
+    'VLM.prepare_batch': (4, VLM_prepare_batch),
+    'VLM.prefill': (2, VLM_prefill),
     'VLM.step': (1, VLM_step),
     'VLM.stream': (2, VLM_stream),
 }

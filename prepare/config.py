@@ -1,0 +1,8 @@
+"""
+Ends `python prepare/NAME.py` with a line. Such a command puts prepare/ first in Python's path, so that `import config` finds this
+file instead of the package config/; `python -m prepare.NAME` never does.
+"""
+import sys
+from pathlib import Path
+
+sys.exit(f'error: start it in the folder of the repository as python -m prepare.{Path(sys.argv[0]).stem}')
