@@ -4,13 +4,13 @@ machine's peak.
 
     python bench.py                               by sequence length and for the shapes of the shipped configs
     python bench.py --plot=roofline.png --trace=attention.json
-    python bench.py config/nano4m.py              a training step of this config and its generation: lab/speed.py and its settings
+    python bench.py config/nano4m.py              a training step of this config and its generation (lab/speed.py)
     python bench.py --all=True                    the same for every config, to out/bench_all.json and out/bench_all.md
 
 First the peaks are measured: large matrix products in each dtype that the machine computes natively, and copies. Each
-case is then compared with the formula written out, which computes the same, and with the kernel alone: no projections,
-norms and RoPE. `of limit` is the FLOP/s of the core over that of the large product. Times are medians, `+-` half of
-the interquartile range.
+case is then compared with the formula written out, which computes the same, and with the kernel alone, without
+projections, norms and RoPE. `of limit` is the FLOP/s of the core over that of the large product. Times are medians,
+`+-` half of the interquartile range.
 
 In the roofline plot (Williams et al., 2009) a case below the slope is limited by memory traffic, below the flat part
 by matmul.
@@ -34,14 +34,14 @@ from lab.timing import timed
 
 SETTINGS = dict(
     device='auto',            # cuda, mps or cpu
-    backend='',               # of the attention kernel: flash, cudnn, efficient, math, several with commas; '' is all on a GPU
+    backend='',               # attention kernels: flash, cudnn, efficient, math, several with commas; '': all on a GPU
     save='',                  # write the table as SAVE.json and SAVE.md
     trace='',                 # write a profile of one case, to be opened at ui.perfetto.dev
     plot='',                  # write a roofline plot, FILE.png
 )
-BACKENDS = dict(flash=SDPBackend.FLASH_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTION, efficient=SDPBackend.EFFICIENT_ATTENTION,
-                math=SDPBackend.MATH)
-KINDS = dict(causal='red', full='blue', cross='green', prefill='orange', decode='purple')  # and their colors in the plot
+BACKENDS = dict(flash=SDPBackend.FLASH_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTION,
+                efficient=SDPBackend.EFFICIENT_ATTENTION, math=SDPBackend.MATH)
+KINDS = dict(causal='red', full='blue', cross='green', prefill='orange', decode='purple')  # colors in the plot
 TRAINED = 'causal', 'full', 'cross'  # forward and backward pass; the others are generation, forward only
 LENGTHS = (64, 256, 1024, 4096)
 CONFIGS = {  # the shapes of the shipped configs: kind, batch, queries, keys, heads, head size
@@ -61,7 +61,8 @@ def find_cases(device):
     cases = {f'{kind} {T}': (kind, tokens // T, T, T, *heads) for kind in TRAINED for T in LENGTHS}
     cases |= {f'prefill {T}': ('prefill', 1, T, T, *heads) for T in LENGTHS}
     cases |= {f'decode {T}': ('decode', 1, 1, T, *heads) for T in LENGTHS}
-    wide = {f'{kind} 4096, head 128': (kind, tokens // 4096, 4096, 4096, heads[0] // 2, 128) for kind in ('causal', 'full')}
+    wide = {f'{kind} 4096, head 128': (kind, tokens // 4096, 4096, 4096, heads[0] // 2, 128)
+            for kind in ('causal', 'full')}
     return cases | wide | CONFIGS
 
 
@@ -69,7 +70,8 @@ def softmax_attention(q, k, v, mask=None, is_causal=False, scale=None, enable_gq
     """The formula as it is written (arXiv 1706.03762, equation 1), with all T x S weights at once."""
     logits = q @ k.mT * scale  # (B, nh, T, S)
     if is_causal:
-        logits = logits.masked_fill(torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+        future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        logits = logits.masked_fill(future, -torch.inf)
     return logits.softmax(-1).type_as(v) @ v
 
 
@@ -80,7 +82,8 @@ def find_ways(backends, device):
     chosen = backends.split(',') if backends else default
     if unknown := [name for name in chosen if name not in here]:
         raise UserError(f'backend={unknown[0]!r}: on {device.type} there are {", ".join(here)}')
-    ways = {'core': nullcontext, 'written out': lambda: mock.patch.object(F, 'scaled_dot_product_attention', softmax_attention)}
+    ways = {'core': nullcontext,
+            'written out': lambda: mock.patch.object(F, 'scaled_dot_product_attention', softmax_attention)}
     return ways | {name: lambda name=name: sdpa_kernel(BACKENDS[name]) for name in chosen}
 
 
@@ -105,7 +108,8 @@ def make_core(kind, B, T, S, heads, head_dim, device, dtype):
     core = Attention(D, heads, cross=kind == 'cross').to(device).requires_grad_(trains)
     nn.init.normal_(core.out.weight, std=D ** -0.5)
     x, context = (torch.randn(B, n, D, device=device, requires_grad=trains) for n in (T, S))
-    rope = torch.stack(rope_cos_sin(torch.arange(max(T, S), device=device)[:, None], head_dim, 10000.0))  # (2, max(T, S), hd / 2)
+    positions = torch.arange(max(T, S), device=device)[:, None]
+    rope = torch.stack(rope_cos_sin(positions, head_dim, 10000.0))  # (2, max(T, S), hd / 2)
     options, inputs = dict(causal=kind in ('causal', 'prefill')), [x, *core.parameters()]
     if kind == 'cross':
         options |= dict(context=context, context_rope=rope[:, :S])
@@ -153,7 +157,7 @@ def core_columns(case, dtype, peaks, core, kernel, forward, memory):
 
 
 def measure_core(name, case, ways, device, dtype, peaks):
-    """A row of the table: the core, then what else computes the same."""
+    """A row of the table: the core, then the other ways to compute the same."""
     core, kernel, forward = make_core(*case, device, dtype)
     row, expected = {'case': name}, core()
     for way, context in ways.items():
@@ -162,7 +166,8 @@ def measure_core(name, case, ways, device, dtype, peaks):
                 check_same(name, way, core(), expected, dtype)
                 time, memory = timed(core), timing.peak_bytes(core, device)
         except RuntimeError:  # no such kernel for these shapes, or not enough memory
-            row |= dict.fromkeys(('written out ms', 'times', 'its MiB') if way == 'written out' else (f'{way} ms',), '-')
+            missing = ('written out ms', 'times', 'its MiB') if way == 'written out' else (f'{way} ms',)
+            row |= dict.fromkeys(missing, '-')
             continue
         if way == 'core':
             row |= core_columns(case, dtype, peaks, time, timed(kernel), timed(forward), memory)
@@ -174,8 +179,8 @@ def measure_core(name, case, ways, device, dtype, peaks):
 
 
 def draw_roofline(rows, peak, copy, path):
-    """FLOP/s of each case over its FLOPs a byte, below what copies (the slope) and matrix products (the flat part)
-    allow."""
+    """Plots the FLOP/s of each case over its FLOPs per byte, below the limits of copies (the slope) and of matrix
+    products (the flat part)."""
     figure = Figure(figsize=(9, 5.6), layout='constrained')
     axes = figure.subplots()
     intensity = [row['FLOP/byte'] for row in rows]
@@ -186,10 +191,12 @@ def draw_roofline(rows, peak, copy, path):
         shipped = row['case'] in CONFIGS
         color, label = KINDS[CONFIGS[row['case']][0] if shipped else kind], row['case'] if shipped else length
         axes.plot(row['FLOP/byte'], row['GFLOP/s'], 'o', color=color, fillstyle='none' if shipped else 'full')
-        axes.annotate(label, (row['FLOP/byte'], row['GFLOP/s']), (5, 4), textcoords='offset points', color=color, fontsize=8)
+        axes.annotate(label, (row['FLOP/byte'], row['GFLOP/s']), (5, 4), textcoords='offset points', color=color,
+                      fontsize=8)
     for kind, color in KINDS.items():
         axes.plot([], [], 'o', color=color, label=kind)
-    axes.set(xlabel='FLOP/byte', ylabel='GFLOP/s', title='Attention core; numbers are lengths, rings the shapes of configs')
+    axes.set(xlabel='FLOP/byte', ylabel='GFLOP/s',
+             title='Attention core; numbers are lengths, rings the shapes of configs')
     axes.grid(color='lightgrey')
     axes.legend(loc='lower right')
     figure.savefig(path, dpi=100)

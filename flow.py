@@ -2,10 +2,10 @@
 Chapter 4. Flow matching: generate continuous data by following a learned velocity field from noise to data.
 
 A line z_t = (1 - t) x + t e connects a data sample x to a noise sample e. From z_t and t, a network learns its velocity
-e - x by least squares. If lines cross, it learns the conditional mean E[e - x | z_t], which is the marginal velocity
+e - x by least squares: where lines cross, the conditional mean E[e - x | z_t], which is the marginal velocity
 field: solving dz/dt = v_theta(z, t) from noise, t = 1, to t = 0 samples from the data distribution.
 
-    loss = mean over x, e, t of |v - v_theta(z_t, t)|^2,    z_t = (1 - t) x + t e,    v = e - x
+    loss = mean over x, e, t and values of (v - v_theta(z_t, t))^2,    z_t = (1 - t) x + t e,    v = e - x
 
 A batch is {'image': (B, H, W) or (B, H, W, C) integers 0..255, 'label': (B,)} or {'point': (B, d)}. How it is trained:
 prepare_batch samples noise (B, C, H, W) or (B, d) for the data, t (B,), and which labels to drop (B,); forward computes
@@ -17,7 +17,7 @@ z_t, the network and the loss; train.py does the rest: backward, optimizer step,
 Papers: flow matching (2210.02747), rectified flow (2209.03003), DiT (2212.09748), logit-normal t (2403.03206), guidance
 (2207.12598) in an interval (2404.07724), minibatch OT (2302.00482), likelihood (1810.01367), x-prediction (2511.13720).
 What differs: time runs from data (t = 0) to noise (t = 1), in the first two papers the reverse; timesteps are
-stratified; OT pairs are approximate; pixels in place of DiT's latents, no variances; RMSNorm without gains, SwiGLU,
+stratified; OT pairs are approximate; pixels, not DiT's latents; no predicted variances; RMSNorm without gains, SwiGLU,
 RoPE and QK-norm in place of LayerNorm, GELU and added positions; gates start at 1 with zero output matrices, not at 0.
 """
 import math
@@ -40,7 +40,7 @@ class Config:
     n_head: int = 4               # nh, attention heads per block
     n_embd: int = 128             # D, the width
     mlp_hidden_dim: int = 256     # hidden units of SwiGLU
-    prediction: str = 'velocity'  # of the network: velocity, or x (the data) if a patch has more than D values
+    prediction: str = 'velocity'  # what the network outputs: velocity, or x, the data (if a patch has > D values)
     label_dropout: float = 0.1    # fraction of training samples without their label; guidance needs some
     timestep_sampling: str = 'logit_normal'  # logit_normal (good samples in few steps), uniform (good likelihood)
     timestep_shift: float = 1.0   # > 1: more timesteps and solver steps near the noise; for large images
@@ -93,7 +93,7 @@ def sample_timesteps(n, timestep_sampling, timestep_shift, generator):
 def ot_pairing(data, noise, label, ot_rounds, generator):
     """Indices (B,) of the noise (B, d) for data (B, d): approximate minibatch optimal transport (2302.00482). Lines
     cross less, the network averages less, and few steps suffice. In a round, random pairs within a label swap noise if
-    that lowers the squared lengths: if (x_i - x_j)(e_i - e_j) < 0: data 0, 1 and noise 5, 3 have -1 * 2 < 0, and get
+    that lowers the summed squared lengths, if (x_i - x_j) . (e_i - e_j) < 0: data 0, 1, noise 5, 3: -1 * 2 < 0, so get
     noise 3, 5, as 9 + 16 < 25 + 4. A local optimum: 27 to 37 % above the best assignment for 256 points of toy2d."""
     order = torch.arange(len(data))
     pairs = (label + torch.rand(ot_rounds, len(data), generator=generator)).argsort()[:, :len(data) // 2 * 2]
@@ -156,7 +156,7 @@ def dopri5(velocity_fn, z, start, end, tolerance=1e-4, max_nfe=1000):
 
 def divergence(velocity_fn, z, t, probes=None):
     """v and div v (B,) at z (B, ...): the sum of p^T J p, J = dv/dz, over probes p (n, B, ...), one backward pass each.
-    Unit vectors, the default, make it exact, random signs unbiased (Hutchinson; 1810.01367, section 3.1)."""
+    Exact for all unit vectors (default), unbiased for n random signs / sqrt(n) (Hutchinson; 1810.01367, sec. 3.1)."""
     if probes is None:
         probes = torch.eye(z[0].numel(), device=z.device).view(-1, 1, *z.shape[1:]).expand(-1, *z.shape)
     with torch.enable_grad():
@@ -199,7 +199,7 @@ class ConditionEmbedder(nn.Module):
 
 
 class Block(nn.Module):
-    """A Transformer block with adaLN: c gives each branch a shift, a scale and a gate (2212.09748, figure 3)."""
+    """Block with adaLN-Zero (2212.09748, fig. 3): c (B, D) gives each branch a shift, a scale, a gate; x (B, N, D)."""
     def __init__(self, config):
         super().__init__()
         self.attention = Attention(config.n_embd, config.n_head)
@@ -290,7 +290,7 @@ class Flow(nn.Module):
     def forward(self, batch):
         """A prepared batch -> the loss and logs: loss, in all and by quarters of t, and tokens, (sum, count) each."""
         label, t_bin = batch['label'], (4 * batch['t']).long().clamp(max=3)  # t = 0.3 is in bin 1
-        if self.training:  # as dropout
+        if self.training:  # like dropout, not in evaluation: replace by the null label
             label = label.masked_fill(batch['dropped'], self.config.n_classes)
         error = flow_matching_loss(self.velocity, batch['data'], batch['noise'], batch['t'], label)  # (B,)
         logs = {f't_{i / 4:g}_{(i + 1) / 4:g}': t_bin == i for i in range(4)} | {'loss': t_bin >= 0}

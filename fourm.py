@@ -15,12 +15,12 @@ position of a target, that attend to the context: (B, M, D). One head per modali
     python sample.py --out_dir=out/nano4m --chain="rgb>depth:8,normal:8,scene_desc"
 
 Papers: 4M (Mizrahi et al., 2312.06647), 4M-21 (Bachmann et al., 2406.09406). What differs (4M first):
-- decoder: its queries also attend to each other; text is predicted with causal masks and teacher forcing;
-- text: spans are masked, as in T5; here mostly all after a prefix, otherwise single tokens;
+- decoder: targets of a modality also attend to each other, in texts causally, with teacher forcing; here none do;
+- text: random spans are masked, as in T5; here mostly all tokens after a prefix, otherwise random single tokens;
 - loss: each modality's mean is over the batch, not over a sample first;
 - input: here mostly one complete modality, if it fits (`full_modality_prob`): in 32 tokens no 8x8 image does;
 - unused slots: masked in attention; here a learned null token (unlike registers, which are always added);
-- guidance: each condition against none; here against all others (`sample_tokens`);
+- guidance: each condition alone, minus none; here all conditions, minus all but this one (`sample_tokens`);
 - FSQ codes (2309.15505) by their digits; RoPE besides added position embeddings; chapter 1's attention.
 """
 import math
@@ -45,15 +45,15 @@ class Config:
     num_input_tokens: str = '32,64,88'  # K, one of these a step; the largest holds an image and the beginning of a text
     num_target_tokens: str = '256'  # M, one of these a step; a target costs half as much as an input token
     dirichlet_alphas: str = '0.1,1,10'  # one for a sample's input, one for its targets; small: few modalities
-    full_modality_prob: float = 0.8  # fraction of samples whose input is one complete modality and a part of another
-    first_modality_prob: float = 0.75  # fraction of those whose complete modality is the first of the list, if it fits
+    full_modality_prob: float = 0.8  # of samples: input is one complete modality, if one fits, and part of another
+    first_modality_prob: float = 0.75  # of those: chance that modality 0 is the complete one, if it fits; else any
     unconditional_prob: float = 0.05  # fraction of samples without input
     dropout: float = 0.0            # of channels of each residual branch
 
 
 class Modality:
-    """An entry of Config.modalities, name:levels:grid. Levels: an id is a mixed-radix number of these digits, the first
-    is most significant (FSQ; a text has one). Grid: rows x columns, or the length of a text, whose last id ends it."""
+    """An entry of Config.modalities, name:levels:grid. Levels: the number of values of each digit of an id, the most
+    significant first (FSQ; a text has one). Grid: rows x columns, or a text's length; id vocab_size - 1 ends a text."""
     def __init__(self, entry, start):
         try:
             self.name, levels, grid = entry.split(':')
@@ -112,7 +112,7 @@ def take_budget(sort_keys, n_slots, budget):
     return F.pad(position_ids.masked_fill(empty, N), (0, n_slots - keys.size(1)), value=N).sort(-1).values
 
 
-MIN_FILL = 1 / 3    # fraction of the slots that a complete first modality fills, if any does
+MIN_FILL = 1 / 3    # a complete modality chosen at random fills at least this fraction of the K slots, if any does
 MIXED_BONUS = 0.5   # added to uniform scores: a text is more often the second modality after an image, and the reverse
 LOG_RATIO = 20      # e^20 > N: all tokens of one modality come before those of the next
 PREFIX_PROB = 0.75  # fraction of texts of which a prefix is the input, not random tokens
@@ -123,7 +123,7 @@ def full_modality_budget(count, is_text, K, first_modality_prob, generator):
     tokens of each modality -> log proportions (B, n) and the budget (B, 1) of both together.
     Example: K = 88, first 64 tokens, second 20, a fraction of 0.5 -> budget 64 + min(24 * 0.5, 20) = 76."""
     B, n = count.shape
-    # 1. choose the first: any that fits and is not too small, but mostly modality 0
+    # 1. choose the first, the complete one: mostly modality 0, otherwise any that fits and is not too small
     score = torch.rand(B, n, generator=generator) + ((count <= K) & (count >= MIN_FILL * K)).float()
     score[(count[:, 0] <= K) & (torch.rand(B, generator=generator) < first_modality_prob), 0] = torch.inf
     first = score.argmax(1, keepdim=True)  # (B, 1)
@@ -159,7 +159,7 @@ def draw_masks(is_token, token_slices, is_text, K, M, config, generator):
 
 def target_weights(is_target):
     """Weights w (n, B) with loss = sum over targets of -w ln p: is_target (n, B, M) booleans for n modalities.
-    Example: one of two samples has 3 rgb targets and 1 depth target -> 1/3 * 1/2 * 1/2 and 1/1 * 1/2 * 1/2 for each."""
+    Example: one of 2 samples has 3 rgb targets, 1 depth target: 1/3 * 1/2 * 1/2 for rgb, 1/1 * 1/2 * 1/2 for depth."""
     count = is_target.sum(-1)  # (n, B)
     n_modalities = (count > 0).sum(0)  # (B,): those with targets
     return 1 / (count * n_modalities * count.size(1))  # infinite, and not used, if there is no target
@@ -270,7 +270,7 @@ class FourM(nn.Module):
         return prepared
 
     def forward(self, batch):
-        """A prepared batch -> the loss in nats per token, and logs: mean -ln p by modality, fraction of null tokens."""
+        """A prepared batch -> loss in nats per token, logs (sum, count): -ln p by modality, null_fraction, tokens."""
         inputs, targets = batch['input_position_ids'], batch['target_position_ids']
         context = self.encode(batch['input_ids'], inputs)  # (B, K, D)
         decoder_out = self.decode(context, inputs, targets).flatten(0, 1)  # (B * M, D)
@@ -286,7 +286,7 @@ class FourM(nn.Module):
         return loss, logs | dict(null_fraction=torch.stack((n_null, n_inputs)),
                                  tokens=torch.stack((n_tokens, torch.ones_like(n_tokens))))
 
-    # Generation (4M, section 3.1)
+    # Generation (4M-21, section 3.1)
 
     def pack_modalities(self, known):
         """{name: (B, max_tokens) ids, -1 if unknown} -> (B, N) ids, -1 if unknown."""
@@ -309,7 +309,7 @@ class FourM(nn.Module):
         """Generate the modalities in the list `targets`, each conditioning the next: {name: (B, max_tokens) ids}. known
         has this form, with -1 for unknown; parts of targets may be known. Images: `steps` steps of `iterative_decode`;
         texts: from left to right, -1 after the end. temperature and guidance go linearly to *_end; for guidance and
-        condition_weights {name: w} see `sample_tokens`. Raises KeyError for an unknown modality, ValueError."""
+        condition_weights {name: w} see `sample_tokens`. KeyError: unknown modality; ValueError: bad setting."""
         ids = self.pack_modalities(known)  # (B, N)
 
         def sample(m, position_ids, progress):
@@ -326,8 +326,8 @@ class FourM(nn.Module):
     def sample_tokens(self, ids, m, position_ids, guidance_scale, condition_weights, temperature, top_k, top_p,
                       generator):
         """Sample tokens of modality m at position_ids (B, Q) given the known tokens of ids (B, N): tokens, their ln p.
-        Logits: cond + (guidance_scale - 1) (cond - uncond) + sum_i (w_i - 1) (cond - dropped_i) of all known tokens,
-        m's own, all but modality i. Of one condition: classifier-free guidance (2207.12598). w = 0 removes it."""
+        Logits: cond + (guidance_scale - 1) (cond - uncond) + sum_i (w_i - 1) (cond - dropped_i). cond: given all known
+        tokens; uncond: m's alone; dropped_i: all but modality i's; w_i = 0 drops i; guidance_scale: s (2207.12598)."""
         def decode_without(dropped):
             kept = ids.clone()
             for name in dropped:

@@ -2,8 +2,8 @@
 Chapter 1. GPT: a decoder-only Transformer that predicts the next token.
 
 A text (or an image cut into tokens) is a sequence of integers. At each position the model reads the tokens so far and
-outputs a probability for every possible next one. Only attention moves information between positions. It is causal: no
-position attends to a later one, so one pass trains all positions. Generation samples one token at a time.
+outputs a probability for every possible next one. Only attention and token shift move information between positions,
+and never from a later one (both are causal), so one pass trains all positions. Generation samples one token at a time.
 
     loss  = -1/T sum_t ln p(x_t+1 | x_0, ..., x_t)    in nats per token; ln(V) before the first step
     batch = {'tokens': (B, T + 1) integers}           positions 0..T-1 are the input, 1..T the targets; -1 is no token
@@ -40,7 +40,7 @@ class Config:
     n_embd: int = 256      # D, the width
     dropout: float = 0.0   # fraction of channels dropped from each residual branch; for data that is seen many times
     token_shift: bool = True      # add a learned fraction of the previous token's embedding
-    # only for real weights (prepare/smollm2.py, prepare/siglip.py):
+    # only for pretrained weights (prepare/smollm2.py, prepare/siglip.py):
     n_kv_head: int = 0            # heads of keys and values, each shared by n_head / n_kv_head query heads; 0: n_head
     activation: str = 'relu2'     # or swiglu (arXiv 2002.05202), gelu_tanh (1606.08415)
     mlp_hidden_dim: int = 0       # hidden units of the MLP; 0: 4 n_embd
@@ -57,8 +57,8 @@ def rms_norm(x, eps=1e-6):
 
 
 def rope_cos_sin(positions, head_dim, rope_base):
-    """cos and sin (..., hd / 2) of RoPE (arXiv 2104.09864, section 3.2) at positions (..., A): A = 1 for text, 2 (row,
-    column) for images. Pair i rotates with axis i mod A; the frequencies of an axis fall from 1 to about 1 / rope_base.
+    """cos and sin (..., hd / 2) of RoPE (arXiv 2104.09864, section 3.2) at positions (..., A): A = 1: sequence; 2 (row,
+    column): grid. Pair i rotates with axis i mod A; the frequencies of an axis fall from 1 to about 1 / rope_base.
     Example: hd = 4, rope_base = 100: position 3 gives the angles (3, 0.3); row 2, column 5 gives (2, 5)."""
     n_axes, pairs = positions.size(-1), head_dim // 2
     i = torch.arange(pairs, device=positions.device)
@@ -77,7 +77,7 @@ def apply_rope(x, cos, sin):
 
 class Attention(nn.Module):
     """Multi-head attention (1706.03762, section 3.2), softmax(12 cos(q, k)) v, of x (B, T, D) to x or, if `cross`, to a
-    context (B, S, D). Training needs no mask: the fastest kernel applies. n_kv_head < n_head is GQA (2305.13245)."""
+    context (B, S, D). Training needs no mask tensor, `causal` at most: the fastest kernel applies. GQA: 2305.13245."""
     def __init__(self, n_embd, n_head, n_kv_head=0, cross=False, qk_norm=True, bias=False, layer_idx=0):
         super().__init__()
         n_kv_head = n_kv_head or n_head
@@ -109,14 +109,14 @@ class Attention(nn.Module):
             k, v = self.split_heads(self.qkv(context)).chunk(2, dim=1)  # (B, nkv, S, hd)
             q, k = self.norm_and_rope(self.split_heads(self.q(x)), rope), self.norm_and_rope(k, context_rope)
         k, v = (k, v) if cache is None else cache.update(self, k, v)
-        # |q| = |k| = sqrt(hd): 1 / sqrt(hd) bounds logits by sqrt(hd), too flat for many tokens; 12 / hd bounds by 12
+        # |q| = |k| = sqrt(hd): scale 1 / sqrt(hd) bounds scores by sqrt(hd), too flat a softmax; 12 / hd bounds by 12
         scale = 12 / self.head_dim if self.qk_norm else self.head_dim ** -0.5
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=nkv < nh)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class MLP(nn.Module):
-    """Two layers with ReLU^2 between: sparse, and cheaper than a gated unit of equal quality (arXiv 2109.08668)."""
+    """Linear, ReLU^2, linear: (B, T, D) -> (B, T, D). Sparse activations, no matrix for a gate (arXiv 2109.08668)."""
     def __init__(self, n_embd, hidden_dim=0, activation='relu2', bias=False):
         super().__init__()
         assert activation in ('relu2', 'swiglu', 'gelu_tanh'), f'{activation=} must be relu2, swiglu or gelu_tanh'
@@ -159,8 +159,8 @@ def token_nll(x, head, targets):  # a function of its own because engine/graphs.
 
 def chunked_cross_entropy(x, head, targets, max_logits=0):
     """-ln p(target) in nats (R,) of rows x (R, D), head (V, D), targets (R,); a target of -1 costs 0. Only max_logits
-    logits exist at a time: the backward pass recomputes them. 0: 2^24, or on a GPU a quarter of its memory.
-    Example: 16,384 rows at V = 50,000 are 3.3 GB of logits; chunks of 2^24 // V = 335 rows are 49 times 67 MB."""
+    logits exist at a time: the backward pass recomputes them. 0: 2^24, or on a GPU one per 64 bytes of its memory.
+    Example: 16,384 rows at V = 50,000 are 3.3 GB of float32; in 49 chunks of 2^24 // V = 335 rows, 67 MB at a time."""
     max_logits = max_logits or (torch.cuda.get_device_properties(x.device).total_memory // 64 if x.is_cuda else 2 ** 24)
     rows = max(1, max_logits // len(head))
     if len(x) <= rows or x.is_meta:  # meta tensors: only FLOPs are counted
@@ -181,7 +181,7 @@ class GPT(nn.Module):
         nn.init.zeros_(self.lm_head.weight)  # the first loss is exactly ln(V)
         if config.tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
-            nn.init.normal_(self.lm_head.weight, std=0.02)  # as in GPT-2: first logits near 0
+            nn.init.normal_(self.lm_head.weight, std=0.02)  # as in GPT-2; the input token's own logit is about D / 50
         if config.token_shift:
             self.token_shift_weight = nn.Parameter(torch.zeros(config.n_embd))
         rope = rope_cos_sin(torch.arange(config.block_size)[:, None], config.n_embd // config.n_head, config.rope_base)
@@ -291,15 +291,15 @@ def decode(model, tokens, cache, finished, max_new_tokens, temperature, top_k, t
 
 
 class KVCache:
-    """Keys and values of all layers: a new token costs one position's work. Grows beyond max_len. left_padded: no token
+    """Keys and values of all layers, so that only new tokens are computed. Grows beyond max_len. left_padded: no token
     attends to padding (-1) or counts it: rows (-1, 5, 6) and (7, 8, 9) have position_ids (0, 0, 1) and (0, 1, 2)."""
     def __init__(self, max_len, left_padded=False):
         self.max_len, self.left_padded = max_len, left_padded
-        self.cur_len, self.kv = 0, []  # positions in use; keys and values (2, B, nkv, S >= cur_len, hd) of each layer
+        self.cur_len, self.kv = 0, []  # positions in use; per layer, keys and values (2, B, nkv, allocated length, hd)
         self.is_token = self.prev_embedding = None  # (B, cur_len) if left_padded; (B, 1, D) for token shift
 
     def update(self, layer, k, v):
-        """Adds k and v (B, nkv, T, hd) of an Attention layer; returns all of its keys and values (B, nkv, S, hd)."""
+        """Adds k and v (B, nkv, T, hd) of a layer; returns all of them up to S = cur_len + T: (2, B, nkv, S, hd)."""
         i, start, S, new_kv = layer.layer_idx, self.cur_len, self.cur_len + k.size(2), torch.stack((k, v))
         if i == len(self.kv):
             self.kv.append(new_kv[:, :, :, :0])
@@ -309,8 +309,8 @@ class KVCache:
         return self.kv[i][:, :, :, :S]
 
     def prepare(self, tokens):
-        """For new tokens (B, T) that attend to themselves and all before: causal; mask (B or 1, 1, T, S), True: attend,
-        None if `causal` or full attention suffices; position_ids, a slice or, if left_padded, (B, 1, T)."""
+        """Returns for new tokens (B, T): causal, for SDPA; mask (B or 1, 1, T, S), True: attend, or None if `causal` or
+        no mask at all (T = 1) is right; position_ids, a slice or, if left_padded, (B, 1, T). S = cur_len + T."""
         start, S = self.cur_len, self.cur_len + tokens.size(1)
         if not self.left_padded and (start == 0 or S == start + 1):
             return S > start + 1, None, slice(start, S)

@@ -8,7 +8,7 @@ tokens, repeat: 8 steps instead of one per token. Any tokens may be given: in-pa
 
     loss = mean over samples of  1/k sum_{i masked} -ln p(x_i | unmasked tokens, class),  k masked tokens in the sample
 
-A batch is {'tokens': (B, T) integers}: the last N of a row are the sample, -1 is padding; the class, if any, is first.
+A batch is {'tokens': (B, T) integers}: a class first, if any; the last N are the sample; -1, padding, reads as masked.
 A training step: `prepare_batch` samples masks (B, N); `forward`: embeddings (B, N, D) -> blocks -> the R masked
 positions (R, D) -> head: -ln p (R,) -> loss; train.py calls loss.backward() and optimizer.step().
 
@@ -36,14 +36,14 @@ class Config:
     levels: str = ''            # '16*16*16*16': an id has four digits (FSQ); '' is one digit; set by the data set
     grid: str = ''              # '7x7': rows x columns of an image; '' is a text; set by the data set
     block_size: int = 256       # N of a text
-    n_classes: int = 0          # if rows start with a class; set by the data set
+    n_classes: int = 0          # number of classes; 0: rows do not start with a class; set by the data set
     n_layer: int = 4            # number of blocks
     n_head: int = 6             # nh, attention heads per block
     n_embd: int = 192           # D, the width
     dropout: float = 0.0        # of channels of each residual branch
     label_dropout: float = 0.1  # fraction of training samples without their class; guidance needs some
     mask_schedule: str = 'uniform'  # distribution of the mask ratio: uniform, cosine or arccos; the last two mask more
-    elbo: bool = False          # weight samples so that the loss bounds -ln p for every mask schedule
+    elbo: bool = False          # weight samples so that N times the loss bounds -ln p under every mask schedule
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -64,8 +64,8 @@ def random_mask(valid, u, noise, mask_schedule):
 
 
 def antithetic_masks(valid, mask_schedule, generator):
-    """Sample masks (B, N) in antithetic pairs, (u, noise) and (1 - u, 1 - noise), with u stratified over the pairs
-    (2107.00630, appendix I): the loss varies less. A pair's uniform masks cover all positions and share one."""
+    """Sample masks (B, N), those of two samples as an antithetic pair, (u, noise) and (1 - u, 1 - noise); u is evenly
+    spaced over pairs (2107.00630, appendix I). If gamma is uniform, a pair covers all positions and shares one."""
     (B, N), n_pairs = valid.shape, math.ceil(len(valid) / 2)
     u = (torch.rand(1, generator=generator) + torch.arange(n_pairs) / n_pairs).remainder(1)  # (n_pairs,)
     half = torch.cat((u[:, None], torch.rand(n_pairs, N, generator=generator)), 1)  # (n_pairs, 1 + N)
@@ -87,8 +87,8 @@ ORDERS, SCHEDULES = ('confidence', 'random', 'raster', 'halton'), ('cosine', 'li
 
 
 def unmask_schedule(total, steps, schedule):
-    """How many of `total` (B, 1) tokens are unmasked after step s = 1..S, (B, S): cosine total (1 - cos(pi/2 s/S)),
-    linear total s/S, rounded up; constant s ceil(total/S). Example, cosine, 49, S = 8: 1, 4, 9, 15, 22, 31, 40, 49."""
+    """How many of `total` (B, 1) are unmasked after step s = 1..S, (B, S): cosine total (1 - cos(pi/2 s/S)), linear
+    total s/S, rounded up; constant s ceil(total/S); >= 1 a step. Cosine, 49, S = 8: 1, 4, 9, 15, 22, 31, 40, 49."""
     step = torch.arange(1, steps + 1, device=total.device)
     if schedule == 'cosine':  # minus 1e-9: a whole number must not be rounded up
         n_unmasked = (total * (1 - torch.cos(math.pi / 2 * step.double() / steps)) - 1e-9).ceil().long()
@@ -98,11 +98,11 @@ def unmask_schedule(total, steps, schedule):
 
 
 def halton_order(grid):
-    """Rank (N,) of each position of a grid (rows, columns) or (length,) in the Halton sequence: far from those just
-    before it, so tokens unmasked in one step depend little on each other (Besnier et al., 2503.17076, section 3.2)."""
-    number, place, cell = torch.arange(16 * math.prod(grid))[:, None] + 1, torch.arange(20), 0  # visits every position
+    """Rank (N,) of each position of a grid (rows, columns) or (length,) in the Halton sequence. Successive ranks are
+    far apart, so tokens unmasked in one step depend little on each other (Besnier et al., 2503.17076, section 3.2)."""
+    number, place, cell = torch.arange(16 * math.prod(grid))[:, None] + 1, torch.arange(20), 0  # 16 N points reach all
     for base, size in zip((2, 3), grid):
-        digits = number // base ** place % base  # (n, 20), mirrored at the point below: 6 = 110 -> 0.011 = 3/8
+        digits = number // base ** place % base  # (16 N, 20); next, the radical inverse: 6 = 110 -> 0.011 = 3/8
         cell = cell * size + (digits * base ** place.flip(0)).sum(1) * size // base ** 20
     first_visit = torch.full((math.prod(grid),), len(number)).scatter_reduce(0, cell, number[:, 0], 'amin')
     return first_visit.argsort(stable=True).argsort()
@@ -167,8 +167,8 @@ def init_level_embeddings(level, D):
 
 
 class Head(nn.Module):
-    """Distribution over ids, digit by digit: p(id | h) = prod_d p(digit_d | h, digits before d). Most ids have 1 digit.
-    A digit's embedding is added to h for the next one (as in NADE, 2011). 65,536 FSQ codes need only 64 logits."""
+    """p(id | h) = prod_d p(digit_d | h, digits before d), each a softmax of a linear layer of GELU(h). Without `levels`
+    an id is 1 digit. A digit's embedding is added to h for the next (as in NADE). 65,536 FSQ codes: 4 x 16 logits."""
     def __init__(self, levels, n_embd):
         super().__init__()
         self.levels = levels
@@ -194,8 +194,8 @@ class Head(nn.Module):
         return nll
 
     def sample(self, hs, scales, temperature, top_k, top_p, generator):
-        """Sample ids; return them and their ln p, (B, Q) each. hs: h (B, Q, D) for each of several conditions, whose
-        logits are summed with `scales`. Classifier-free guidance (2207.12598): hs [cond, uncond], scales [s, 1 - s]."""
+        """Sample ids; return them and their ln p before `temperature` and filters, (B, Q) each. hs: one h (B, Q, D) per
+        condition; logits are summed, times `scales`. Guidance (2207.12598): hs [cond, uncond], scales [s, 1 - s]."""
         ids = log_p = 0
         for d, level in enumerate(self.levels):
             logits = sum(scale * self.logits(h, d) for scale, h in zip(scales, hs))
@@ -246,7 +246,7 @@ class MaskGIT(nn.Module):
     @torch.no_grad()
     def prepare_batch(self, batch, generator, step_generator):
         """Mask tokens. Returns tokens (B, N), -1 if masked; token_idx (R,), the masked positions among the B * N; ids
-        (R,), the originals; weight, elbo_weight (R,), see forward; classes (B,) and drop_class (B,), which to drop."""
+        (R,), the originals; weight, elbo_weight (R,): of each nll in loss and elbo; classes, drop_class (B,)."""
         tokens = batch['tokens'][:, -self.N:]  # (B, N)
         valid = tokens >= 0
         mask = antithetic_masks(valid, self.config.mask_schedule, generator)
@@ -262,8 +262,8 @@ class MaskGIT(nn.Module):
         return prepared
 
     def forward(self, batch):
-        """A prepared batch -> the loss in nats per masked token, and logs: loss; elbo, the loss of the uniform schedule
-        whatever the schedule, times N a bound on a sample's -ln p; token_mean_loss, the mean over all masked tokens."""
+        """A prepared batch -> the loss in nats per masked token, and logs: loss; elbo, the negative ELBO / N (an upper
+        bound on -ln p / N) under every mask schedule; token_mean_loss, the mean over all masked tokens."""
         tokens, classes = batch['tokens'], batch.get('classes')
         if self.config.n_classes and self.training:  # in training only, as dropout
             classes = classes.masked_fill(batch['drop_class'], self.config.n_classes)

@@ -1,5 +1,5 @@
 """
-Generates with a trained model of any chapter: images, as PNG files in the run folder, or texts.
+Generates samples from a trained model of any chapter: images, as PNG files in the run folder, or texts.
 
     python sample.py --out_dir=out/gpt_shakespeare --prompt="ROMEO:"
     python sample.py --out_dir=out/gpt_mnist                                    ten digits of each class
@@ -36,12 +36,12 @@ from lab import options
 
 SETTINGS = dict(
     out_dir='out/nano4m',     # run folder
-    init_from='',             # instead of out_dir: name of a run, or of weights that prepare/NAME.py downloads (smollm2)
+    init_from='',             # instead of out_dir: name of a run, or of downloaded weights (smollm2)
     checkpoint='ckpt_last.pt',  # or ckpt_best.pt
     seed=0,                   # of all random numbers
     device='auto',            # cuda, mps or cpu
     dtype='auto',             # bfloat16, float16 or float32
-    compile=False,            # torch.compile for the blocks: takes seconds, pays for long texts on a GPU (docs/bench.md)
+    compile=False,            # torch.compile for the blocks: takes seconds, helps long texts on a GPU (docs/bench.md)
     split='val',              # of the data, from which held-out samples are taken
     n=1,                      # number of texts, of scenes, of images per class; the default depends on the run
 )

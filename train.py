@@ -10,8 +10,8 @@ prepare/NAME.py on the first run), the model from the chapter named by `model`. 
 written to the run folder, out/CONFIGNAME. Ctrl-C or a signal of the cluster saves a checkpoint and stops. The same
 command resumes the run: bit for bit on a CPU in float32.
 
-All randomness is a function of (seed, step, micro-batch). The global batch of a step is a list of micro-batches; the
-process that computes it changes nothing. `run` is the loop; engine/ holds its parts.
+All randomness is a function of (seed, step, micro-batch). The global batch of a step is a list of micro-batches; which
+process computes which of them makes no difference. `run` is the loop; engine/ holds its parts.
 """
 import copy
 import math
@@ -46,7 +46,7 @@ SETTINGS = dict(
     micro_batch_size=64,      # samples per forward pass: lower it if memory is short
     # optimizer: Muon for hidden matrices, AdamW for embeddings, heads and vectors
     muon=True,                # False: AdamW for all parameters
-    muon_learning_rate=0.02,  # for a matrix whose update has orthonormal rows or columns
+    muon_learning_rate=0.02,  # of Muon: a step is this times an orthogonalized matrix
     learning_rate=3e-3,       # of AdamW
     min_lr=0.0,               # end of the decay, as a fraction of each learning rate
     warmup_iters=50,          # steps of linear warm-up
@@ -229,7 +229,7 @@ def run(assigned, arguments, stack):
             model.zero_grad(set_to_none=not use_graphs)
         bar.update()
 
-        # log; also before an evaluation, so that its time and step are counted apart
+        # log; also before an evaluation: the meter.restart() after it forgets what is not logged
         state.step = step + 1
         if state.step == s['max_iters'] or not state.step % s['log_interval'] or not state.step % s['eval_interval']:
             line = meter.line(state, norm, s['learning_rate'] * optimizers.lr_factor(step, s))

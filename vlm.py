@@ -1,8 +1,8 @@
 """
 Chapter 5. nanoVLM: a language model that reads images.
 
-The vision encoder, a Transformer over patches, turns an image into one vector per patch. The projector, one matrix,
-maps each square of f x f vectors to one image embedding, as wide as a token embedding. The language model, chapter 1's
+The vision encoder, a Transformer over patches, makes one vector per patch. The projector, a linear layer, maps each
+square of f x f vectors, concatenated, to one image embedding, as wide as a token's. The language model, chapter 1's
 GPT unchanged, reads P image embeddings in place of each image token, then questions and answers as text. Answers are
 the targets (in stage 1 labels of patches too). The gradient reaches the vision encoder through the language model.
 
@@ -10,9 +10,9 @@ the targets (in stage 1 labels of patches too). The gradient reaches the vision 
 
 A batch of B conversations with m images each (prepare_batch repeats each image token P times: T = L + m (P - 1)):
     image         (B, H, W, C) or (B, m, H, W, C)  values 0..255
-    tokens        (B, L)  Config.image_token once per image, then questions and answers in turn; -1 after the last
+    tokens        (B, L)  a placeholder, image_token, per image, then questions and answers in turn; -1 after the last
     loss_mask     (B, L)  1 where a token is a target: answers and the end token of each
-    patch_labels  (B, m P, max_label_tokens)  in some data sets: words for what an image token shows; -1 is none
+    patch_labels  (B, m P, max_label_tokens)  in some data sets: words for the square of an image embedding; -1: none
 
     python train.py config/vlm_scenes_align.py     stage 1: descriptions of images
     python train.py config/vlm_scenes.py           stage 2: questions and answers
@@ -42,7 +42,7 @@ from gpt import GPT, Block, KVCache, chunked_cross_entropy, decode, rms_norm, ro
 
 @dataclass
 class Config(gpt.Config):
-    """Chapter 1's settings, for the language model; the vision encoder's. block_size counts an image as one token."""
+    """Chapter 1's settings for the language model, then the vision encoder's. block_size: an image is one token."""
     n_layer: int = 4               # blocks of the language model
     n_embd: int = 128              # D, its width
     image_token: int = 0           # id of the image token; set by the data set, as are the next three
@@ -50,19 +50,19 @@ class Config(gpt.Config):
     image_size: int = 64           # H = W, pixels
     channels: int = 3              # C
     patch_size: int = 8            # side of a patch in pixels; N = (image_size / patch_size)^2 patches
-    pixel_shuffle_factor: int = 1  # f, side of the square of patches that makes one image token: P = N / f^2
+    pixel_shuffle_factor: int = 1  # f, side in patches of the square that becomes one image embedding: P = N / f^2
     vision_layer: int = 4          # blocks of the vision encoder
     vision_head: int = 4           # its attention heads
     vision_embd: int = 128         # Dv, its width
     n_patch_labels: int = 0        # P if the data set has patch labels, else 0; set by it, as is the next
     max_label_tokens: int = 0      # the most words of a label
-    text_only: bool = False        # ignore images: a baseline, how far the questions alone lead
+    text_only: bool = False        # ignore images: a baseline that answers from the question alone
     # only for real weights (prepare/siglip.py): chapter 1's settings for the vision encoder
     vision_activation: str = 'relu2'   # of the MLP; or swiglu, gelu_tanh
     vision_mlp_hidden_dim: int = 0     # hidden units of the MLP; 0 is 4 vision_embd
     vision_bias: bool = False          # biases in the linear layers of a block
     vision_qk_norm: bool = True        # normalise queries and keys
-    vision_rope_base: float = 100.0    # RoPE's base, in patches; 0 rotates nothing
+    vision_rope_base: float = 100.0    # of RoPE by row and column of a patch; 0: no rotation
     vision_norm_eps: float = 1e-6      # of RMSNorm
 
 
@@ -92,7 +92,7 @@ class VisionEncoder(nn.Module):
         c = gpt.Config(n_head=config.vision_head, n_embd=config.vision_embd, dropout=config.dropout,
                        activation=config.vision_activation, mlp_hidden_dim=config.vision_mlp_hidden_dim,
                        bias=config.vision_bias, qk_norm=config.vision_qk_norm, norm_eps=config.vision_norm_eps)
-        side, D = config.image_size // config.patch_size, c.n_embd
+        side, D = config.image_size // config.patch_size, c.n_embd  # here D is Dv, the vision encoder's width
         self.patch_size, self.eps = config.patch_size, c.norm_eps
         self.patch_embedding = nn.Linear(config.channels * config.patch_size ** 2, D)
         self.blocks = nn.ModuleList(Block(c) for _ in range(config.vision_layer))
@@ -132,8 +132,8 @@ class VLM(nn.Module):
     @torch.no_grad()
     def prepare_batch(self, batch, generator, step_generator):
         """Expand the image tokens and list the R targets of a batch; nothing is random.
-        Returns image, tokens (B, T), token_idx (R,), which of the B (T - 1) input positions predict the targets (R,),
-        and weight (R,), 1 / B in sum per conversation. R is padded to a multiple of 64 with weights 0: few shapes."""
+        Returns image, tokens (B, T); and (R,) each: targets; token_idx, the input position, of B (T - 1), that predicts
+        each; weight, in sum 1 / B per conversation. R is padded to a multiple of 64 with weight 0: few shapes."""
         c = self.config
         # 1. expand: each image token becomes P positions
         idx = expand_image_tokens(batch['tokens'], c.image_token, self.tokens_per_image, c.n_images)
@@ -163,7 +163,7 @@ class VLM(nn.Module):
         x = self.language_model.token_embedding(tokens.clamp(min=0))
         if image_embeds is not None:
             is_image = tokens == self.config.image_token
-            image_embed_idx = (is_image.flatten().cumsum(0) - 1).clamp(min=0)  # (B T,); masked_scatter needs a sync
+            image_embed_idx = (is_image.flatten().cumsum(0) - 1).clamp(min=0)  # (B T,); no masked_scatter: it syncs
             image_embeds = image_embeds.flatten(0, 1).index_select(0, image_embed_idx).view_as(x)  # (B, T, D)
             x = torch.where(is_image[..., None], image_embeds, x)
         return self.language_model.backbone(tokens, cache, x)

@@ -21,8 +21,8 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
-# Threads of OpenMP spin at a barrier until the last one arrives. On a busy machine they take the core from that one: a
-# training step was 50 times as slow. This limit costs nothing on an idle machine; it must be set before torch is imported.
+# OpenMP threads spin at a barrier until the last one arrives. On a busy machine they take the core of that thread: a
+# training step was 50 times as slow. This limit costs nothing on an idle machine. Set it before importing torch.
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 

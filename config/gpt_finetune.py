@@ -1,8 +1,10 @@
-# SmolLM2-135M, downloaded on the first run, trained further on a text of yours. Make the data first:
+# SmolLM2-135M, fine-tuned on your own text. The weights are downloaded on the first run.
+# Make the data first:
 #     python -m prepare.text --input=FILE --encoding=smollm2
-# 8 x 256 = 2,048 tokens a step, 150 steps = 307 k tokens: one pass over 1 MB of English. 163 M weights: 2.6 GB with gradients
-# and AdamW's two moments, 4.5 GB with the activations of 4 x 256 tokens (float32: 5.2 GB); 2 GB a checkpoint.
-# On two CPU cores 7 s a step in bfloat16, 13 s in float32: 18 or 33 minutes. The model's sizes come with its weights.
+# 8 x 256 = 2,048 tokens per step, 150 steps = 307 k tokens: one pass over 1 MB of English. 163 M weights need 2.6 GB
+# with gradients and AdamW's two moments, 4.5 GB with the activations of 4 x 256 tokens (float32: 5.2 GB). A checkpoint
+# has 2 GB. On two CPU cores a step takes 7 s in bfloat16, 13 s in float32: 18 or 33 minutes in total. The model's sizes
+# are loaded with its weights.
 model = 'gpt'
 init_from = 'smollm2'
 dataset = 'text'

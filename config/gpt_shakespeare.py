@@ -1,6 +1,6 @@
-# GPT on Tiny Shakespeare, by characters: 2.7 M parameters, 16 x 256 = 4,096 characters a step.
-# 1,020 steps = 4.2 M characters, four times the text; expect a val_loss of 1.441 after twelve minutes on two cores, with bfloat16
-# after five (nanoGPT's own recipe: 1.4697 with 10.7 M parameters and 82 M characters).
+# GPT on Tiny Shakespeare, by characters: 2.7 M parameters, 16 x 256 = 4,096 characters per step.
+# 1,020 steps = 4.2 M characters, four epochs. Expect a val_loss of 1.441 after twelve minutes on two cores, with
+# bfloat16 after five (nanoGPT's own recipe: 1.4697 with 10.7 M parameters and 82 M characters).
 model = 'gpt'
 dataset = 'shakespeare'
 n_layer = 6

@@ -1,6 +1,6 @@
-# GPT on Tiny Shakespeare at the budget of nanoGPT's CPU example: 0.80 M parameters, context 64, 12 windows a step.
-# 2,000 steps x 12 x 64 = 1.54 M characters, one and a half times the text; expect a val_loss of 1.553 in two to three minutes
-# (nanoGPT's own recipe: 1.88). 350 steps (--max_iters=350) end at 1.82.
+# GPT on Tiny Shakespeare at the budget of nanoGPT's CPU example: 0.80 M parameters, context 64, 12 windows per step.
+# 2,000 steps x 12 x 64 = 1.54 M characters, one and a half epochs. Expect a val_loss of 1.553 in two to three minutes
+# (nanoGPT's own recipe: 1.88), and 1.82 after 350 steps (--max_iters=350).
 model = 'gpt'
 dataset = 'shakespeare'
 n_layer = 4

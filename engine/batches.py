@@ -1,7 +1,7 @@
 """
 Micro-batches: their samples and their random numbers.
 
-The global batch of a step is a list of micro-batches. Micro-batch j of a step is a function of (seed, step, j) alone.
+The global batch of a step is a list of micro-batches. Micro-batch j of a step is a function of (seed, step, j) only.
 The number of processes and an interruption of the run therefore do not change it.
 """
 from collections import deque

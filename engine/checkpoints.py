@@ -34,7 +34,7 @@ class Damaged(UserError):
 # Files
 
 def save(path, checkpoint):
-    """Writes a checkpoint to a temporary file, syncs it and renames it: the file before is never lost. Raises
+    """Writes a checkpoint to a temporary file, syncs it and renames it, so that the previous file is never lost. Raises
     UserError."""
     temporary = path.with_suffix('.tmp')
     try:
@@ -54,8 +54,8 @@ def save(path, checkpoint):
 
 
 def read(path):
-    """A checkpoint as a dict: settings, meta, step, weights and all other state of a run. Raises UserError, of its
-    kind Damaged if another checkpoint has to be used."""
+    """A checkpoint as a dict: settings, meta, step, weights and all other state of a run. Raises UserError, or its
+    subclass Damaged if another checkpoint has to be used."""
     try:
         with zipfile.ZipFile(path) as file:  # torch.save writes checksums, but torch.load does not compare them
             if damaged := file.testzip():
@@ -144,7 +144,7 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 def gather(model, ema_model, optimizers, scaler):
     """Weights, EMA and optimizer states by parameter name, unsharded, in the memory of process 0; the same for any
     number of processes. A collective operation."""
-    stepped = any(optimizer.state for optimizer in optimizers)  # without a state PyTorch would make one by a first step
+    stepped = any(optimizer.state for optimizer in optimizers)  # without a state, PyTorch would take a step to make one
     state = dict(scaler=scaler.state_dict(), weights=get_model_state_dict(model, options=FULL),
                  optimizers=get_optimizer_state_dict(model, optimizers, options=FULL) if stepped else {})
     return state | (dict(ema=get_model_state_dict(ema_model, options=FULL)) if ema_model is not model else {})

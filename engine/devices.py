@@ -78,7 +78,7 @@ def use_fused_attention(fused):
 
 def keep_memory():
     """Keeps freed memory in this process. By default the C library of Linux returns large blocks to the system, and
-    gets them back page by page, filled with zeros: up to a sixth of the time of a training step."""
+    gets them back page by page, filled with zeros. This takes up to a sixth of the time of a training step."""
     try:
         mallopt = ctypes.CDLL('libc.so.6').mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
@@ -117,7 +117,7 @@ def matmul_rate(device, dtype, seconds=0.5):
 
 def count_flops(model, batch):
     """FLOPs of a forward and backward pass, counted operator by operator. Attention uses plain matrix products, so
-    that they are counted on every device: the counter does not know the fused CPU kernel."""
+    that they are counted on every device: the counter does not support the fused CPU kernel."""
     counter = FlopCounterMode(display=False)
     with torch.compiler.set_stance('force_eager'), sdpa_kernel(SDPBackend.MATH), counter:
         model(batch)[0].backward()

@@ -141,7 +141,7 @@ class GraphedCache:
         self.tokens.copy_(tokens)
         self.cache_pos.fill_(position)
         self.calls += 1
-        if self.calls <= 2:  # not worth a capture for one or two tokens
+        if self.calls <= 2:  # for one or two tokens, a capture takes longer than it saves
             return self.run()
         if self.calls == 3:
             logits, self.replay, self.logits = capture_cuda_graph(self.run, device=tokens.device)

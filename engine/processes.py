@@ -25,8 +25,8 @@ def join(device, stack):
     Raises UserError."""
     if 'RANK' in os.environ and not dist.is_initialized():
         if missing := [name for name in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]:
-            raise UserError(f"RANK={os.environ['RANK']} is set, but not {', '.join(missing)}: unset RANK, or start with "
-                            'torchrun')
+            raise UserError(f"RANK={os.environ['RANK']} is set, but not {', '.join(missing)}: unset RANK, or start "
+                            'with torchrun')
         gpu, (store, rank, world) = device.type == 'cuda', next(dist.rendezvous('env://'))
         # the prefix: after a restart, no addresses of the processes that died
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
@@ -55,7 +55,7 @@ def barrier():
 
 def make_once(name, path):
     """Runs python -m prepare.NAME if `path`, the file that it writes last, is missing. Of several processes or runs,
-    one does so and the others wait for its lock. If it fails, the next one tries, so that none waits forever. Raises
+    one runs it and the others wait for its lock. If it fails, the next one tries, so that none waits forever. Raises
     UserError."""
     if path.is_file():
         return

@@ -26,8 +26,7 @@ def folder_of(settings, arguments):
 
 
 def lock(out_dir):
-    """The lock of a run folder. The system releases it when the process ends, however that happens. Raises
-    UserError."""
+    """The lock of a run folder. The system releases it when the process ends, also after a crash. Raises UserError."""
     out_dir.mkdir(parents=True, exist_ok=True)
     held = FileLock(out_dir / 'lock')
     try:
@@ -74,7 +73,7 @@ def check_room(out_dir, model):
 
 
 def prune(out_dir, keep):
-    """Deletes all numbered checkpoints but the newest `keep`; none if keep is 0."""
+    """Deletes all numbered checkpoints except the newest `keep`; none if keep is 0."""
     if is_main() and keep:
         for old in sorted(out_dir.glob('ckpt_[0-9]*.pt'), key=lambda path: (len(path.name), path))[:-keep]:
             old.unlink(missing_ok=True)
@@ -123,8 +122,8 @@ def trim_log(path, step):
 
 
 def open_log(out_dir, settings, state, stack):
-    """A function log(line) that appends a line to log.jsonl and, if asked, sends it to Weights & Biases; in process
-    0."""
+    """A function log(line) that appends a line to log.jsonl and, if wandb_log is set, sends it to Weights & Biases;
+    in process 0."""
     path = out_dir / 'log.jsonl'
     trim_log(path, state.step or -1)
     if settings['wandb_log'] and is_main():

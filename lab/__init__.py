@@ -1,5 +1,5 @@
 """
-Work with trained models. For each chapter X.py there is lab/X.py, which generates, draws and scores:
+Work with trained models. Each chapter X.py has a module lab/X.py, which generates, draws and scores:
 
     run = lab.open_run(Path('out/gpt_mnist/ckpt_last.pt'))
     module = lab.module_of(run.model)            lab/gpt.py
@@ -7,7 +7,7 @@ Work with trained models. For each chapter X.py there is lab/X.py, which generat
     module.draw(run, settings, Path('x.png'))    an image at this path; or texts, printed and returned
     module.score(run, module.scores_of(run))     yields {metric: score}, piece by piece
 
-A model of your own, mine.py, becomes drawable by a lab/mine.py with `settings_of` and `draw`; nothing is registered.
+For a model of your own, mine.py, write lab/mine.py with `settings_of` and `draw`; nothing has to be registered.
 """
 import importlib
 from dataclasses import dataclass
@@ -81,8 +81,8 @@ def module_of(model):
     """lab/NAME.py of a model, or of a chapter by its name. Raises UserError if there is none."""
     name = model if isinstance(model, str) else chapter_of(model)
     if not (HERE / f'{name}.py').is_file():
-        raise UserError(f'there is no lab/{name}.py yet, which generates and draws for model={name!r}: docs/yours.md shows '
-                        'how to write one; --pictures=False trains without it')
+        raise UserError(f'there is no lab/{name}.py yet, which generates and draws for model={name!r}: docs/yours.md '
+                        'shows how to write one; --pictures=False trains without it')
     return importlib.import_module(f'lab.{name}')
 
 
@@ -114,8 +114,8 @@ def exact(device, name='auto'):
 
 
 def compile_passes(model, dtype='auto'):
-    """Compiles the blocks of a model, for good; returns whether a compiler works. `update`, which has a dictionary of
-    layers, is not compiled: otherwise each layer would be compiled by itself. Raises UserError for a model without
+    """Compiles the blocks of a model permanently; returns whether a compiler works. `update`, which has a dictionary of
+    layers, is not compiled: otherwise each layer would be compiled separately. Raises UserError for a model without
     blocks."""
     blocks = [module for module in model.modules() if devices.is_block(module)]
     if not blocks:
@@ -125,8 +125,8 @@ def compile_passes(model, dtype='auto'):
         return False
     for kind in KVCache, graphs.GraphedCache:
         kind.update = torch.compiler.disable(kind.update)
-    model.requires_grad_(False)  # a likelihood of chapter 4 takes the gradient of its inputs alone,
-    torch._functorch.config.donated_buffer = False  # several times of one pass
+    model.requires_grad_(False)  # a likelihood of chapter 4 takes the gradient for its inputs only,
+    torch._functorch.config.donated_buffer = False  # several times per forward pass
     if hasattr(model, 'stream'):  # always within `exact`, and compiled code would cast the weights again in each pass
         for block in blocks:
             block.to(exact_dtype(device, dtype))
@@ -154,7 +154,7 @@ def left_pad(rows):
 
 
 def grey_out(images, tokens, grid):
-    """Makes images (n, H, W, 3) uint8 grey where tokens (n, N) of a grid are unknown."""
+    """Makes the patches of unknown tokens (n, N) of a grid grey in images (n, H, W, 3) uint8."""
     rows, columns = (np.arange(side) * n // side for side, n in zip(images.shape[1:], grid))
     unknown = (tokens < 0).view(-1, *grid).numpy()[:, rows][:, :, columns, None]
     return np.where(unknown, np.uint8(128), images)

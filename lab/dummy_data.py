@@ -1,7 +1,7 @@
 """
-Random values in the shapes of data and weights that are not here, for lab/speed.py: speed does not depend on the values.
+Random values in the shapes of missing data and weights, for lab/speed.py: speed does not depend on the values.
 
-`write` leaves a folder as prepare/NAME.py does; `find_sizes` knows the published sizes of the weights that configs start from.
+`write` writes a folder as prepare/NAME.py does. `find_sizes` returns the model settings of published weights.
 """
 from pathlib import Path
 
@@ -12,12 +12,15 @@ from config import UserError
 from engine import checkpoints
 from prepare import arrays
 
-SCENES = 'rgb:16*16*16*16:8x8 depth:8*8*8*8:8x8 normal:8*8*8*8:8x8 segmentation:8*8*8*8:8x8 scene_desc:435:31 caption:274:26'
+SCENES = ('rgb:16*16*16*16:8x8 depth:8*8*8*8:8x8 normal:8*8*8*8:8x8 segmentation:8*8*8*8:8x8 scene_desc:435:31 '
+          'caption:274:26')
 FOLDER = 'rgb:16*16*16*16:8x8 grey:8*8*8*8:8x8 edges:8*8*8*8:8x8 palette:16*16*16:1x5 low:16*16*16:8x8 caption:300:26'
-CLEVR = ' '.join(f'{name}:5*5*5*8*8*8:16x16' for name in ('rgb', 'depth', 'normal')) + ' scene_desc:500:128 caption:500:64'
+CLEVR = (' '.join(f'{name}:5*5*5*8*8*8:16x16' for name in ('rgb', 'depth', 'normal'))
+         + ' scene_desc:500:128 caption:500:64')
 IMAGE = dict(image_size=64, channels=3)
 TALK = dict(vocab_size=341, image_token=340, n_images=1, n_patch_labels=0, max_label_tokens=0)
-DATA = {  # NAME: ({field: (number of ids, 0 for real numbers; shape of a sample)}, {} for a stream of tokens; meta['config'])
+# NAME: ({field: (number of ids, 0 for real values; shape of a sample)}, {} for a stream of tokens; meta['config'])
+DATA = {
     'shakespeare': ({}, dict(vocab_size=65)),
     'tinystories': ({}, dict(vocab_size=4096)),
     'text': ({}, dict(vocab_size=49152)),
@@ -26,11 +29,13 @@ DATA = {  # NAME: ({field: (number of ids, 0 for real numbers; shape of a sample
     'cifar10': (dict(image=(256, (32, 32, 3)), label=(10, ())), dict(image_size=32, channels=3, n_classes=10)),
     'toy2d': (dict(point=(0, (2,))), dict(image_size=0, channels=2, n_classes=0)),
     'scenes': (dict(tokens=(65536, (64,)), image=(256, (64, 64, 3))),
-               IMAGE | dict(modalities=SCENES, vocab_size=65536, levels='16*16*16*16', grid='8x8', block_size=63, n_classes=0)),
+               IMAGE | dict(modalities=SCENES, vocab_size=65536, levels='16*16*16*16', grid='8x8', block_size=63,
+                            n_classes=0)),
     'folder': (dict(image=(256, (64, 64, 3))), dict(modalities=FOLDER)),
     'cifar10_modalities': (dict(image=(256, (32, 32, 3))), dict(modalities=FOLDER)),
     'multiclevr': (dict(image=(256, (64, 64, 3))), dict(modalities=CLEVR)),
-    'scenes_align': (dict(tokens=(340, (104,)), loss_mask=(2, (104,)), image=(256, (64, 64, 3)), patch_labels=(340, (64, 4))),
+    'scenes_align': (dict(tokens=(340, (104,)), loss_mask=(2, (104,)), image=(256, (64, 64, 3)),
+                          patch_labels=(340, (64, 4))),
                      IMAGE | TALK | dict(block_size=104, n_patch_labels=64, max_label_tokens=4)),
     'scenes_qa': (dict(tokens=(340, (160,)), loss_mask=(2, (160,)), image=(256, (64, 64, 3))),
                   IMAGE | TALK | dict(block_size=160)),
@@ -38,16 +43,19 @@ DATA = {  # NAME: ({field: (number of ids, 0 for real numbers; shape of a sample
             TALK | dict(vocab_size=49152, image_token=49151, image_size=224, channels=3, block_size=256)),
 }
 WEIGHTS = dict(
-    smollm2=dict(vocab_size=49152, block_size=8192, n_layer=30, n_head=9, n_embd=576, n_kv_head=3, activation='swiglu', mlp_hidden_dim=1536,
-                 qk_norm=False, rope_base=1e5, norm_eps=1e-5, token_shift=False),
-    siglip=dict(image_size=224, channels=3, patch_size=16, vision_embd=768, vision_layer=12, vision_head=12, vision_activation='gelu_tanh',
-                vision_mlp_hidden_dim=3072, vision_norm_eps=1e-6, vision_bias=True, vision_qk_norm=False, vision_rope_base=0.0))
+    smollm2=dict(vocab_size=49152, block_size=8192, n_layer=30, n_head=9, n_embd=576, n_kv_head=3, activation='swiglu',
+                 mlp_hidden_dim=1536, qk_norm=False, rope_base=1e5, norm_eps=1e-5, token_shift=False),
+    siglip=dict(image_size=224, channels=3, patch_size=16, vision_embd=768, vision_layer=12, vision_head=12,
+                vision_activation='gelu_tanh', vision_mlp_hidden_dim=3072, vision_norm_eps=1e-6, vision_bias=True,
+                vision_qk_norm=False, vision_rope_base=0.0))
 
 
 def write(folder, name, block_size, n=64):
-    """A folder like data/NAME with n random samples for training, in a stream windows of block_size tokens. Raises UserError."""
+    """Writes a folder like data/NAME with n random training samples; in a stream, windows of block_size tokens. Raises
+    UserError."""
     if name not in DATA:
-        raise UserError(f'data/{name} is not there and its shapes are unknown: make it first, as its prepare script says')
+        raise UserError(f'data/{name} is not there and its shapes are unknown: make it first, as its prepare script '
+                        'says')
     (fields, decided), random = DATA[name], np.random.default_rng(0)
     kind = 'rows' if fields else 'stream'
     fields = dict(fields) or dict(tokens=(decided['vocab_size'], (block_size + 1,)))
@@ -56,7 +64,8 @@ def write(folder, name, block_size, n=64):
         fields |= {m.name: (m.vocab_size, (m.max_tokens,)) for m in modalities}
     made = {}
     for field, (ids, shape) in fields.items():
-        array = random.integers(ids, size=(n, *shape), dtype=np.int32) if ids else random.random((n, *shape), dtype=np.float32)
+        array = (random.integers(ids, size=(n, *shape), dtype=np.int32) if ids
+                 else random.random((n, *shape), dtype=np.float32))
         if field == 'tokens' and 'image_token' in decided:
             array[:, 0] = decided['image_token']
         made[field] = array if kind == 'rows' else array.flatten()
@@ -66,8 +75,8 @@ def write(folder, name, block_size, n=64):
 
 
 def find_sizes(init_from):
-    """{part: checkpoint} of the runs that a config starts from, for config.resolve: of published weights the sizes alone. Runs
-    that are not here are left out."""
+    """{part: checkpoint} of the runs that a config starts from, for config.resolve. For published weights, the entry
+    has only the model settings. Missing runs are left out."""
     found = {}
     for part, _, name in (entry.rpartition(':') for entry in init_from.split(',')):
         path = Path('out', name, 'ckpt_last.pt')

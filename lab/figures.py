@@ -25,7 +25,7 @@ def resized(image, width, height):
 
 
 def save_grid(columns, path, scale=2):
-    """Columns {title: images} with their titles above them, as one PNG; each image is as large as the first, scaled."""
+    """Saves columns {title: images} below their titles as one PNG. Each image has the size of the first, scaled."""
     images, gap, head = next(iter(columns.values())), 4, 18
     height, width = (side * scale for side in images[0].shape[:2])
     canvas = Image.new('RGB', (len(columns) * (width + gap) - gap, head + len(images) * (height + gap) - gap), 'white')
@@ -38,13 +38,15 @@ def save_grid(columns, path, scale=2):
 
 
 def save_gif(frames, path, scale=2, seconds=3.0):
-    """Frames (T, H, W) or (T, H, W, 3) uint8 as an animation of about this many seconds; the last frame stays
+    """Saves frames (T, H, W) or (T, H, W, 3) uint8 as an animation of about `seconds`; the last frame is shown
     longer."""
-    frames = [Image.fromarray(frame).convert('RGB').quantize(24, dither=Image.Dither.NONE)  # few colors: noise compresses badly
+    # few colors and no dithering: noise compresses badly
+    frames = [Image.fromarray(frame).convert('RGB').quantize(24, dither=Image.Dither.NONE)
               for frame in np.asarray(frames)]
     frames = [resized(frame, frame.width * scale, frame.height * scale) for frame in frames]
     duration = max(20, int(1000 * seconds / len(frames)))  # milliseconds
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[duration] * (len(frames) - 1) + [1500], loop=0)
+    frames[0].save(path, save_all=True, append_images=frames[1:],
+                   duration=[duration] * (len(frames) - 1) + [1500], loop=0)
     print(f'wrote {path}')
 
 
@@ -61,12 +63,13 @@ def tile(images, columns, gap=1):
 
 
 def save_answers(images, talks, path, side=160):
-    """Images (n, H, W, 3) uint8 beside the questions about each, talks [[(question, answer, truth), ...], ...]. Right
-    answers are green, wrong ones red and followed by the truth."""
+    """Images (n, H, W, 3) uint8 beside their questions, talks [[(question, answer, truth), ...], ...]. Right answers
+    are green. Wrong answers are red and followed by the truth."""
     width, line, columns = 620, 13, []
     for talk in talks:
         texts = [(text, x, color) for question, answer, truth in talk for text, x, color in (
-            (question, 8, 'black'), (answer, 20, 'green') if answer == truth else (f'{answer} (right: {truth})', 20, 'red'))]
+            (question, 8, 'black'),
+            (answer, 20, 'green') if answer == truth else (f'{answer} (right: {truth})', 20, 'red'))]
         columns.append([(part, x, color) for text, x, color in texts for part in textwrap.wrap(text, 72)])
     heights = [max(side, line * len(column) + 4) + 8 for column in columns]
     canvas = Image.new('RGB', (width, sum(heights)), 'white')
@@ -84,7 +87,7 @@ def save_answers(images, talks, path, side=160):
 
 def plot(width, height, columns=1):
     """A Figure of width x height inches and its row of Axes, without pyplot and its global state."""
-    from matplotlib.figure import Figure  # here: half a second that only plots need
+    from matplotlib.figure import Figure  # here: the import takes half a second, and only plots need it
     figure = Figure((width, height), dpi=160, layout='constrained')
     row = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
     for axes in row:
@@ -95,7 +98,7 @@ def plot(width, height, columns=1):
 
 
 def save_plot(figure, path):
-    """A Figure as PNG with a palette, a third of the size without one."""
+    """Saves a Figure as PNG with a palette, a third of the size without one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -110,7 +113,7 @@ def points(lines, x, y):
 
 
 def scale_losses(axes, low, high):
-    """The y axis for losses from low to high: logarithmic if all are positive, a few plain numbers as labels."""
+    """Sets the y axis for losses from low to high: logarithmic if all are positive, with a few plain labels."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
     if low > 0:
         axes.set_yscale('log')
@@ -121,7 +124,7 @@ def scale_losses(axes, low, high):
 
 
 def draw_losses(axes, curves, x, unit=1):
-    """Lines for training and circles for validation, by x in units of `unit`."""
+    """Plots training losses as lines and validation losses as circles, over x in units of `unit`."""
     for (name, lines), color in zip(curves.items(), cycle(COLORS)):
         train, val = (np.array(points(lines, x, y)).reshape(-1, 2).T for y in ('train_loss', 'val_loss'))
         circles = dict(color=color, marker='o', markersize=4.5, markerfacecolor='white')
@@ -133,9 +136,10 @@ def draw_losses(axes, curves, x, unit=1):
 
 
 def save_losses(curves, path):
-    """The losses of runs, {name: log lines}, by steps and by time."""
+    """Plots the losses of runs, {name: log lines}, over steps and over time."""
     figure, (by_step, by_time) = plot(10, 3.8 + 0.1 * len(curves), 2)
-    losses = [y for lines in curves.values() for name in ('train_loss', 'val_loss') for _, y in points(lines, 'step', name)]
+    losses = [y for lines in curves.values() for name in ('train_loss', 'val_loss')
+              for _, y in points(lines, 'step', name)]
     longest = max((x for lines in curves.values() for x, _ in points(lines, 'seconds', 'val_loss')), default=0)
     unit, name = (3600, 'hours') if longest > 3 * 3600 else (60, 'minutes') if longest > 600 else (1, 'seconds')
     scale_losses(by_step, min(losses), max(losses))
@@ -148,15 +152,15 @@ def save_losses(curves, path):
 
 
 def save_curves(curves, path, title, x_label, baseline):
-    """Scores from 0 to 1 with their intervals, curves {name: {x: score}}, and the baseline (name, value) as a dashed
-    line. The values of x are equally far apart."""
+    """Plots scores from 0 to 1 with their intervals, curves {name: {x: score}}, and the baseline (name, value) as a
+    dashed line. The values of x are equally spaced."""
     figure, (axes,) = plot(5.2, 3.9)
     xs = list(next(iter(curves.values())))
     for i, ((name, curve), color) in enumerate(zip(curves.items(), cycle(COLORS))):
         value, low, high = (np.array([curve[x][key] for x in xs]) for key in ('value', 'low', 'high'))
-        places = np.arange(len(xs)) + 0.03 * (i - (len(curves) - 1) / 2)  # side by side, so that no interval hides another
-        axes.errorbar(places, value, (value - low, high - value), color=color, linewidth=1.5, marker='o', markersize=3.5,
-                      capsize=2, label=name)
+        places = np.arange(len(xs)) + 0.03 * (i - (len(curves) - 1) / 2)  # side by side: intervals do not overlap
+        axes.errorbar(places, value, (value - low, high - value), color=color, linewidth=1.5, marker='o',
+                      markersize=3.5, capsize=2, label=name)
     axes.axhline(baseline[1], color='#888888', linestyle='--', linewidth=1, label=baseline[0])
     axes.set(title=title, xlabel=x_label, ylim=(0, 1), xlim=(-0.4, len(xs) - 0.6))
     axes.set_xticks(range(len(xs)), xs)

@@ -1,8 +1,8 @@
 """
 The settings of sample.py and lab/score.py: those of the program, and the dataclass of the opened run's chapter.
 
-A field of a dataclass has a type, a default that fits the opened model, and a remark behind it, which --help shows. Only nano4M
-has fields that may be None: `steps: int | None = None`.
+A field of a dataclass has a type, a default that fits the opened model, and a comment after it, which --help shows.
+Only nano4M has fields that may be None: `steps: int | None = None`.
 """
 import dataclasses
 import math
@@ -14,12 +14,12 @@ from config import UserError
 
 
 def apply(assigned, settings, defaults):
-    """The settings of a program, {name: default}, and those of a chapter, the dataclass `defaults`, with all that was
-    assigned: (dict, dataclass). A name may be in both; the chapter's default counts. Raises UserError."""
+    """Applies the assignments to the settings of a program, {name: default}, and of a chapter, the dataclass
+    `defaults`. Returns (dict, dataclass). If a name is in both, the chapter's default is used. Raises UserError."""
     types = {field.name: field.type for field in dataclasses.fields(defaults)}
     known = settings | {name: getattr(defaults, name) for name in types}
     for name in types:
-        if known[name] is None:  # what is assigned is an int or a str, as its type `int | None` says
+        if known[name] is None:  # the value is an int or a str, by its type `int | None`
             known[name] = typing.get_args(types[name])[0]()
     for name, (value, where) in assigned.items():
         if name not in known and (owners := owners_of(name, type(defaults))):
@@ -45,14 +45,15 @@ def source_of(kind):
 
 def all_settings():
     """The dataclasses of settings of all chapters."""
-    modules = [lab.module_of(path.stem) for path in sorted(lab.HERE.glob('*.py')) if (lab.HERE.parent / path.name).is_file()]
+    modules = [lab.module_of(path.stem) for path in sorted(lab.HERE.glob('*.py'))
+               if (lab.HERE.parent / path.name).is_file()]
     return [kind for module in modules for kind in vars(module).values()
             if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__]
 
 
 def owners_of(name, kind):
-    """Who else has a setting of this name, as text, '' if nobody: other dataclasses of the program that `kind` belongs to,
-    or the other program. lab/score.py takes the dataclasses `Scores`, sample.py all others."""
+    """Other owners of a setting of this name, as text, '' if there are none: other dataclasses of the program that
+    `kind` belongs to, or the other program. lab/score.py takes the dataclasses `Scores`, sample.py all others."""
     owners = [other for other in all_settings() if name in other.__dataclass_fields__]
     scoring = kind.__name__ == 'Scores'
     same = [title(other) for other in owners if (other.__name__ == 'Scores') == scoring]
@@ -62,7 +63,8 @@ def owners_of(name, kind):
 def help_of(defaults):
     """Lines of help for the settings of a chapter."""
     kind = type(defaults)
-    return ['', f'settings of this run, {title(kind)}:', *config.describe(source_of(kind), kind.__name__, vars(defaults))]
+    return ['', f'settings of this run, {title(kind)}:',
+            *config.describe(source_of(kind), kind.__name__, vars(defaults))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

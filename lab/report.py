@@ -1,6 +1,6 @@
 """
-A report on a run as a Markdown page: loss curves, cost of training, settings, scores, samples, and the command that
-repeats the run. Several runs are shown side by side; generators of the same digits are also compared by one
+Writes a report on a run as a Markdown page: loss curves, cost of training, settings, scores, samples, and the command
+that repeats the run. Several runs are shown side by side. Generators of the same digits are also compared by one
 classifier.
 
     python -m lab.report --out_dir=out/gpt_mnist                                 out/gpt_mnist/report.md
@@ -28,11 +28,11 @@ from lab.statistics import BOUNDS, judged, markdown_table, read_scores, scores_p
 
 SETTINGS = dict(
     out_dir='out/nano4m',     # the run
-    compare='',               # several runs, 'out/a,out/b', in place of out_dir: side by side in out/compare.md
+    compare='',               # several runs, 'out/a,out/b', instead of out_dir: side by side in out/compare.md
     checkpoint='ckpt_last.pt',  # or ckpt_best.pt
     n_score=1000,             # digits per generator for the classifier
     seed=0,                   # of these digits
-    device='auto',            # that draws them: cuda, mps or cpu
+    device='auto',            # for generating them: cuda, mps or cpu
 )
 
 
@@ -45,8 +45,8 @@ class Record:
     checkpoint: dict
     parameters: int
     log: list       # lines of log.jsonl
-    scores: dict    # those of this checkpoint
-    defaults: dict  # of all settings of train.py and of the chapter
+    scores: dict    # of this checkpoint
+    defaults: dict  # of all settings of train.py and the chapter
 
     @property
     def settings(self):
@@ -60,13 +60,14 @@ def read_record(path):
     log, file, known = read_log(path.with_name('log.jsonl')), scores_path(path), config.defaults('train.py')
     scores = read_scores(file, checkpoints.digest(path))
     if not scores and file.is_file():
-        print(f'{file}: left out, it has scores of other weights; for new ones: python -m lab.score --out_dir={path.parent}')
+        print(f'{file}: left out, it has scores of other weights; for new ones: python -m lab.score '
+              f'--out_dir={path.parent}')
     defaults, _ = config.resolve(dict(model=(checkpoint['settings']['model'], path)), known)
     return Record(path.parent, checkpoint, parameters, log, scores, defaults | dict(model=known['model']))
 
 
 def read_log(path):
-    """The lines of a log.jsonl, without a last one that was cut off. Raises UserError."""
+    """The lines of a log.jsonl, without an incomplete last line. Raises UserError."""
     if not path.is_file():
         raise UserError(f'{path}: missing; a report needs the folder of a run of train.py')
     lines = []
@@ -85,14 +86,14 @@ def read_log(path):
 # Settings and command
 
 def changed(run, base):
-    """{setting: value} of a run that differ from the settings `base`, without those that the data set decides."""
+    """{setting: value} where a run differs from the settings `base`, without those that the data set determines."""
     base = base | dict(micro_batch_size=min(base['micro_batch_size'], run.settings['batch_size']))
     return {name: value for name, value in run.settings.items()
             if name in base and value != base[name] and name not in {'out_dir', *run.checkpoint['meta']['config']}}
 
 
 def command(run):
-    """The shortest command that starts this run, over all config files."""
+    """The shortest command that starts this run: the best of all config files."""
     commands, folder = [], run.folder.as_posix()
     for file in ['', *sorted(path.as_posix() for path in Path('config').glob('[!_]*.py'))]:
         try:
@@ -120,7 +121,8 @@ def facts(run):
         'computed in': f'{checkpoint["dtype"].removeprefix("torch.")}, {checkpoint["threads"]} CPU threads',
         'last training loss': f'{train[-1][1]:.4f}' if train else '',
         'validation loss: last, best': f'{val[-1][1]:.4f}, {min(loss for _, loss in val):.4f}'
-    } | {f'last {name}': f'{value:.4f}' for name, value in last.items() if name.startswith('val_') and name != 'val_loss'}
+    } | {f'last {name}': f'{value:.4f}' for name, value in last.items()
+         if name.startswith('val_') and name != 'val_loss'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,8 +141,8 @@ def same_digits(runs):
 
 
 def compare_generators(runs, settings, path):
-    """Which generator of digits is best? A row for each run: size, training time, likelihood (comparable only in equal
-    units), the classifier's scores of its digits as 14x14 binary images, speed. Returns Markdown; the digits go to
+    """Compares generators of digits. Each run has a row: size, training time, likelihood (comparable only in equal
+    units), the classifier's scores of its digits as 14x14 binary images, speed. Returns Markdown; saves the digits to
     `path`."""
     device, labels = devices.find(settings['device']), np.arange(settings['n_score']) % 10
     devices.set_up(device, training=False)
@@ -165,12 +167,13 @@ def compare_generators(runs, settings, path):
 
 
 def generator_row(name, run, scores, seconds):
-    """A line of the table of generators."""
+    """A row of the table of generators."""
     likelihood = next((f'{score["value"]:.3g} {metric}' for metric, score in run.scores.items()
                        if 'nats/image' in metric or 'bits/dim' in metric), '-')
     return {'': name, 'parameters': f'{run.parameters / 1e6:.2f} M', 'training': f'{run.checkpoint["seconds"]:.0f} s',
             'likelihood, given the class': likelihood,
-            **quality({metric: score['value'] for metric, score in scores.items()}), 'an image': f'{seconds * 1000:.0f} ms'}
+            **quality({metric: score['value'] for metric, score in scores.items()}),
+            'an image': f'{seconds * 1000:.0f} ms'}
 
 
 def quality(values):
@@ -195,17 +198,19 @@ def side_by_side(runs, texts_of):
 
 def choices(run):
     """{setting: value} where a run differs from the defaults, apart from model and data."""
-    return {name: f'`{value}`' for name, value in changed(run, run.defaults).items() if name not in ('model', 'dataset')}
+    return {name: f'`{value}`' for name, value in changed(run, run.defaults).items()
+            if name not in ('model', 'dataset')}
 
 
 def score_texts(run):
     """{metric: its value, interval and bounds}."""
     return {metric: f'{score["value"]:.4g} [{score["low"]:.4g}, {score["high"]:.4g}]' + ''.join(
-                f'; {bound} {score[bound]:.4g}' for bound in BOUNDS if bound in score) for metric, score in run.scores.items()}
+                f'; {bound} {score[bound]:.4g}' for bound in BOUNDS if bound in score)
+            for metric, score in run.scores.items()}
 
 
 def newest_samples(run, page):
-    """The newest image, animation and text that the run has drawn, as Markdown."""
+    """The newest image, animation and text in the run folder, as Markdown."""
     found = []
     for kind in ('png', 'gif', 'txt'):
         files = sorted(run.folder.glob(f'sample_*.{kind}'), key=lambda file: (file.stat().st_mtime, file.name))
@@ -221,8 +226,8 @@ def machine():
 
 
 def write_page(runs, path, more=''):
-    """The page of runs {name: Record} at `path`, its loss curves beside it; `more` is Markdown after the table of
-    facts."""
+    """Writes the page of runs {name: Record} to `path` and its loss curves beside it. `more` is Markdown after the
+    table of facts."""
     curves = path.with_name(f'{path.stem}_loss.png')
     save_losses({name: run.log for name, run in runs.items()}, curves)
     text = [f'# {", ".join(runs)}', f'![losses]({curves.name})', side_by_side(runs, facts), more,
@@ -247,7 +252,8 @@ def main(*arguments, **overrides):
         return write_page({folder.name: read_record(folder / settings['checkpoint'])}, folder / 'report.md')
     folders = list(map(Path, settings['compare'].split(',')))
     short = len({folder.name for folder in folders}) == len(folders)
-    runs = {folder.name if short else folder.as_posix(): read_record(folder / settings['checkpoint']) for folder in folders}
+    runs = {folder.name if short else folder.as_posix(): read_record(folder / settings['checkpoint'])
+            for folder in folders}
     path = Path('out/compare.md')
     path.parent.mkdir(exist_ok=True)
     more = compare_generators(runs, settings, path.with_suffix('.png')) if same_digits([*runs.values()]) else ''

@@ -7,9 +7,10 @@ The speed of a config on this machine: a training step part by part, eager and c
     python -m lab.speed --all=True config/nano4m.py config/flow_mnist.py
 
 First the peaks of the machine are measured: large matrix products in each dtype that it computes natively, and copies.
-FLOPs are counted operator by operator. `of limit` is their rate over that of the large product, `of roof` their rate
-over that of the step's own matrix products, run one after the other with nothing between them. Times are medians, `+-`
-half of the interquartile range. Data and weights that are not here are replaced by random values of the same shapes.
+FLOPs are counted operator by operator. `of limit` is the FLOP/s of the step over that of the large product. `of roof`
+is the FLOP/s of the step over that of its own matrix products, run one after the other with nothing between them.
+Times are medians, `+-` half of the interquartile range. Missing data and weights are replaced by random values of the
+same shapes.
 
 With --all=True each config has its own process: if one does not fit in memory, the others are still measured.
 """
@@ -40,7 +41,7 @@ from prepare import arrays
 SETTINGS = dict(
     all=False,                # every file of config/, or those named, in two variants each: the slowest and the fastest
     device='auto',            # cuda, mps or cpu
-    repeats=5,                # times that a step is timed
+    repeats=5,                # number of timed steps
     seconds=10.0,             # a micro-batch that would take longer at the machine's peak is cut
     save='',                  # write the tables as SAVE.json and SAVE.md; with --all=True '' is out/bench_all
     trace='',                 # write a profile of a step, to be opened at ui.perfetto.dev
@@ -58,7 +59,7 @@ def resolve(assigned):
 
 @contextmanager
 def built(assigned, device):
-    """(settings, model, data) as in training; random values if the data are not here."""
+    """(settings, model, data) as in training; random values if the data are missing."""
     options, chapter = resolve(assigned)
     name, block_size = options['dataset'], options.get('block_size', 0)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare:
@@ -81,8 +82,8 @@ def dtypes_of(peaks):
 
 
 def find_job(options, model, data, settings, device, peaks):
-    """The arguments of batches.micro_batch; it is smaller if it would take longer than `seconds` at the machine's
-    peak."""
+    """The arguments of batches.micro_batch. The micro-batch is made smaller if it would take longer than `seconds` at
+    peak FLOP/s."""
     one = options | dict(batch_size=1, micro_batch_size=1)
     flops = devices.count_flops(model, batches.to_device(batches.micro_batch(data, model, one, 0, 0), device))
     fitting = int(settings['seconds'] * peaks[dtypes_of(peaks)[-1]] / flops)
@@ -93,8 +94,8 @@ def find_job(options, model, data, settings, device, peaks):
 # A training step
 
 class Steps:
-    """Training steps as in train.py, always of the first micro-batch; `graphed`: forward and backward are one part,
-    `both`."""
+    """Training steps as in train.py, always of the first micro-batch. With `graphed`, forward and backward pass are
+    one part, `both`."""
     def __init__(self, model, job, options, device, dtype, graphed):
         self.model, self.options, self.device, self.dtype, self.graphed = model, options, device, dtype, graphed
         self.clock, self.losses = timing.Clock(device), []
@@ -102,7 +103,8 @@ class Steps:
         self.optimizers, self.scaler = optimizers.make(model, options, dtype), torch.amp.GradScaler(enabled=False)
         self.ema_model = copy.deepcopy(model) if options['ema'] else None
         self.passes = self.whole_pass if graphed else self.timed_pass
-        self.finish = functools.partial(optimizers.optimizer_step, self.optimizers, self.scaler, set_to_none=not graphed)
+        self.finish = functools.partial(optimizers.optimizer_step, self.optimizers, self.scaler,
+                                        set_to_none=not graphed)
         if graphed:
             optimizers.lr_on_device(self.optimizers, device)
             self.passes, self.finish = graphs.GraphedSteps(self.passes), graphs.GraphedSteps(self.finish)
@@ -134,14 +136,15 @@ class Steps:
         return tokens
 
     def held_bytes(self):
-        """Weights, buffers, EMA and the states of the optimizers."""
-        held = [*self.model.parameters(), *self.model.buffers(), *(self.ema_model.parameters() if self.ema_model else ())]
+        """Bytes of weights, buffers, EMA and optimizer states."""
+        held = [*self.model.parameters(), *self.model.buffers(),
+                *(self.ema_model.parameters() if self.ema_model else ())]
         held += [x for optimizer in self.optimizers for state in optimizer.state.values() for x in state.values()]
         return sum(x.nbytes for x in held)
 
 
 def time_steps(steps, settings):
-    """dict(seconds={part: one a repeat}, memory in bytes, tokens, losses of the first five steps)."""
+    """dict(seconds={part: one per repeat}, memory in bytes, tokens, losses of the first five steps)."""
     for _ in range(4 if steps.graphed else 2):  # compiles, captures
         tokens = float(steps.step())
     steps.clock.marks.clear()
@@ -159,28 +162,31 @@ def step_row(name, variant, options, measured, flops, roof, peak):
     (dtype, compiled, graphed), size, samples = variant, options['micro_batch_size'], options['batch_size']
     scale, parts = samples / size, dict(measured['seconds'])
     optimizer = np.median(parts.pop('optimizer'))
-    passes = scale * sum(parts.values())  # one a repeat
+    passes = scale * sum(parts.values())  # one per repeat
     without = np.median(passes)
     whole = without + optimizer
     names = ('data', 'forward', 'backward', 'both') if torch.cuda.is_available() else ('data', 'forward', 'backward')
     shares = {f'{part} %': 100 * scale * np.median(parts[part]) / whole if part in parts else '' for part in names}
-    return {'config': name, 'format': str(dtype)[6:], 'compiled': 'and a graph' if graphed else 'yes' if compiled else 'no',
+    return {'config': name, 'format': str(dtype)[6:],
+            'compiled': 'and a graph' if graphed else 'yes' if compiled else 'no',
             'samples': f'{size} of {samples}', 'ms a step': 1000 * whole, '+-': timing.spread(passes),
             'samples/s': samples / whole, 'tokens/s': scale * measured['tokens'] / whole, 'GFLOP': scale * flops / 1e9,
             'of limit %': 100 * scale * flops / whole / peak, 'of roof %': 100 * scale * roof / whole,
-            'of roof % without optimizer': 100 * scale * roof / without, **shares, 'optimizer %': 100 * optimizer / whole,
+            'of roof % without optimizer': 100 * scale * roof / without, **shares,
+            'optimizer %': 100 * optimizer / whole,
             'MiB': '' if graphed else measured['memory'] / 2 ** 20}  # a graph has its own memory
 
 
 def find_variants(dtypes, settings, device):
-    """(dtype, compiled, by CUDA graphs): each dtype eager and compiled; with --all=True the slowest and the fastest."""
+    """[(dtype, compiled, by CUDA graphs), ...]: each dtype, eager and compiled; with --all=True the slowest and the
+    fastest."""
     variants = [(dtype, compiled, False) for compiled in (False, True) for dtype in dtypes]
     variants = [variants[0], variants[-1]] if settings['all'] else variants
     return variants + ([(dtypes[-1], True, True)] if device.type == 'cuda' else [])
 
 
 def bench_steps(name, options, model, data, settings, device, peaks):
-    """Rows, one for each variant, which all have to give the same losses."""
+    """Rows, one for each variant. Asserts that all variants have the same losses."""
     job = find_job(options, model, data, settings, device, peaks)
     flops, products = timing.count_products(model, batches.to_device(batches.micro_batch(*job), device))
     roofs = {dtype: timing.roof_seconds(products, device, dtype) for dtype in dtypes_of(peaks)}
@@ -205,8 +211,8 @@ def bench_steps(name, options, model, data, settings, device, peaks):
 # Generation
 
 def generation(model, B):
-    """(a function that generates B samples, how many of what, number of passes), None for a chapter that is unknown
-    here."""
+    """(a function that generates B samples, number of units, their name, number of forward passes); None for a chapter
+    without a case here."""
     device, c = next(model.parameters()).device, model.config
     zeros = torch.zeros(B, 1, dtype=torch.long, device=device)
     match lab.chapter_of(model):
@@ -228,7 +234,7 @@ def generation(model, B):
 
 
 def bytes_of_weights(model):
-    """Bytes that each pass has to read: all matrices that are multiplied with, in the dtype of generation."""
+    """Bytes of weights that each forward pass reads: all matrices of products, in the dtype of generation."""
     device, tables = next(model.parameters()).device, {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     heads = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     size = 4 if device.type == 'cpu' else devices.find_dtype('auto', device).itemsize
@@ -238,7 +244,8 @@ def bytes_of_weights(model):
 def bench_generation(name, compiles, model, settings, device, peaks):
     """Rows: latency and throughput by batch size, at the defaults of a chapter's `generate`, eager and compiled."""
     if not generation(model, 1):
-        print(f'{name}: no generation is timed: `generation` in lab/speed.py has no case for {lab.chapter_of(model)}.py')
+        print(f'{name}: no generation is timed: `generation` in lab/speed.py has no case for '
+              f'{lab.chapter_of(model)}.py')
         return []
     rows, weights = [], bytes_of_weights(model.eval())
     graphs.graph_decoding(model)
@@ -249,8 +256,9 @@ def bench_generation(name, compiles, model, settings, device, peaks):
             for B in (1, 8, 32):
                 run, n, what, rounds = generation(model, B)
                 time = timed(run)
-                rows.append({'config': name, 'compiled': 'yes' if compiled else 'no', 'batch': B, 'ms': 1000 * time.median,
-                             '+-': timing.spread(time.times), 'what': what, 'a second': n / time.median,
+                rows.append({'config': name, 'compiled': 'yes' if compiled else 'no', 'batch': B,
+                             'ms': 1000 * time.median, '+-': timing.spread(time.times), 'what': what,
+                             'a second': n / time.median,
                              'weights of copy rate %': 100 * rounds * weights / time.median / peaks['copy']})
                 timing.show(rows[-1], len(rows) == 1)
                 if time.median > settings['seconds'] / 8:  # the next would take too long
@@ -284,7 +292,7 @@ def measure(name, assigned, settings, peaks):
 
 
 def attempt(path, settings, peaks):
-    """The tables of one config; if it cannot be measured, a table that says why."""
+    """The tables of one config; if it cannot be measured, a table with the reason."""
     try:
         return measure(Path(path).stem, config.read([path]), settings, peaks)
     except (UserError, OSError) as error:
@@ -306,28 +314,31 @@ def in_child(function, *arguments):
 
 
 def measure_all(paths, settings, peaks, tables):
-    """Adds the rows of each config to the tables and saves them; a config that fails or is killed is reported and left
+    """Adds the rows of each config to the tables and saves them. A config that fails or is killed is reported and left
     out."""
     for path in paths:
         print(f'\n{Path(path).stem}', flush=True)
         try:
             found = in_child(attempt, path, settings, peaks)
         except BrokenProcessPool:
-            found = left_out(path, 'the system ended its process, most likely for want of memory: lower micro_batch_size')
+            found = left_out(path, 'the system ended its process, most likely for want of memory: lower '
+                                   'micro_batch_size')
         for title, rows in found.items():
             tables.setdefault(title, []).extend(rows)
         timing.save(settings['save'], tables)
 
 
 def wanted(arguments, overrides):
-    """Whether a command of bench.py is for this program: it names a config, or asks for all."""
-    named = [argument for argument in map(str, arguments) if not argument.startswith('-') or argument.startswith('--all=')]
+    """Whether a command of bench.py is for this program: it names a config, or sets `all`."""
+    named = [argument for argument in map(str, arguments)
+             if not argument.startswith('-') or argument.startswith('--all=')]
     return bool(named) or 'all' in overrides
 
 
 def read(arguments, overrides):
     """(settings, settings of the config, config files). Raises UserError."""
-    assigned, files = config.read(arguments, overrides), [path for path in map(str, arguments) if not path.startswith('--')]
+    assigned = config.read(arguments, overrides)
+    files = [path for path in map(str, arguments) if not path.startswith('--')]
     settings = config.apply({name: assigned.pop(name) for name in SETTINGS if name in assigned}, SETTINGS)
     if settings['all']:
         if extra := [name for name, (_, where) in assigned.items() if where not in files]:

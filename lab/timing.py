@@ -20,9 +20,9 @@ from lab.statistics import markdown_head, markdown_row, markdown_table
 
 
 def timed(run, seconds=2.0):
-    """Times run(): a Measurement of torch.utils.benchmark, with `median` and `iqr`. A fast run() is repeated within a
-    sample, so that a GPU does not wait for its host. At least four samples, more until the IQR is a tenth of the
-    median; fewer if `seconds` are over."""
+    """Times run(). Returns a Measurement of torch.utils.benchmark, with `median` and `iqr`. A fast run() is repeated
+    within a sample, so that a GPU does not wait for its host. Takes at least four samples and continues until the IQR
+    is a tenth of the median; stops after `seconds` in any case."""
     run()  # compiles, allocates
     timer = Timer('run()', globals=dict(run=run), num_threads=torch.get_num_threads())
     return timer.adaptive_autorange(min_run_time=0.2, max_run_time=seconds)
@@ -47,7 +47,8 @@ def find_peaks(device):
 
 
 def machine_row(device, peaks):
-    name = torch.cuda.get_device_name() if device.type == 'cuda' else f'{device.type}, {torch.backends.cpu.get_cpu_capability()}'
+    name = (torch.cuda.get_device_name() if device.type == 'cuda'
+            else f'{device.type}, {torch.backends.cpu.get_cpu_capability()}')
     rates = {f'matmul in {str(dtype)[6:]}, GFLOP/s': rate / 1e9 for dtype, rate in peaks.items() if dtype != 'copy'}
     return {'device': name, 'threads': torch.get_num_threads(), 'torch': torch.__version__, **rates,
             'copy, GB/s': peaks['copy'] / 1e9}
@@ -55,7 +56,7 @@ def machine_row(device, peaks):
 
 @contextmanager
 def silent():
-    """Hides stderr, where the C++ of PyTorch's profiler announces its start and end."""
+    """Discards stderr, to which the C++ code of PyTorch's profiler prints its start and end."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -67,7 +68,7 @@ def silent():
 
 
 def peak_bytes(run, device):
-    """Peak memory of the tensors that run() allocates; on a CPU from the profiler's list of allocations."""
+    """Peak memory in bytes of the tensors that run() allocates; on a CPU from the profiler's list of allocations."""
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -84,7 +85,7 @@ def peak_bytes(run, device):
 
 
 def write_trace(path, run):
-    """A profile of run(), for ui.perfetto.dev."""
+    """Writes a profile of run(), for ui.perfetto.dev."""
     with silent(), profile() as trace:
         run()
     trace.export_chrome_trace(path)
@@ -95,7 +96,7 @@ def write_trace(path, run):
 # The parts of a step
 
 class Clock:
-    """Seconds of the parts of a step; on a GPU by events in its own stream, so that the host does not wait."""
+    """Measures the seconds of the parts of a step; on a GPU by CUDA events, without a host-device sync."""
     def __init__(self, device):
         self.device, self.marks = device, collections.defaultdict(list)
 
@@ -114,7 +115,7 @@ class Clock:
         self.marks[name].append((start, self.now()))
 
     def seconds(self):
-        """{part: array of seconds, one a repeat}."""
+        """{part: array of seconds, one per repeat}."""
         devices.synchronize(self.device)
 
         def elapsed(start, end):
@@ -140,7 +141,7 @@ class Products(TorchDispatchMode):
 
 
 def count_products(model, batch):
-    """(FLOPs, products) of a forward and backward pass, attention written out."""
+    """(FLOPs, products) of a forward and backward pass, with attention as plain matrix products."""
     with Products() as products:
         return devices.count_flops(model, batch), products.found
 
@@ -169,13 +170,13 @@ def show(row, first):
 
 
 def make_folders(*paths):
-    """The folders of files that a program writes when it is done: an impossible path stops it before."""
+    """Creates the folders of files that a program writes at its end, so that an impossible path stops it at once."""
     for path in paths:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def save(path, tables):
-    """Tables {title: rows} as PATH.json and PATH.md."""
-    Path(f'{path}.md').write_text('\n'.join(f'### {title}\n\n{markdown_table(rows)}\n' for title, rows in tables.items()),
-                               encoding='utf-8')
+    """Saves tables {title: rows} as PATH.json and PATH.md."""
+    text = '\n'.join(f'### {title}\n\n{markdown_table(rows)}\n' for title, rows in tables.items())
+    Path(f'{path}.md').write_text(text, encoding='utf-8')
     Path(f'{path}.json').write_text(json.dumps(tables, indent=1), encoding='utf-8')

@@ -2,9 +2,9 @@
 A data set on disk: data/NAME/meta.json and data/NAME/{train,val[,test]}/KEY.npy, written and read only in this file.
 
 meta.json holds: kind ('rows': the first axis is samples; 'stream': one long sequence of tokens); prepare, the module
-of prepare/ that made it; fields {name: vocabulary size, 0 for real numbers}; config, the model settings that the data
+of prepare/ that made it; fields {name: vocabulary size, 0 for real values}; config, the model settings that the data
 determine. Optional:
-    files {field: name of its array on disk, if it is another one; '{split}' stands for the split}
+    files {field: name of its array on disk, if it differs; '{split}' is replaced by the split}
     views {field: number of pre-made augmentations, along a second axis}
     index {field: name of an array with the row of each sample, if samples share rows, as questions share images}
 """
@@ -134,8 +134,8 @@ def holds(now, before):
 
 
 def agree(folder, meta, checkpoint):
-    """The meta of a run: that of the data or, if it continues from a checkpoint, that of the checkpoint, which must
-    still hold: tokens have a meaning only with the tokenizers that made them. Raises UserError."""
+    """The meta of a run: that of the data or, if it continues from a checkpoint, that of the checkpoint. The two must
+    agree, because tokens have a meaning only with the tokenizers that made them. Raises UserError."""
     if checkpoint and not holds(meta, checkpoint['meta']):
         raise UserError(f'{folder} is not the data that this run was trained on (its meta.json differs): restore that '
                         'data, or train again')
@@ -154,9 +154,9 @@ class Data:
     def __init__(self, folder, split, meta, names, block_size=0, seed=0):
         self.meta, self.block_size, self.seed, self.orders = meta, block_size, seed, {}
         if missing := [name for name in names if name not in meta['fields']]:
-            raise UserError(f'{folder} has no {missing[0]!r}, which this model reads (it has {", ".join(meta["fields"])}): '
-                            f'choose another dataset or model; if an older version made it, delete {folder} and run python '
-                            f'-m prepare.{meta["prepare"]}')
+            raise UserError(f'{folder} has no {missing[0]!r}, which this model reads (it has '
+                            f'{", ".join(meta["fields"])}): choose another dataset or model; if an older version made '
+                            f'it, delete {folder} and run python -m prepare.{meta["prepare"]}')
 
         def path(name):
             return Path(folder, split, meta.get('files', {}).get(name, name).format(split=split) + '.npy')
@@ -178,7 +178,7 @@ class Data:
 
     @staticmethod
     def read(path, vocabulary):
-        """An array with checked values: an id out of range would end the program of a GPU without a message."""
+        """Checks the values of an array: an id out of range would end a program on a GPU without a message."""
         array = load(path)
         low, high = array.min(initial=0), array.max(initial=0)
         if vocabulary and (low < -1 or high >= vocabulary):  # -1 is padding

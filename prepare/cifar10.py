@@ -40,8 +40,8 @@ def read_archive(path):
                        if member.isfile() and member.size <= 10_000 * RECORD}
             content = {name: archive.extractfile(members[name]).read() for names in FILES.values() for name in names}
     except (OSError, EOFError, tarfile.TarError, KeyError) as error:
-        raise UserError(f'{path}: not the binary version of CIFAR-10 ({type(error).__name__}: {" ".join(str(error).split())}); '
-                        'delete it and run this again')
+        raise UserError(f'{path}: not the binary version of CIFAR-10 ({type(error).__name__}: '
+                        f'{" ".join(str(error).split())}); delete it and run this again')
     splits = {}
     for split, names in FILES.items():
         data = b''.join(content[name] for name in names)

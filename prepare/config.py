@@ -1,6 +1,6 @@
 """
-Ends `python prepare/NAME.py` with a line. Such a command puts prepare/ first in Python's path, so that `import config` finds this
-file instead of the package config/; `python -m prepare.NAME` never does.
+Ends `python prepare/NAME.py` with a one-line message. Such a command puts prepare/ first in Python's path, so that
+`import config` finds this file instead of the package config/. `python -m prepare.NAME` does not.
 """
 import sys
 from pathlib import Path

@@ -45,7 +45,8 @@ def download(url, name, digest=''):
         os.replace(part, path)
     except requests.RequestException as error:
         reason = type(error).__name__ if error.response is None else f'HTTP {error.response.status_code}'
-        raise UserError(f'{url} cannot be downloaded ({reason}); run this again to resume it, or copy the file to {path}')
+        raise UserError(f'{url} cannot be downloaded ({reason}); run this again to resume it, or copy the file to '
+                        f'{path}')
     except OSError as error:
         raise UserError(f'{path} cannot be written ({error.strerror}); free disk space, or set NANO_CACHE to another '
                         'folder')
@@ -69,7 +70,8 @@ def fetch(url, part):
         try:
             return stream(url, part)
         except requests.RequestException as error:
-            final = error.response is not None and error.response.status_code < 500 and error.response.status_code != 429
+            status = None if error.response is None else error.response.status_code
+            final = status is not None and status < 500 and status != 429
             if pause is None or final:
                 raise
             print(f'{type(error).__name__}: trying again in {pause} s')
@@ -91,7 +93,8 @@ def stream(url, part):
         size *= response.status_code == 206  # 200: the server has no ranges and sends the whole file
         left = int(response.headers.get('Content-Length', 0))
         with (open(part, 'ab' if size else 'wb') as file,
-              tqdm(desc=part.stem, initial=size, total=size + left or None, unit='B', unit_scale=True, disable=None) as bar):
+              tqdm(desc=part.stem, initial=size, total=size + left or None, unit='B', unit_scale=True,
+                   disable=None) as bar):
             for block in response.iter_content(1 << 16):
                 file.write(block)
                 bar.update(len(block))

@@ -1,7 +1,7 @@
 """
 Your own images with captions, in text files of the same names, as six modalities for nano4M.
 
-    python -m prepare.folder --source=FOLDER    FOLDER/NAME.jpg (png, webp, ...; folders in it too) with NAME.txt beside it
+    python -m prepare.folder --source=FOLDER    FOLDER/NAME.jpg (png, webp, ...; also in subfolders) and NAME.txt
     python train.py config/nano4m_folder.py
 
     rgb       the image                                    8x8 tokens of 16^4 codes, by a tokenizer trained here
@@ -13,8 +13,8 @@ Your own images with captions, in text files of the same names, as six modalitie
 
 Each training image has several square views: the first is the central crop, the others are slightly smaller random
 crops, as augmentation. All modalities but captions are functions of images (n, H, W, 3), so that scripts of other data
-sets can use them. Files that cannot be read are named and left out. All images are held in memory: ten thousands of
-them, not millions.
+sets can use them. Files that cannot be read are reported and left out. All images are held in memory: tens of
+thousands, not millions.
 """
 import textwrap
 from collections import Counter
@@ -86,8 +86,9 @@ def read_folder(source, size, views, random):
     files = sorted(path for path in source.rglob('*') if not path.name.startswith('.'))
     paths = [path for path in files if path.suffix.lower() in ENDINGS]
     stems, pictures, captions = {path.with_suffix('') for path in paths}, [], []
-    faults = [f'{path}: no image beside it' for path in files if path.suffix == '.txt' and path.with_suffix('') not in stems]
-    for path in tqdm(paths, 'read', unit='picture'):
+    faults = [f'{path}: no image beside it' for path in files
+              if path.suffix == '.txt' and path.with_suffix('') not in stems]
+    for path in tqdm(paths, 'read', unit='image'):
         try:
             caption, image = read_caption(path.with_suffix('.txt')), read_picture(path)
         except UserError as error:
@@ -186,7 +187,8 @@ def make(folder, splits, settings):
     arrays.begin(folder, 'folder')
     train, texts = splits['train']
     encoding = train_bpe(texts, settings['vocab_size'])
-    texts = {split: [shorten(text, encoding, settings['caption_tokens']) for text in some] for split, (_, some) in splits.items()}
+    texts = {split: [shorten(text, encoding, settings['caption_tokens']) for text in some]
+             for split, (_, some) in splits.items()}
     L = 1 + max(len(encoding.encode_ordinary(text)) for some in texts.values() for text in some)
     tokenizers = {name: train_tokenizer(name, train, settings['steps'], settings['seed']) for name in TOKENIZED}
     for split, (images, _) in splits.items():
@@ -198,7 +200,8 @@ def make(folder, splits, settings):
         tokenizer.save(folder / f'{name}.pt')
     save_encoding(folder / 'caption.json', encoding)
     dataset = Dataset(folder)
-    rebuilt = {name: dataset.decode(name, torch.from_numpy(dataset.load('val', name).astype(np.int64))) for name in MAKE}
+    rebuilt = {name: dataset.decode(name, torch.from_numpy(dataset.load('val', name).astype(np.int64)))
+               for name in MAKE}
     quality = {name: float(dataset.score(name, raw, 'val', slice(None))['error'][..., 0].mean())
                for name, raw in rebuilt.items()}
     print('mean error after tokenizing, of 255: ' + ', '.join(f'{name} {error:.1f}' for name, error in quality.items()))
@@ -207,8 +210,8 @@ def make(folder, splits, settings):
                  levels=TOKENIZED['rgb'][2], grid=f'{SIDE}x{SIDE}', block_size=SIDE * SIDE - 1, n_classes=0,
                  image_size=train.shape[2], channels=3)  # other chapters: rgb's tokens, or pixels
     meta = dict(kind='rows', prepare='folder', fields=vocabularies | dict(caption=encoding.n_vocab), config=facts,
-                views=dict.fromkeys(vocabularies, train.shape[1]), files=dict(tokens='rgb', image='raw_rgb'), quality=quality,
-                settings=settings)
+                views=dict.fromkeys(vocabularies, train.shape[1]), files=dict(tokens='rgb', image='raw_rgb'),
+                quality=quality, settings=settings)
     arrays.save_meta(folder, meta)
 
 
@@ -216,7 +219,8 @@ def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     source, folder, size, views = Path(settings['source']), Path(settings['out']), settings['size'], settings['views']
     if not settings['source'] or not source.is_dir():
-        raise UserError(f'--source={settings["source"]}: name a folder with images, NAME.jpg, and their captions, NAME.txt')
+        raise UserError(f'--source={settings["source"]}: name a folder with images, NAME.jpg, and their captions, '
+                        'NAME.txt')
     if size < SIDE or size % SIDE or views < 1:
         raise UserError(f'size must be a multiple of {SIDE}, views at least 1')
     if (folder / 'meta.json').is_file():

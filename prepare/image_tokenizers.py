@@ -1,9 +1,9 @@
 """
 Image tokenizers: autoencoders with finite scalar quantization (FSQ, Mentzer et al., 2309.15505).
 
-The image is cut into patches. An encoder of MLPs maps each patch to a latent vector of d numbers between 0 and 1; each
-number is rounded to one of a few levels. A Transformer decoder reconstructs the image from the rounded numbers of all
-patches. The rounded numbers of a patch are the digits of one integer, its token. No codebook has to be learned, and
+The image is cut into patches. An encoder of MLPs maps each patch to a latent vector of d values between 0 and 1; each
+value is rounded to one of a few levels. A Transformer decoder reconstructs the image from the rounded values of all
+patches. The rounded values of a patch are the digits of one integer, its token. No codebook has to be learned, and
 none can collapse: every combination of digits is a code.
 
 The reconstruction is the best image that a model of these tokens can generate: its quality is the ceiling of all later

@@ -3,7 +3,7 @@ The evaluation classifier: a small convolutional network trained on the images o
 images.
 
 No pretrained network is downloaded. Fréchet distances are therefore comparable only if the classifier is the same.
-Every score has beside it the value of real images (ceiling or floor) and of a generator that is independent pixels
+Every score is reported with the value of real images (ceiling or floor) and of a generator of independent pixels
 (baseline). There is one classifier per representation: 28x28 grey levels, 14x14 binary images (MNIST's tokens), 32x32
 in color.
 """
@@ -28,7 +28,7 @@ class Judge(nn.Module):
         super().__init__()
         self.size, self.channels, D = size, channels, 64 if channels == 1 else 128
         self.body = nn.Sequential(
-            *convolution(channels, D // 4, stride=size // 14), *convolution(D // 4, D // 4),  # (B, D / 4, 14 or 16, same)
+            *convolution(channels, D // 4, stride=size // 14), *convolution(D // 4, D // 4),  # (B, D/4, 14 or 16, same)
             *convolution(D // 4, D // 2, stride=2), *convolution(D // 2, D // 2),             # (B, D / 2, 7, 7)
             *convolution(D // 2, D, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())         # (B, D)
         self.head = nn.Linear(D, 10)
@@ -88,7 +88,7 @@ def frechet(a, b):
 
     |mean difference|^2 + tr(A + B - 2 (A B)^1/2): Dowson & Landau, 1982; of image features: Heusel et al., 1706.08500,
     eq. 6. The trace of (A B)^1/2 equals that of (A^1/2 B A^1/2)^1/2, which is symmetric. The distance is biased
-    upwards for few samples: compare only distances from equally many.
+    upwards for few samples: compare only distances of the same number of samples.
     """
     a, b = a.astype(float), b.astype(float)
     A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -140,7 +140,7 @@ def independent_pixels(images, labels, wanted, seed=0):
 
 
 def score(judge, images, labels, held_out, truth, train, train_labels):
-    """Scores of images (n, H, H) uint8 generated for labels (n,), with the scores of equally many real images.
+    """Scores of images (n, H, H) uint8 generated for labels (n,), with the scores of the same number of real images.
 
     held_out (n, H, H) with labels truth (n,); train: a list of arrays (m, H, H), view 0 first, with labels (m,).
     Returns {metric: dict(parts=(n, 1, 2) numerators and denominators, or value=float; baseline=float; ceiling= or
@@ -151,11 +151,11 @@ def score(judge, images, labels, held_out, truth, train, train_labels):
         recall         fraction of the held-out images in the manifold of the samples; ceiling: of training images
         frechet        distance to the held-out images; floor: of training images
         copies         fraction equal to a training image, in any view; floor: of the held-out images
-        near_copies    fraction as near to a training image as the nearest 5 % of held-out images; floor: of those
+        near_copies    fraction as near to a training image as the nearest 5 % of held-out images, which are the floor
 
     The baseline is `independent_pixels`. A ceiling is the value of real images, not a bound: typical images of a class
-    are the easiest to classify, so a generator of typical images alone scores higher. Raises UserError for fewer than
-    5 images.
+    are the easiest to classify, so a generator of typical images only has a higher score. Raises UserError for fewer
+    than 5 images.
     """
     n = len(images)
     if n < 5:

@@ -3,7 +3,7 @@ MNIST as images and as tokens: 28x28 handwritten digits, and the same in 14x14 b
 
     python -m prepare.mnist                    60,000 digits to train on, 10,000 for validation
     python -m prepare.mnist --subset=t10k      only the small files: 9,000 and 1,000, for slow connections
-    python -m prepare.fashion_mnist            clothes instead of digits (Xiao et al., 1708.07747), in data/fashion_mnist
+    python -m prepare.fashion_mnist            clothes instead of digits (Xiao et al., 1708.07747)
 
 A row of tokens is the class (0..9), then 49 patches in raster order: 10 + the four bits of the patch, also in raster
 order, the first the most significant. The vocabulary has 26 tokens. Training rows have --views=8 views: view 0 is the
@@ -62,7 +62,8 @@ def read_idx(path):
         shape = np.frombuffer(data, '>u4', data[3], 4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
     except (OSError, EOFError, zlib.error, AssertionError, IndexError, ValueError) as error:
-        raise UserError(f'{path}: truncated or not a gzipped idx file ({type(error).__name__}); delete it and run this again')
+        raise UserError(f'{path}: truncated or not a gzipped idx file ({type(error).__name__}); delete it and run this '
+                        'again')
 
 
 def read_part(part, fashion):
@@ -72,8 +73,8 @@ def read_part(part, fashion):
     paths = [download(url + name, prefix + name, DIGESTS[prefix + name]) for name in names]
     images, labels = map(read_idx, paths)
     if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
-        raise UserError(f'{paths[0]}: images {images.shape} do not belong to labels {labels.shape}; delete both files and '
-                        'run this again')
+        raise UserError(f'{paths[0]}: images {images.shape} do not belong to labels {labels.shape}; delete both files '
+                        'and run this again')
     return images, labels
 
 
@@ -133,7 +134,8 @@ def to_images(tokens):
 
 def view_tokens(images, labels, views, random):
     """Images (n, 28, 28) -> tokens (n, views, 50): the image itself, then random crops."""
-    return np.stack([to_tokens(random_crops(images, random) if view else halve(images), labels) for view in range(views)], 1)
+    return np.stack([to_tokens(random_crops(images, random) if view else halve(images), labels)
+                     for view in range(views)], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,9 +164,9 @@ class Dataset:
         return to_images(self.load(split, 'tokens')[:, view]) if size == 14 else self.load(split, 'image')
 
     def score(self, images, labels, split='val'):
-        """judge.score of images (n, H, H) uint8 generated for labels (n,); H determines the classifier. At most as
-        many are scored as the split has images, so that both sets have the same size. Raises ValueError if H is
-        neither 14 nor 28."""
+        """judge.score of images (n, H, H) uint8 generated for labels (n,); H determines the classifier. Images beyond
+        the size of the split are not scored, so that both sets have the same size. Raises ValueError if H is neither
+        14 nor 28."""
         size, n = images.shape[1], min(len(images), len(self.load(split, 'label')))
         if size not in JUDGES:
             raise ValueError(f'images of {size} pixels per side: there are classifiers for {list(JUDGES)}')
@@ -181,7 +183,8 @@ class Dataset:
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     if settings['subset'] not in ('', 't10k') or settings['views'] < 1:
-        raise UserError(f'subset={settings["subset"]!r}, views={settings["views"]}: subset is t10k or empty, views at least 1')
+        raise UserError(f'subset={settings["subset"]!r}, views={settings["views"]}: subset is t10k or empty, views at '
+                        'least 1')
     kind = 'fashion_mnist' if settings['fashion'] else 'mnist'
     folder = Path(settings['out'] or f'data/{kind}')
     random = np.random.default_rng((settings['seed'], 1))
@@ -189,7 +192,8 @@ def main(*arguments, **overrides):
     arrays.begin(folder, 'mnist')
     for split, (images, labels) in splits.items():
         views = settings['views'] if split == 'train' else 1
-        parts = [view_tokens(images[i:i + 5000], labels[i:i + 5000], views, random) for i in range(0, len(images), 5000)]
+        parts = [view_tokens(images[i:i + 5000], labels[i:i + 5000], views, random)
+                 for i in range(0, len(images), 5000)]
         arrays.write(folder / split, dict(tokens=np.concatenate(parts), image=images, label=labels))
     quality = {}
     for size, name in JUDGES.items():
@@ -200,8 +204,8 @@ def main(*arguments, **overrides):
         print(f'evaluation classifier of {name} {size}x{size} images: {quality[f"judge_{name}"]:.1%} of {len(truth):,} '
               'held-out images right')
     facts = dict(vocab_size=26, block_size=49, grid='7x7', n_classes=10, image_size=28, channels=1)
-    meta = dict(kind='rows', fields=dict(tokens=26, image=256, label=10), views=dict(tokens=settings['views']), config=facts,
-                prepare='mnist', classes=CLASSES[kind], quality=quality, settings=settings)
+    meta = dict(kind='rows', fields=dict(tokens=26, image=256, label=10), views=dict(tokens=settings['views']),
+                config=facts, prepare='mnist', classes=CLASSES[kind], quality=quality, settings=settings)
     arrays.save_meta(folder, meta)
 
 

@@ -1,23 +1,22 @@
 """
-The course's data: MultiCLEVR as EPFL's COM-304 keeps it on SCITAS, tokenized already, packed into one array a field.
+The course's data: MultiCLEVR of EPFL's COM-304 on SCITAS, already tokenized, packed into one array per field.
 
     python -m prepare.multiclevr --source=ROOT                          ROOT/{train,val,test}/FOLDER/STEM.npy or .json
-    python -m prepare.multiclevr --source=ROOT --decoder=decoder.jit    also keeps the decoder that draws image tokens
+    python -m prepare.multiclevr --source=ROOT --decoder=decoder.jit    also copies the decoder of image tokens
 
-    rgb, depth, normal    tok_rgb@256, tok_depth@256, tok_normal@256: integers (10, 256), crops x the 16x16 tokens of each
+    rgb, depth, normal    tok_rgb@256, tok_depth@256, tok_normal@256: integers (10, 256), 10 crops of 16x16 tokens
     scene_desc, caption   the same names: a list of ten texts
 
-The ten crops are aligned over all fields; they become the views of which train.py draws one a sample and step, and the
-first, the centre crop, is what evaluation sees. 50,000 samples are 250,000 small files: they are read once, checked,
-and written to memory-mapped arrays (n, 10, 256) and, since the vocabulary of a text is known only once all have been
-read, to texts.jsonl, one line a sample. So the number of lines says where a stopped run goes on. Then the texts become
-arrays (n, 10, L) of tokens.
+The ten crops are aligned over all fields and become the views: train.py samples one per sample and step, evaluation
+uses the first, the centre crop. 50,000 samples are 250,000 small files. They are read once, checked, and written to
+memory-mapped arrays (n, 10, 256). The texts are first written to texts.jsonl, one line per sample, because their
+vocabulary is known only after all have been read; then they become arrays (n, 10, L) of tokens. The number of lines
+is the number of samples that an interrupted run has finished.
 
-The image tokens are those of an external tokenizer with 64,000 codes. That is no list of codes but a product of
-levels, as in FSQ (2309.15505), whose usual choice for so many is 8, 8, 8, 5, 5, 5, the first channel the least
-significant digit of a code, as public implementations have it; the digits of chapter 3 run the other way, 5*5*5*8*8*8.
-The files themselves don't say so: this is an assumption. Were it wrong, no code would be lost or confused with
-another; digits would only share less of what is learned.
+The image tokens are those of an external tokenizer with 64,000 codes, assumed to be a product of levels as in FSQ
+(2309.15505). The usual levels for 64,000 codes are 8, 8, 8, 5, 5, 5, with the first channel as the least significant
+digit in public implementations. In chapter 3 the first digit is the most significant: 5*5*5*8*8*8. The files do not
+contain the levels. If the assumption is wrong, codes are still unique, but tokens with a common digit are less related.
 """
 import functools
 import io
@@ -47,14 +46,15 @@ SETTINGS = dict(
     source='',   # the course's folder
     out=MAKES,   # the data folder
     decoder='',  # the course's image decoder, to draw images; '' for none
-    workers=0,   # processes; 0 is one a core
+    workers=0,   # processes; 0 is one per core
 )
-FOLDERS = dict(rgb='tok_rgb@256', depth='tok_depth@256', normal='tok_normal@256', scene_desc='scene_desc', caption='caption')
+FOLDERS = dict(rgb='tok_rgb@256', depth='tok_depth@256', normal='tok_normal@256', scene_desc='scene_desc',
+               caption='caption')
 IMAGES, TEXTS = ('rgb', 'depth', 'normal'), ('scene_desc', 'caption')
 CROPS, SIDE, LEVELS, CODES = 10, 16, '5*5*5*8*8*8', 64000
 SHAPE = (CROPS, SIDE * SIDE)
 LONGEST = 2000  # characters; ten objects take about 800
-SHOWN = 128  # pixels of a drawn picture's side
+SHOWN = 128  # pixels per side of a drawn image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +70,8 @@ def find_stems(source, split):
     for name in FOLDERS:
         folder, ending = os.path.split(path_of(source, split, name, ''))
         try:
-            stems[name] = {file.removesuffix(ending) for file in os.listdir(folder) if file.endswith(ending) and file[0] != '.'}
+            stems[name] = {file.removesuffix(ending) for file in os.listdir(folder)
+                           if file.endswith(ending) and file[0] != '.'}
         except OSError:
             raise UserError(f'{folder}: no such folder; --source=ROOT names the one that holds '
                             f'train/{FOLDERS["rgb"]}/STEM.npy and its like')
@@ -91,8 +92,8 @@ def read_bytes(path):
 
 @functools.lru_cache
 def read_header(header):
-    """Bytes that are the same in nearly all files -> (shape, column-major, dtype): parsing them takes longer than the
-    rest."""
+    """The header of a .npy file -> (shape, column-major, dtype). Cached: it is the same in nearly all files, and
+    parsing it takes longer than the rest."""
     file = io.BytesIO(header)
     np.lib.format.read_magic(file)
     return np.lib.format.read_array_header_1_0(file)
@@ -122,24 +123,25 @@ def read_texts(path):
         raise UserError(f'{path}: unreadable or no JSON ({error})')
     if not isinstance(texts, list) or len(texts) != CROPS or not all(isinstance(text, str) for text in texts):
         raise UserError(f'{path}: expected a list of {CROPS} strings')
-    if max(map(len, texts)) > LONGEST:  # all rows would be as long
+    if max(map(len, texts)) > LONGEST:  # all rows would be padded to this length
         raise UserError(f'{path}: a text of {max(map(len, texts)):,} characters, at most {LONGEST:,} are expected')
     return texts
 
 
 def read_chunk(job):
-    """Some samples: tokens (3, n, 10, 256), and their lines of texts.jsonl, [stem, scene_descs, captions]."""
+    """Reads samples: tokens (3, n, 10, 256), and their lines of texts.jsonl, [stem, scene_descs, captions]."""
     source, split, stems = job
     tokens = [[read_tokens(path_of(source, split, name, stem)) for stem in stems] for name in IMAGES]
-    return np.array(tokens), [json.dumps([stem, *(read_texts(path_of(source, split, name, stem)) for name in TEXTS)]) + '\n'
-                              for stem in stems]
+    return np.array(tokens), [
+        json.dumps([stem, *(read_texts(path_of(source, split, name, stem)) for name in TEXTS)]) + '\n'
+        for stem in stems]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Packing
 
 def count_done(path, stems):
-    """How many samples a stopped run has left in texts.jsonl; a line that was cut off is removed."""
+    """The number of samples that an interrupted run has written to texts.jsonl. Removes an incomplete last line."""
     done = end = 0
     path.touch()
     with open(path, 'rb') as file:
@@ -147,24 +149,25 @@ def count_done(path, stems):
             if not line.endswith(b'\n'):
                 break
             if done == len(stems) or json.loads(line)[0] != stems[done]:
-                raise UserError(f'{path}: begun with other samples than those of --source; delete {path.parent.parent}, or '
-                                'choose another --out')
+                raise UserError(f'{path}: begun with other samples than those of --source; delete '
+                                f'{path.parent.parent}, or choose another --out')
             done, end = done + 1, end + len(line)
     os.truncate(path, end)
     return done
 
 
 def pack(source, folder, split, stems, pool, size=50):
-    """Reads what is left to read of a split into FIELD.npy and texts.jsonl; the lines of a chunk come last."""
+    """Reads the remaining samples of a split into FIELD.npy and texts.jsonl. The lines of a chunk are written last."""
     path = folder / split
     path.mkdir(parents=True, exist_ok=True)
     done = count_done(path / 'texts.jsonl', stems)
     try:
-        wholes = [np.lib.format.open_memmap(path / f'{name}.npy', 'r+' if done else 'w+', np.uint16, (len(stems), *SHAPE))
-                  for name in IMAGES]
+        wholes = [np.lib.format.open_memmap(path / f'{name}.npy', 'r+' if done else 'w+', np.uint16,
+                                            (len(stems), *SHAPE)) for name in IMAGES]
         assert all(len(whole) == len(stems) for whole in wholes), 'samples were added to the source since'
     except (OSError, ValueError, AssertionError) as error:
-        raise UserError(f'{path}: what an earlier run left does not fit ({error}); delete {folder}, or choose another --out')
+        raise UserError(f'{path}: the files of an earlier run do not fit ({error}); delete {folder}, or choose another '
+                        '--out')
     jobs = [(source, split, stems[start:start + size]) for start in range(done, len(stems), size)]
     bar = tqdm(total=len(stems), initial=done, desc=f'pack {split}', unit='sample')
     with bar, open(path / 'texts.jsonl', 'a', encoding='utf-8') as file:
@@ -188,10 +191,11 @@ def encode_texts(folder, splits):
     """texts.jsonl -> FIELD.npy (n, 10, L) of both text fields, L the longest text of all splits. Returns {name: (V,
     L)}."""
     save_words(folder / 'scene_desc.json', words('scene_desc', 256, 10))
-    save_words(folder / 'caption.json', frequent_words(text for _, texts in lines_of(folder, 'train') for text in texts))
+    save_words(folder / 'caption.json',
+               frequent_words(text for _, texts in lines_of(folder, 'train') for text in texts))
     encodings, flat = [load_words(folder / f'{name}.json') for name in TEXTS], {}
     for split in splits:
-        flat[split] = [(array('h'), array('h')) for _ in TEXTS]  # all tokens, and how many each text has
+        flat[split] = [(array('h'), array('h')) for _ in TEXTS]  # all tokens, and the number of each text
         for sample in tqdm(lines_of(folder, split), f'tokenize {split}', unit='sample'):
             for (tokens, lengths), encoding, texts in zip(flat[split], encodings, sample):
                 for text in texts:
@@ -211,7 +215,7 @@ def encode_texts(folder, splits):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The folder as sample.py sees it; of each sample the first view
+# Decoding, drawing and scoring of the first view of each sample, for sample.py and lab/
 
 def digits(tokens):
     """Tokens (...) -> the digits of their codes (6, ...)."""
@@ -220,8 +224,8 @@ def digits(tokens):
 
 class Dataset:
     """Decodes, encodes, draws and scores the tokens of a data folder. `raw` values: texts a list of n strings, images
-    their tokens (n, 256): only an external decoder can tell more of them. That is decoder.jit in the folder, a
-    TorchScript file that turns integers (B, 16, 16) into pictures (B, 3, H, W) from -1 to 1."""
+    their tokens (n, 256), because only an external decoder can decode them. This decoder is decoder.jit in the folder,
+    a TorchScript file that maps integers (B, 16, 16) to images (B, 3, H, W) from -1 to 1."""
     def __init__(self, folder):
         self.folder = Path(folder)
         self.encodings = {name: load_words(self.folder / f'{name}.json') for name in TEXTS}
@@ -249,18 +253,19 @@ class Dataset:
         return torch.from_numpy(encode_rows(self.encodings[name], [text], self.load('val', name).shape[1])).long()
 
     def read_image(self, name, path):
-        raise UserError(f'{path}: pictures of your own need the tokenizer that made MultiCLEVR\'s tokens; give a text instead')
+        raise UserError(f'{path}: images of your own need the tokenizer that made MultiCLEVR\'s tokens; give a text '
+                        'instead')
 
     @functools.cached_property
     def side(self):
-        """Pixels of a side of the pictures that scene_desc tells of: just above the largest coordinate."""
+        """Pixels per side of the images that scene_desc describes: one more than the largest coordinate."""
         return 1 + max((int(row[4:].max()) for row in chain(*self.some_objects('scene_desc'))), default=255)
 
     def some_objects(self, name):
         return [parse_text(name, text) for text in self.truth('train', name, slice(2000))]
 
     def picture(self, name, raw):
-        """One raw value as an RGB picture (H, W, 3) uint8."""
+        """One raw value as an RGB image (H, W, 3) uint8."""
         if name in TEXTS:
             return drawing(name, raw, self.side)
         if self.decoder:
@@ -276,12 +281,12 @@ class Dataset:
             pixels = ((image[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
             return np.asarray(Image.fromarray(pixels).resize((SHOWN, SHOWN), Image.BOX))
         except (RuntimeError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f'{self.folder}/decoder.jit: cannot turn integers (1, {SIDE}, {SIDE}) into an image (1, 3, H, W): '
-                            f'{str(error).strip().splitlines()[-1]}')
+            raise UserError(f'{self.folder}/decoder.jit: cannot turn integers (1, {SIDE}, {SIDE}) into an image '
+                            f'(1, 3, H, W): {str(error).strip().splitlines()[-1]}')
 
     def score(self, name, raw, split, index):
-        """Texts: attributes, objects and scenes right, as in prepare/scenes.py; images: the share of tokens that are
-        the true ones, and of their digits. Returns {metric: (n, k, 2)}, numerators and denominators."""
+        """Texts: attributes, objects and scenes right, as in prepare/scenes.py; images: the fraction of tokens that
+        are right, and of their digits. Returns {metric: (n, k, 2)}, numerators and denominators."""
         truth = self.truth(split, name, index)
         if name in TEXTS:
             return score_objects(*([parse_text(name, text) for text in texts] for texts in (truth, raw)))
@@ -289,16 +294,17 @@ class Dataset:
         return {key: np.stack((right.mean((0, 2)), np.ones(len(raw))), -1)[:, None] for key, right in same.items()}
 
     def baseline(self, name, split, index):
-        """Raw values by a predictor that sees nothing: at each place the training set's most frequent token; the most
-        frequent objects, or no text where captions don't tell of any."""
+        """Raw values of the constant predictor: the most frequent token of the training set at each position; the most
+        frequent objects, or an empty text if captions have none."""
         if name in IMAGES:
             tokens = self.truth('train', name, slice(2000))
             return np.repeat([[np.bincount(column).argmax() for column in tokens.T]], len(index), 0)
         objects = self.some_objects(name)
         table = np.full((len(objects), max(map(len, objects)), 6), -1)
         for row, some in zip(table, objects):
-            row[:len(some)] = np.where(some < 0, 0, some)  # 0 for what this text never tells: sizes, positions
-        return [dict(caption=caption, scene_desc=scene_desc)[name](rows) if (rows := typical(table)) else ''] * len(index)
+            row[:len(some)] = np.where(some < 0, 0, some)  # 0 for attributes that the text does not contain
+        rows = typical(table)
+        return [dict(caption=caption, scene_desc=scene_desc)[name](rows) if rows else ''] * len(index)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,7 +328,8 @@ def main(*arguments, **overrides):
             for split in splits:
                 pack(source, folder, split, stems[split], pool)
         sizes = encode_texts(folder, splits)
-        entries = [f'{name}:{LEVELS}:{SIDE}x{SIDE}' for name in IMAGES] + [f'{name}:{V}:{L}' for name, (V, L) in sizes.items()]
+        entries = [f'{name}:{LEVELS}:{SIDE}x{SIDE}' for name in IMAGES]
+        entries += [f'{name}:{V}:{L}' for name, (V, L) in sizes.items()]
         fields = {name: CODES for name in IMAGES} | {name: V for name, (V, _) in sizes.items()}
         meta = dict(kind='rows', prepare='multiclevr', fields=fields, views=dict.fromkeys(fields, CROPS),
                     config=dict(modalities=' '.join(entries)), settings=dict(source=source))

@@ -39,7 +39,7 @@ def read_picture(path):
 
 
 def read_square(path, best):
-    """read_picture for an image that must be square; `best` is the side that the message recommends. Raises
+    """read_picture for an image that must be square; `best` is the recommended side in the error message. Raises
     UserError."""
     image = read_picture(path)
     if image.width != image.height:

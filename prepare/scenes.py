@@ -1,6 +1,5 @@
 """
-The data set `scenes`: CLEVR-like images with exact ground truth in six modalities, rendered and tokenized on this
-machine.
+The data set `scenes`: CLEVR-like images with exact ground truth in six modalities, rendered and tokenized here.
 
     python -m prepare.scenes                      (train.py runs this if data/scenes is missing)
     python -m prepare.scenes --n_train=2000 --n_val=200 --max_objects=3 --out=data/scenes_small
@@ -11,14 +10,13 @@ machine.
     normal        surface normals in the camera's frame  64x64, 64 tokens
     segmentation  ground, or shape x color              64x64, 64 tokens
     scene_desc    "Object 1 - Position: x=20 y=31 Shape: cube Color: blue Material: metal. Object 2 - ..."
-    caption       "a large red metal sphere, a small blue rubber cube and a large gray metal cylinder", from left to right
+    caption       "a large red metal sphere, a small blue rubber cube and a large gray metal cylinder", left to right
 
 --extra adds modalities that are functions of an image (grey, edges, palette, low: prepare/pictures.py) and modalities
 that are numbers (boxes, metadata, layout: prepare/scenes_numbers.py).
 
-Beside the tokens (FIELD.npy) the folder contains the raw arrays (raw_FIELD.npy, raw_instance.npy, attributes and
-positions of the objects in raw_objects.npy), the tokenizers and, after the first scoring, the parser that reads
-objects from images. `Dataset` decodes, draws and scores tokens for sample.py.
+The folder contains tokens (FIELD.npy), raw arrays (raw_FIELD.npy, raw_instance.npy, attributes and positions of objects
+in raw_objects.npy), the tokenizers and, after the first scoring, the parser, which predicts objects from images.
 """
 import functools
 import re
@@ -35,11 +33,12 @@ from prepare.arrays import begin, load, read_meta, save_meta, write
 from prepare.pictures import read_square
 from prepare.scenes_numbers import NUMBERS
 from prepare.scenes_render import COLORS, MATERIALS, SHAPES, SIZES, make
-from prepare.scenes_scores import score_boxes, score_depth, score_normal, score_numbers, score_objects, score_segmentation
+from prepare.scenes_scores import score_boxes, score_depth, score_normal
+from prepare.scenes_scores import score_numbers, score_objects, score_segmentation
 from prepare.text_tokenizers import decode_row, encode_rows, load_words, save_words
 
 COLOR_NAMES = tuple(COLORS)
-NAMES = dict(shape=SHAPES, color=COLOR_NAMES, material=MATERIALS, size=SIZES)  # the columns of raw_objects, before x and y
+NAMES = dict(shape=SHAPES, color=COLOR_NAMES, material=MATERIALS, size=SIZES)  # columns of raw_objects, before x and y
 MAKES = 'data/scenes'
 SETTINGS = dict(
     n_train=20000, n_val=1000,  # scenes
@@ -69,7 +68,8 @@ def caption(objects):
 def scene_desc(objects):
     """The grammar of the course's MultiCLEVR; positions are pixels of the stored image."""
     return ' '.join(f'Object {i + 1} - Position: x={x} y={y} Shape: {SHAPES[shape]} Color: {COLOR_NAMES[color]} '
-                    f'Material: {MATERIALS[material]}.' for i, (shape, color, material, _, x, y) in enumerate(objects) if shape >= 0)
+                    f'Material: {MATERIALS[material]}.'
+                    for i, (shape, color, material, _, x, y) in enumerate(objects) if shape >= 0)
 
 
 def words(name, size, max_objects):
@@ -93,7 +93,8 @@ def spell_out(text):
 
     def repeat(match):
         return ', '.join([f'a {match[2]}'] * counts[match[1]])
-    text = re.sub(rf'\b({"|".join(counts)}) ((?:\w+ )*?(?:{"|".join(SHAPES)}))s?\b', repeat, text.strip().lower().rstrip('.'))
+    text = re.sub(rf'\b({"|".join(counts)}) ((?:\w+ )*?(?:{"|".join(SHAPES)}))s?\b', repeat,
+                  text.strip().lower().rstrip('.'))
     return text if ' and ' in text else ' and '.join(text.rsplit(', ', 1))  # the last object comes after an "and"
 
 
@@ -142,26 +143,24 @@ def typical(objects):
 # Decoding, drawing and scoring, for sample.py and lab/
 
 class Dataset:
-    """Decodes, encodes, draws and scores the tokens of a data folder.
-
-    `raw` values: images (n, H, W, 3) uint8, depth (n, H, W) float, normals (n, H, W, 3) float, segmentation (n, H, W)
-    integers, texts a list of n strings.
-    """
+    """Decodes, encodes, draws and scores the tokens of a data folder. `raw` values: images (n, H, W, 3) uint8, depth
+    (n, H, W) float, normals (n, H, W, 3) float, segmentation (n, H, W) integers, texts a list of n strings."""
     def __init__(self, folder):
         self.folder, self.device, names = Path(folder), 'auto', read_meta(folder)['fields']  # device: trains the parser
         self.tokenizers = {name: image_tokenizers.ImageTokenizer.load(self.folder / f'{name}.pt') for name in names
                            if name in IMAGES or name in pictures.TOKENIZED}
-        self.encodings = {name: load_words(self.folder / f'{name}.json') for name in names if name in TEXTS or name in NUMBERS}
+        self.encodings = {name: load_words(self.folder / f'{name}.json') for name in names
+                          if name in TEXTS or name in NUMBERS}
         self.size = self.tokenizers['rgb'].config.size
 
     @functools.cached_property
     def parser(self):
-        """Reads objects from images; trained in about a minute for the first score."""
+        """The parser, which predicts objects from images; trained on first use, in about a minute."""
         path = self.folder / 'parser.pt'
         if not path.is_file():
             torch.manual_seed(0)
-            new = scenes_parser.Parser(self.size)
-            scenes_parser.train_parser(self.folder, new, 'raw_rgb', scenes_parser.pixel_patches, device=self.device).save(path)
+            new, patches = scenes_parser.Parser(self.size), scenes_parser.pixel_patches
+            scenes_parser.train_parser(self.folder, new, 'raw_rgb', patches, device=self.device).save(path)
         return scenes_parser.Parser.load(path)
 
     def load(self, split, name):
@@ -184,8 +183,8 @@ class Dataset:
             return [decode_row(self.encodings[name], row) for row in ids.tolist()]
         if name in EXTRA:
             return pictures.from_tokens(name, ids, self.tokenizers.get(name))
-        parts = [image_tokenizers.from_network(name, self.tokenizers[name].decode(part)) for part in ids.cpu().split(100)]
-        return np.concatenate(parts)
+        return np.concatenate([image_tokenizers.from_network(name, self.tokenizers[name].decode(part))
+                               for part in ids.cpu().split(100)])
 
     def encode(self, name, raw):
         """Raw values -> token ids (n, size)."""
@@ -203,14 +202,14 @@ class Dataset:
     def read_image(self, name, path):
         """A user's image file -> token ids (1, size); any mode and any square size are converted."""
         if name not in pictures.MAKE:
-            raise UserError(f'--image gives the modality rgb, or what is made of it ({", ".join(pictures.MAKE)}), not {name}')
+            raise UserError('--image gives the modality rgb, or a function of it '
+                            f'({", ".join(pictures.MAKE)}), not {name}')
         image = read_square(path, self.size)
         image = np.asarray(image.resize((self.size, self.size), Image.BICUBIC))[None]
         return torch.from_numpy(pictures.tokenize(name, image, self.tokenizers.get(name))).long()
 
     def picture(self, name, raw):
-        """One raw value as an RGB image (H, W, 3) uint8; objects of a scene_desc at their coordinates, of a caption in
-        a row."""
+        """One raw value as an RGB image (H, W, 3) uint8; objects of a scene_desc at their positions, else in a row."""
         if name == 'rgb':
             return raw
         if name == 'depth':
@@ -219,8 +218,8 @@ class Dataset:
         if name == 'normal':
             return np.round((raw + 1) * 127.5).clip(0, 255).astype(np.uint8)
         if name == 'segmentation':
-            palette = np.array([(140, 140, 140)] + [np.array(rgb) * (0.6 + 0.2 * s) for s in range(3) for rgb in COLORS.values()])
-            return palette[raw].astype(np.uint8)
+            palette = [(140,) * 3] + [np.array(rgb) * (0.6 + 0.2 * s) for s in range(3) for rgb in COLORS.values()]
+            return np.array(palette)[raw].astype(np.uint8)
         if name in NUMBERS:
             return scenes_numbers.drawing(name, raw, self.size)
         return pictures.enlarged(raw, self.size) if name in EXTRA else drawing(name, raw, self.size)
@@ -237,7 +236,8 @@ class Dataset:
     def score(self, name, raw, split, index):
         """Metrics of raw values against the truth: {metric: (n, k, 2)}, numerators and denominators."""
         if name in NUMBERS:
-            tables = ([scenes_numbers.read(name, text) for text in texts] for texts in (self.truth(split, name, index), raw))
+            tables = ([scenes_numbers.read(name, text) for text in texts]
+                      for texts in (self.truth(split, name, index), raw))
             return score_boxes(*tables) if name == 'boxes' else score_numbers(name, *tables)
         if name in EXTRA:
             return pictures.pixel_error(self.truth(split, name, index), raw)
@@ -272,12 +272,13 @@ class Dataset:
 # Making the data set
 
 def raw_arrays(made):
-    """The renderer's arrays in the stored form: classes instead of instances, one table of objects."""
-    objects = np.concatenate([made[name][..., None] for name in NAMES] + [made['pixel']], -1).astype(np.int16)  # (n, K, 6)
+    """The renderer's arrays in the stored form: classes instead of instances, one table of objects (n, K, 6)."""
+    objects = np.concatenate([made[name][..., None] for name in NAMES] + [made['pixel']], -1).astype(np.int16)
     objects[made['shape'] < 0] = -1
     label = np.where(made['shape'] < 0, 0, 1 + made['shape'].astype(np.int64) * len(COLORS) + made['color'])
     label = np.pad(label, ((0, 0), (1, 0)))  # instance 0 is the ground
-    segmentation = np.take_along_axis(label[:, None, :], made['instance'].astype(np.int64).reshape(len(label), 1, -1), -1)
+    instance = made['instance'].astype(np.int64).reshape(len(label), 1, -1)
+    segmentation = np.take_along_axis(label[:, None, :], instance, -1)
     return dict(raw_rgb=made['rgb'], raw_depth=made['depth'], raw_normal=made['normal'], raw_instance=made['instance'],
                 raw_segmentation=segmentation.reshape(made['instance'].shape).astype(np.uint8), raw_objects=objects)
 
@@ -309,7 +310,7 @@ def add_text(folder, meta, name, vocabulary, texts, length):
 
 
 def add_numbers(folder, meta, name):
-    """Adds numbers that are measured from the raw arrays, as text."""
+    """Adds numbers measured from the raw arrays, as text."""
     measure, columns = NUMBERS[name]
     tables = {}
     for split in ('train', 'val'):
@@ -356,7 +357,7 @@ def make_scenes(settings):
         objects = {split: load(folder / split / 'raw_objects.npy').tolist() for split in ('train', 'val')}
         texts = {split: [text_of(one) for one in some] for split, some in objects.items()}
         add_text(folder, meta, name, words(name, size, K), texts, text_length(name, K))
-    # chapters with one modality get rgb, as tokens or as pixels
+    # models of one modality read rgb, as tokens or as pixels
     _, levels, grid = meta['config']['modalities'].split()[0].split(':')
     meta['config'] |= dict(vocab_size=meta['fields']['rgb'], levels=levels, grid=grid, block_size=(size // 8) ** 2 - 1,
                            image_size=size, channels=3, n_classes=0)

@@ -1,17 +1,17 @@
 """
 The data set `scenes_align`: descriptions of the images of data/scenes, for stage 1 of chapter 5.
 
-    python -m prepare.scenes_align       (train.py runs it by itself when data/scenes_align is missing)
+    python -m prepare.scenes_align       (train.py runs this if data/scenes_align is missing)
 
     Question: Describe the picture. Answer: row 3 column 1 large red metal sphere row 5 column 6 small blue rubber cube
     Question: Where are the small things? Answer: row 5 column 6
 
 A description lists the objects from left to right: the cell of the object's center in a grid of 8x8, then its
-attributes. With the cell given, the model has to attend to one image token only, and learns sooner which object is
-there. The second kind of question goes from words to positions (pointing, as in Molmo, 2409.17146), the first step of
-each chain of thought in scenes_qa. An answer in scenes_qa has 1 or 2 bits of information about the image, a description
-50. Each of the 8x8 cells also has a label (patch_labels.npy), for models with one image token per cell. Vocabulary and
-held-out images are those of prepare/scenes_qa.py.
+attributes. After the cell, the model has to attend to one image token only, and learns the attributes sooner. The
+second kind of question maps words to positions (pointing, as in Molmo, 2409.17146), the first step of each chain of
+thought in scenes_qa. An answer in scenes_qa has 1 or 2 bits of information about the image, a description has 50. Each
+of the 8x8 cells also has a label (patch_labels.npy), for models with one image token per cell. Vocabulary and held-out
+images are those of prepare/scenes_qa.py.
 """
 import numpy as np
 

@@ -1,5 +1,5 @@
 """
-Numbers about a scene as modalities of the data set `scenes`: a short text with a token for each "column=value".
+Numbers that describe a scene, as modalities of the data set `scenes`: a short text, one token per "column=value".
 
     boxes     "shape=cube left=3 top=20 right=17 bottom=33 shape=sphere left=..."   from left to right
     metadata  "objects=3 cover=27 depth=98 light=52 elevation=36"
@@ -19,12 +19,14 @@ from prepare.pictures import LUMINANCE, SIDE, low
 from prepare.scenes_render import COLORS, SHAPES
 
 BINS = 64  # of a coordinate, for any image size
-YCBCR = np.stack((LUMINANCE, ((0, 0, 1) - LUMINANCE) / 1.772, ((1, 0, 0) - LUMINANCE) / 1.402), 1)  # from RGB; each within 256
+# from RGB; the range of each channel is 256
+YCBCR = np.stack((LUMINANCE, ((0, 0, 1) - LUMINANCE) / 1.772, ((1, 0, 0) - LUMINANCE) / 1.402), 1)
 LAYOUT = dict(y=6, cb=3, cr=3)  # number of the lowest frequencies kept: (channel, frequency down, frequency across)
 CHANNEL, DOWN, ACROSS = np.array([(c, *place) for c, many in enumerate(LAYOUT.values())
                                   for place in ((0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2))[:many]]).T
 STEP = np.array([32] + 11 * [8])  # quantization step
-WAVES = np.cos(np.pi / SIDE * np.arange(SIDE)[:, None] * (np.arange(SIDE) + 0.5)) * (2 / SIDE) ** 0.5  # (frequency, position)
+# the cosine transform (frequency, position)
+WAVES = np.cos(np.pi / SIDE * np.arange(SIDE)[:, None] * (np.arange(SIDE) + 0.5)) * (2 / SIDE) ** 0.5
 WAVES[0] /= 2 ** 0.5  # orthonormal
 
 
@@ -54,7 +56,7 @@ def metadata(raw):
 def layout(raw):
     """MPEG-7's color layout descriptor (Manjunath et al., "Color and Texture Descriptors", 2001), a global feature for
     image search: the lowest frequencies (cosine transform) of the image in 8x8 pixels, six of luminance, three of each
-    color difference; 32 stands for 0."""
+    color difference. Zero is stored as 32."""
     found = np.einsum('fi,nijc,gj->ncfg', WAVES, low(raw['rgb']) @ YCBCR - (128, 0, 0), WAVES)
     return np.round(32 + found[:, CHANNEL, DOWN, ACROSS] / STEP).clip(0, 63)[:, None].astype(int)  # (n, 1, 12)
 
@@ -95,8 +97,10 @@ def to_text(name, table):
 
 def read(name, text):
     """The inverse of to_text: text -> (K, columns); malformed rows are left out."""
-    pattern = ' '.join(rf'{column}=({"|".join(SHAPES) if column == "shape" else "[0-9]+"})' for column in NUMBERS[name][1])
-    rows = [[SHAPES.index(value) if value in SHAPES else int(value) for value in row] for row in re.findall(pattern, text)]
+    pattern = ' '.join(rf'{column}=({"|".join(SHAPES) if column == "shape" else "[0-9]+"})'
+                       for column in NUMBERS[name][1])
+    rows = [[SHAPES.index(value) if value in SHAPES else int(value) for value in row]
+            for row in re.findall(pattern, text)]
     return np.array(rows, int).reshape(-1, len(NUMBERS[name][1]))
 
 

@@ -1,5 +1,5 @@
 """
-The parser: reads the objects of a scene from an image, to score generated images.
+The parser: predicts the objects of a scene from an image, to score generated images.
 
 Objects are points (CenterNet, Zhou et al., 1904.07850): for each cell of a grid, four pixels wide, a small Transformer
 predicts whether an object's centre is in it, and the object's shape, color, material and size. It is trained on
@@ -33,7 +33,7 @@ RADIUS = 2.0                                          # pixels: standard deviati
 
 
 class Parser(nn.Module):
-    """Predicts objects from an image of `size` pixels per side, given as patches of `inputs` numbers each."""
+    """Predicts objects from an image of `size` pixels per side, given as patches of `inputs` values each."""
     def __init__(self, size, inputs=3 * PATCH ** 2, n_embd=128, n_layer=4):
         super().__init__()
         self.size, side = size, size // PATCH

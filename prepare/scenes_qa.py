@@ -1,7 +1,7 @@
 """
 The data set `scenes_qa`: questions and answers about the images of data/scenes, made from the scenes' ground truth.
 
-    python -m prepare.scenes_qa          (train.py runs it by itself when data/scenes_qa is missing)
+    python -m prepare.scenes_qa          (train.py runs this if data/scenes_qa is missing)
     python -m prepare.scenes_qa --scenes=data/scenes_small --out=data/scenes_small_qa
 
     exist         Are there any large cubes?                           yes, no
@@ -16,9 +16,9 @@ These are CLEVR's families (Johnson et al., 1612.06890). Answers are balanced, s
 better than chance: of several random questions, the one whose answer is the rarest so far for its kind is taken. The
 questions about a scene are one conversation with one image. Images are not copied but read from data/scenes.
 
-A chain of thought precedes each answer (Wei et al., 2201.11903): the cell, of 8x8, of each object that the question is
-about, and what is there. A question of several steps so becomes several simple predictions (counting by pointing, as in
-Molmo, 2409.17146). Only the answer is scored.
+A chain of thought precedes each answer (Wei et al., 2201.11903): the cell, in a grid of 8x8, of each object that the
+question is about, and its attributes if needed. A question of several steps thus becomes several simple predictions
+(counting by pointing, as in Molmo, 2409.17146). Only the answer is scored.
 
     Question: Is the red cube left of the small sphere? row 3 column 1 row 5 column 6 Answer: yes
     Question: Are there more cubes than red things? row 3 column 1 row 2 column 5 2 row 3 column 1 1 Answer: yes
@@ -102,7 +102,7 @@ class Scene:
         return options[int(self.random.random() * len(options))] if len(options) else None
 
     def the(self, silent=None, other=None):
-        """A filter that matches one object alone, without attribute `silent`, and the object; or (None, None)."""
+        """Return a filter that matches one object only, without attribute `silent`, and the object; or (None, None)."""
         k = self.choose([k for k in range(len(self.objects)) if k != other])
         kind = self.choose([kind for kind in self.names[k] if silent is None or not kind >> silent & 1])
         return (None, None) if kind is None else (self.choose(self.names[k][kind]), k)
@@ -196,7 +196,7 @@ def hop(scene):
     beside = None if g is None else scene.beside(side, j)
     if beside is None:
         return None
-    here = (scene.fits & beside).sum(1)  # (filters,) how many of the objects beside it match
+    here = (scene.fits & beside).sum(1)  # (filters,) number of matching objects beside it
     if a is None:  # for 'no', one that is elsewhere in the image
         wanted = here > 0 if scene.random.random() < 0.5 else (here == 0) & (scene.count > scene.fits[:, j])
         f = scene.choose(wanted.nonzero()[0])
@@ -216,7 +216,7 @@ def cell(pixel, size):
 
 
 def cell_words(x, y, size):
-    """Return the words for the cell, of 8x8, of a pixel in an image of `size` pixels."""
+    """Return the words for the cell, in a grid of 8x8, of a pixel in an image of `size` pixels."""
     return f'row {cell(y, size)} column {cell(x, size)}'
 
 

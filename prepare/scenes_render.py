@@ -8,7 +8,7 @@ those of the rays through the pixel centres; the image is the mean of four rays 
 Vectors are stored with x, y, z on the first axis: (3, ...). World: z up, ground z = 0, unit about one object.
 A dict `scenes` holds, for S scenes of up to K objects:
     shape, color, material, size (S, K) integers, -1 if there is no object;  center (3, S, K), half (S, K), angle (S, K)
-    eye (3, S), axes (3, 3, S) the camera's right, up and backward vectors;     light (3, S) the direction towards the light
+    eye (3, S), axes (3, 3, S) the camera's right, up and backward vectors;  light (3, S) the direction to the light
 
 Simplifications: one distant light with hard shadows; reflections of a gradient instead of traced ones.
 """
@@ -23,7 +23,7 @@ COLORS = {'blue': (42, 75, 215), 'brown': (129, 74, 25), 'cyan': (41, 208, 208),
           'green': (29, 105, 20), 'purple': (129, 38, 192), 'red': (173, 35, 35), 'yellow': (255, 238, 51)}  # CLEVR's
 MATERIALS = ('metal', 'rubber')
 SIZES = ('large', 'small')
-RADIUS = np.array((0.75, 0.48))            # of a large and a small sphere or cylinder; half the side of a cube is 0.85 of it
+RADIUS = np.array((0.75, 0.48))            # of a large and a small sphere or cylinder; times 0.85: half side of a cube
 DISTANCE, ELEVATION, FOCAL = 7.5, 36, 3.05  # of the camera: from the centre; degrees; in half image widths
 CHUNK = 8                                  # scenes rendered together: they fit in the cache
 INFINITY = np.float32(1e9)
@@ -135,7 +135,8 @@ def slab(o, d, h):
 def hit_cube(o, d, h):
     """The same for a cube of half side h: the intersection of three slabs."""
     enter, leave = zip(*(slab(o[i], d[i], h) for i in range(3)))
-    near, far = np.maximum(np.maximum(enter[0], enter[1]), enter[2]), np.minimum(np.minimum(leave[0], leave[1]), leave[2])
+    near = np.maximum(np.maximum(enter[0], enter[1]), enter[2])
+    far = np.minimum(np.minimum(leave[0], leave[1]), leave[2])
     return np.where((near < far) & (near > 1e-3), near, INFINITY)
 
 

@@ -11,8 +11,8 @@ Your own text as one sequence of tokens: a file, or all text files of a folder.
     smollm2     the 49,152 tokens of SmolLM2, to fine-tune it
 
 Byte-pair encodings have an end token after each document (each file). The last fraction val_share of all tokens is for
-validation. All data sets of plain text use the functions of this file and `Dataset`, which encodes prompts and decodes
-ids.
+validation. All data sets of plain text use the functions of this file and its `Dataset`, which encodes prompts and
+decodes ids.
 """
 import hashlib
 import re
@@ -115,14 +115,15 @@ def write(folder, encoding, splits, meta):
         arrays.write(folder / split, dict(tokens=tokens))
     save_encoding(folder / 'encoding.json', encoding)
     sizes, sample = {split: len(tokens) for split, tokens in splits.items()}, splits['val'][:1_000_000].tolist()
-    bytes_per_token = len(Dataset(folder).decode(sample).encode()) / len(sample)  # bits per byte = nats per token / ln 2 / this
+    # bits per byte = nats per token / ln 2 / bytes_per_token
+    bytes_per_token = len(Dataset(folder).decode(sample).encode()) / len(sample)
     if meta['encoding'] in ('characters', 'bpe'):  # specific to this text
         meta['encoding'] += '-' + hashlib.sha256((folder / 'encoding.json').read_bytes()).hexdigest()[:8]
-    meta = dict(kind='stream', fields=dict(tokens=encoding.n_vocab), config=dict(vocab_size=encoding.n_vocab), sizes=sizes,
-                bytes_per_token=bytes_per_token) | meta
+    meta = dict(kind='stream', fields=dict(tokens=encoding.n_vocab), config=dict(vocab_size=encoding.n_vocab),
+                sizes=sizes, bytes_per_token=bytes_per_token) | meta
     arrays.save_meta(folder, meta)
-    print(f'{folder}: {encoding.n_vocab:,} symbols; {sizes["train"]:,} tokens for training, {sizes["val"]:,} for validation, '
-          f'of {bytes_per_token:.2f} bytes each')
+    print(f'{folder}: {encoding.n_vocab:,} symbols; {sizes["train"]:,} tokens for training, {sizes["val"]:,} for '
+          f'validation, of {bytes_per_token:.2f} bytes each')
 
 
 def write_split(folder, encoding, documents, val_share, meta):
@@ -146,7 +147,8 @@ def find_files(path):
         return [path]
     files = sorted(file for file in path.rglob('*') if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
-        raise UserError(f'{path}: neither a file nor a folder with text files ({", ".join("*" + suffix for suffix in SUFFIXES)})')
+        raise UserError(f'{path}: neither a file nor a folder with text files '
+                        f'({", ".join("*" + suffix for suffix in SUFFIXES)})')
     return files
 
 
@@ -165,7 +167,8 @@ def read_files(files):
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     if not settings['input']:
-        raise UserError('which text? python -m prepare.text --input=FILE_OR_FOLDER --encoding=characters --out=data/text')
+        raise UserError('which text? python -m prepare.text --input=FILE_OR_FOLDER --encoding=characters '
+                        '--out=data/text')
     files = find_files(Path(settings['input']))
     encoding = make_encoding(settings['encoding'], read_files(files), settings['vocab_size'])
     meta = dict(prepare='text', encoding=settings['encoding'], settings=settings)

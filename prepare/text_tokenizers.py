@@ -2,7 +2,7 @@
 Text tokenizers: characters, byte-pair encodings (with tiktoken), and closed vocabularies for a data set.
 
 A byte-pair encoding (BPE, arXiv 1508.07909) starts with the 256 bytes and repeatedly merges the most frequent pair of
-adjacent tokens to a new token. `train_bpe` does this for any text; `gpt2_encoding` is that of GPT-2.
+adjacent tokens into a new token. `train_bpe` trains one on any text; `gpt2_encoding` returns the one of GPT-2.
 
 A closed vocabulary is a list of words, spaces included (' red', ' Shape: cube'); each is one token. Other text is
 encoded as single bytes, so that every input can be encoded. Ids: 0..255 the bytes, then the words, then the end token.
@@ -24,7 +24,8 @@ from config import UserError
 from prepare.download import cache_folder
 
 END = '<|endoftext|>'
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words; no token crosses them
+# words: a token never extends over two words
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 class Characters:
@@ -53,7 +54,8 @@ def gpt2_encoding():
     try:
         return tiktoken.get_encoding('gpt2')
     except OSError as error:
-        raise UserError(f'GPT-2\'s encoding is not in {os.environ["TIKTOKEN_CACHE_DIR"]} and cannot be downloaded ({error})')
+        raise UserError(f'GPT-2\'s encoding is not in {os.environ["TIKTOKEN_CACHE_DIR"]} and cannot be downloaded '
+                        f'({error})')
 
 
 def merge(ids, pair, new):
@@ -68,14 +70,14 @@ def merge(ids, pair, new):
 
 
 def merges(words, counts):
-    """Yields the pairs to merge, the most frequent first, of equally frequent ones that with the smallest ids. The
+    """Yields the pairs to merge, the most frequent first; of equally frequent pairs, the one with the smallest ids. The
     first gets id 256.
 
     words: lists of ids, merged in place; counts: number of occurrences of each word. A merge changes only the counts
     of words that contain its pair. The most frequent pair is taken from a heap; outdated entries of the heap are
     skipped.
     """
-    pairs, places, changed, heap = Counter(), defaultdict(set), set(), []  # places: words that contain or contained a pair
+    pairs, places, changed, heap = Counter(), defaultdict(set), set(), []  # places: words that have or had a pair
 
     def count(w, sign):
         for pair in zip(words[w], words[w][1:]):
@@ -106,7 +108,8 @@ def merges(words, counts):
 def train_bpe(texts, vocab_size):
     """A tiktoken.Encoding of at most vocab_size tokens: the 256 bytes, the pairs merged in order, the end token."""
     if vocab_size < 257:
-        raise UserError(f'vocab_size={vocab_size}: byte-pair encoding needs at least 257, for all bytes and the end token')
+        raise UserError(f'vocab_size={vocab_size}: byte-pair encoding needs at least 257, for all bytes and the end '
+                        'token')
     counts = Counter(match[0] for text in texts for match in regex.finditer(GPT2_PATTERN, text))
     words, tokens, n = [list(word.encode()) for word in counts], [bytes([i]) for i in range(256)], vocab_size - 257
     for a, b in tqdm(itertools.islice(merges(words, list(counts.values())), n), 'train bpe', n, unit='merge'):
@@ -126,17 +129,18 @@ def save_encoding(path, encoding):
 
 
 def load_encoding(path):
-    """Reads a file of save_encoding; tiktoken's loader would cache it by path, and return an old one. Raises
+    """Reads a file of save_encoding. tiktoken's own loader caches files by path and could return an old one. Raises
     UserError."""
     try:
         saved = json.loads(Path(path).read_text(encoding='utf-8'))
         if 'alphabet' in saved:
             return Characters(saved['alphabet'])
         ranks = {token.encode('latin-1'): i for token, i in saved['ranks'].items()}
-        return tiktoken.Encoding('saved', pat_str=saved['pattern'], mergeable_ranks=ranks, special_tokens=saved['specials'])
+        return tiktoken.Encoding('saved', pat_str=saved['pattern'], mergeable_ranks=ranks,
+                                 special_tokens=saved['specials'])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: missing or no encoding ({type(error).__name__}); delete {Path(path).parent} to make it '
-                        'again')
+        raise UserError(f'{path}: missing or no encoding ({type(error).__name__}); delete {Path(path).parent} to make '
+                        'it again')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,7 +163,8 @@ def frequent_words(texts, most=4000):
     for piece, n in pieces.items():
         for word in re.findall(r' ?\w+|[^\w\s]+', piece):
             counts[word] += n
-    return [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if len(word.encode()) > 1][:most]
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [word for word, _ in ordered if len(word.encode()) > 1][:most]
 
 
 def save_words(path, words):

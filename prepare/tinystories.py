@@ -1,11 +1,11 @@
 """
 TinyStories (Eldan and Li, arXiv 2305.07759): 2.7 million short stories in the words of a small child, written by GPT-4.
 
-    python -m prepare.tinystories                                         4,096 tokens of byte-pair encoding, trained here
-    python -m prepare.tinystories --encoding=gpt2 --n_stories=100000      GPT-2's 50,257 tokens; fewer stories for training
+    python -m prepare.tinystories                                       4,096 tokens of byte-pair encoding
+    python -m prepare.tinystories --encoding=gpt2 --n_stories=100000    GPT-2's 50,257 tokens; fewer training stories
 
 Two public files, 2.2 GB and 22 MB, are downloaded once into the cache folder NANO_CACHE. The stories are concatenated
-to one sequence of tokens, with an end token after each.
+into one sequence of tokens, with an end token after each.
 """
 from itertools import islice
 from pathlib import Path

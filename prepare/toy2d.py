@@ -1,5 +1,5 @@
 """
-Points in the plane with a known distribution: what a generative model has learned can be seen, and measured exactly.
+Points in the plane with a known distribution: what a generative model has learned can be plotted and measured exactly.
 
     python -m prepare.toy2d                                        eight Gaussians on a circle, in data/toy2d
     python -m prepare.toy2d --name=moons --out=data/moons          also checkerboard, spirals
@@ -42,7 +42,7 @@ def centres():
 
 
 def checkerboard(n, random):
-    """Every other one of 4 x 4 squares with sides of 0.9."""
+    """Every second one of 4 x 4 squares with sides of 0.9."""
     column, row = random.integers(0, 4, n), random.integers(0, 2, n)
     corner = np.stack((column, 2 * row + column % 2), -1) - 2
     return 0.9 * (corner + random.random((n, 2)))
@@ -148,7 +148,7 @@ class Dataset:
 
     @staticmethod
     def scatter(points, side):
-        """Points (n, 2) as an image (side, side, 3) uint8: the more in a pixel, the darker."""
+        """Points (n, 2) as an image (side, side, 3) uint8: a pixel with more points is darker."""
         histogram = np.histogram2d(-points[:, 1], points[:, 0], side, [[-EXTENT, EXTENT]] * 2)[0]
         return (255 - (1 - 0.5 ** histogram[..., None]) * (255 - np.array([16, 40, 130]))).astype(np.uint8)
 

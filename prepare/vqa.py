@@ -1,5 +1,5 @@
 """
-Your own images with questions and answers: a JSONL file, each line one image (or several) and a conversation about it.
+Your own images with questions and answers: a JSONL file. Each line has one image (or several) and a conversation.
 
     {"image": "cat.jpg", "turns": [["What is on the sofa?", "A cat."], ["Which color is it?", "Black."]]}
 
@@ -11,8 +11,8 @@ Your own images with questions and answers: a JSONL file, each line one image (o
 
     IMAGE Question: What is on the sofa? Answer: A cat. END Question: Which color is it? Answer: Black. END
 
-A conversation longer than --length tokens continues in another row, which repeats the image; a turn longer than that is
-left out. Images of any size and mode are resized to size x size RGB without keeping their proportions, as in SigLIP;
+A conversation longer than --length tokens continues in another row, which repeats the image; a turn longer than a row
+is left out. Images of any size and mode are resized to size x size RGB without keeping their proportions, as in SigLIP;
 each file is stored once. All conversations about an image are in the same split: training or validation.
 """
 import json
@@ -34,8 +34,8 @@ SETTINGS = dict(
     input='',        # the file of conversations
     images='',       # the folder of its images
     out=MAKES,       # the data folder
-    size=224,        # pixels of a side
-    length=256,      # tokens of a row, images included
+    size=224,        # pixels per side
+    length=256,      # tokens per row, images included
     val_share=0.02,  # fraction of the conversations that is held out
     seed=0,
 )
@@ -64,7 +64,7 @@ class Template:
         return self.encoding.encode_ordinary(' ' + ' '.join(words)) + [self.end]
 
     def fits(self, turn, length, n_images=1):
-        """Whether a row of `length` tokens can hold the turn (question, answer[, thought]) and its images."""
+        """Return whether a row of `length` tokens can hold the turn (question, answer[, thought]) and its images."""
         question, *reply = turn
         return len(self.encode_question(question, n_images)) + len(self.encode_reply(*reply)) <= length
 
@@ -95,7 +95,7 @@ def read_resized(path, size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The folder as sample.py sees it
+# Decoding, for sample.py and lab/
 
 class Dataset:
     """Encodes questions, decodes answers and reads images, for any data folder of conversations."""
@@ -113,7 +113,8 @@ class Dataset:
 
     def questions(self, split, name='questions'):
         """Return the lines of a JSONL file of questions: dicts with image (its number), turns and families."""
-        return [json.loads(line) for line in Path(self.folder, split, f'{name}.jsonl').read_text(encoding='utf-8').splitlines()]
+        text = Path(self.folder, split, f'{name}.jsonl').read_text(encoding='utf-8')
+        return [json.loads(line) for line in text.splitlines()]
 
     def decode(self, ids):
         """Return the text of a reply's ids up to the end token, with its thought if there is one."""
@@ -185,9 +186,9 @@ def read_conversations(path):
 
 
 def split_by_image(conversations, n_val, random):
-    """Return the numbers of the conversations (names, turns) in each split, {split: list}, in random order.
+    """Return the indices of the conversations (names, turns) in each split, {split: list}, in random order.
     Conversations that share an image, directly or through others, are one group, which is in one split. Groups with at
-    most n_val conversations together are for validation, or else the smallest group."""
+    most n_val conversations in total are for validation, or else the smallest group."""
     leader = {}  # image -> another image of its group, or itself: a union-find structure
 
     def find(name):

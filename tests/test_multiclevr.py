@@ -186,7 +186,7 @@ def test_a_run(packed, capsys):
     scores = score.main('--out_dir=out/clevr', '--n_score=4', '--given=scene_desc', '--target=rgb,caption')
     assert scores['scene_desc>caption/objects']['ceiling'] == scores['scene_desc>rgb/tokens']['ceiling'] == 1
     assert scores['scene_desc>rgb/digits']['baseline'] > scores['scene_desc>rgb/tokens']['baseline']
-    with pytest.raises(UserError, match='own.png: pictures of your own need'):
+    with pytest.raises(UserError, match='own.png: images of your own need'):
         sample.main('--out_dir=out/clevr', '--given=rgb', '--image=own.png', '--target=depth')
 
 
