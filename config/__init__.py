@@ -64,7 +64,8 @@ def files():
 def execute(path):
     """The public names that a config file assigns."""
     if not Path(path).is_file():
-        raise UserError(f'{path}: no such config file; there are {", ".join(files())}')
+        there = f'; there are {", ".join(files())}' if files() else ''
+        raise UserError(f'{path}: no such config file{there}')
     names = {}
     try:
         exec(compile(Path(path).read_text(encoding='utf-8-sig'), path, 'exec'), names)  # -sig: with a BOM, too
