@@ -6,13 +6,13 @@ outputs a probability for every possible next one. Only attention and token shif
 and never from a later one (both are causal), so one pass trains all positions. Generation samples one token at a time.
 
     loss  = -1/T sum_t ln p(x_t+1 | x_0, ..., x_t)    in nats per token; ln(V) before the first step
-    batch = {'tokens': (B, T + 1) integers}           positions 0..T-1 are the input, 1..T the targets; -1 is no token
+    batch = {'tokens': (B, T + 1) integers}           positions 0..T-1 are the input, 1..T the targets; -1 pads ends
 
     python train.py config/gpt_shakespeare.py
     python sample.py --out_dir=out/gpt_shakespeare --prompt="ROMEO:"
 
 How this is trained (train.py, for all chapters):
-    batch = model.prepare_batch(batch, generator, step_generator)    # the chapter's randomness: masks, noise; here none
+    batch = model.prepare_batch(batch, generator, step_generator)    # random draws: none here; step_generator: per step
     loss, logs = model(batch)                                        # forward pass; logs: sums and counts
     loss.backward()                                                  # gradients of all weights
     optimizer.step()                                                 # Muon: matrices in blocks; AdamW: the rest
@@ -20,8 +20,8 @@ How this is trained (train.py, for all chapters):
 Paper: GPT-2 (Radford et al., 2019). What differs, and how each part differs from its own paper: RMSNorm (1910.07467)
 without gains; RoPE (2104.09864) rotates halves (x[i], x[i + hd/2]), not pairs (x[2i], x[2i + 1]); QK-norm (2010.04245)
 with a fixed scale of 12, not a learned one; ReLU^2 (2109.08668); token shift (RWKV, 2305.13048) once, on embeddings,
-not in each block; residual outputs and head start at zero (1901.09321), keys equal to queries, the rest as in PyTorch;
-no biases; an untied head; dropout (1512.05287) of whole channels of residual branches only; Muon, not Adam.
+not in each block; residual outputs and head start at zero (1901.09321), keys equal queries; other weights start as in
+PyTorch; no biases; an untied head; dropout (1512.05287) of whole channels of residual branches only; Muon and AdamW.
 """
 from dataclasses import dataclass
 
@@ -40,13 +40,13 @@ class Config:
     n_embd: int = 256      # D, the width
     dropout: float = 0.0   # fraction of channels dropped from each residual branch; for data that is seen many times
     token_shift: bool = True      # add a learned fraction of the previous token's embedding
-    # only for pretrained weights (prepare/smollm2.py, prepare/siglip.py):
+    # mostly for pretrained weights (prepare/smollm2.py, prepare/siglip.py):
     n_kv_head: int = 0            # heads of keys and values, each shared by n_head / n_kv_head query heads; 0: n_head
     activation: str = 'relu2'     # or swiglu (arXiv 2002.05202), gelu_tanh (1606.08415)
     mlp_hidden_dim: int = 0       # hidden units of the MLP; 0: 4 n_embd
-    qk_norm: bool = True          # normalise queries and keys
+    qk_norm: bool = True          # normalize queries and keys
     bias: bool = False            # biases in the linear layers of blocks
-    rope_base: float = 10000.0    # the slowest RoPE pair takes about 2 pi rope_base tokens for a turn; 0: no rotation
+    rope_base: float = 10000.0    # every RoPE pair turns once in at most 2 pi rope_base tokens; 0: no rotation
     norm_eps: float = 1e-6        # of RMSNorm
     tie_embeddings: bool = False  # one matrix is both token_embedding and lm_head
 
@@ -57,8 +57,8 @@ def rms_norm(x, eps=1e-6):
 
 
 def rope_cos_sin(positions, head_dim, rope_base):
-    """cos and sin (..., hd / 2) of RoPE (arXiv 2104.09864, section 3.2) at positions (..., A): A = 1: sequence; 2 (row,
-    column): grid. Pair i rotates with axis i mod A; the frequencies of an axis fall from 1 to about 1 / rope_base.
+    """cos, sin (..., hd / 2) of RoPE (2104.09864, section 3.2) at positions (..., A): A = 1 of a sequence; A = 2, row
+    and column, of a grid. Pair i rotates with axis i mod A; an axis' frequencies fall from 1 towards 1 / rope_base.
     Example: hd = 4, rope_base = 100: position 3 gives the angles (3, 0.3); row 2, column 5 gives (2, 5)."""
     n_axes, pairs = positions.size(-1), head_dim // 2
     i = torch.arange(pairs, device=positions.device)
@@ -68,8 +68,8 @@ def rope_cos_sin(positions, head_dim, rope_base):
 
 
 def apply_rope(x, cos, sin):
-    """Rotates each pair (x[i], x[i + hd/2]) of x (B, nh, T, hd) by its angle; cos, sin (T, hd / 2), (B, 1, T, hd / 2)
-    if positions differ between rows. Then q . k depends on positions only through their difference.
+    """Rotates each pair (x[i], x[i + hd/2]) of x (B, nh, T, hd) by its angle; cos, sin (T, hd / 2), or if rows have
+    different positions (B, 1, T, hd / 2). Then q . k depends on positions only through their difference.
     Example: hd = 4, both angles 90 degrees: (1, 2, 3, 4) has the pairs (1, 3) and (2, 4) and becomes (-3, -4, 1, 2)."""
     a, b = x.chunk(2, dim=-1)  # times float32 angles: float32 whatever the dtype of x
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
@@ -77,7 +77,7 @@ def apply_rope(x, cos, sin):
 
 class Attention(nn.Module):
     """Multi-head attention (1706.03762, section 3.2), softmax(12 cos(q, k)) v, of x (B, T, D) to x or, if `cross`, to a
-    context (B, S, D). Training needs no mask tensor, `causal` at most: the fastest kernel applies. GQA: 2305.13245."""
+    context (B, S, D). Training passes no mask tensor, so SDPA can use its fastest kernel. GQA: 2305.13245."""
     def __init__(self, n_embd, n_head, n_kv_head=0, cross=False, qk_norm=True, bias=False, layer_idx=0):
         super().__init__()
         n_kv_head = n_kv_head or n_head
@@ -116,7 +116,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, ReLU^2, linear: (B, T, D) -> (B, T, D). Sparse activations, no matrix for a gate (arXiv 2109.08668)."""
+    """Linear, ReLU^2, linear: (B, T, D) -> (B, T, D). ReLU^2 (arXiv 2109.08668) needs no matrix for a gate."""
     def __init__(self, n_embd, hidden_dim=0, activation='relu2', bias=False):
         super().__init__()
         assert activation in ('relu2', 'swiglu', 'gelu_tanh'), f'{activation=} must be relu2, swiglu or gelu_tanh'
@@ -141,7 +141,7 @@ class ChannelDropout(nn.Dropout1d):  # drops a channel at all positions of a sam
 
 
 class Block(nn.Module):
-    """Attention, then an MLP; both read the normalised residual stream x (B, T, D) and add to it."""
+    """Attention, then an MLP; both read the normalized residual stream x (B, T, D) and add to it."""
     def __init__(self, config, layer_idx=0):
         super().__init__()
         c, self.eps, self.dropout = config, config.norm_eps, ChannelDropout(config.dropout)
@@ -159,7 +159,7 @@ def token_nll(x, head, targets):  # a function of its own because engine/graphs.
 
 def chunked_cross_entropy(x, head, targets, max_logits=0):
     """-ln p(target) in nats (R,) of rows x (R, D), head (V, D), targets (R,); a target of -1 costs 0. Only max_logits
-    logits exist at a time: the backward pass recomputes them. 0: 2^24, or on a GPU one per 64 bytes of its memory.
+    logits exist at a time: the backward pass recomputes them. 0: 2^24, or as many as fill 1/16 of a GPU in float32.
     Example: 16,384 rows at V = 50,000 are 3.3 GB of float32; in 49 chunks of 2^24 // V = 335 rows, 67 MB at a time."""
     max_logits = max_logits or (torch.cuda.get_device_properties(x.device).total_memory // 64 if x.is_cuda else 2 ** 24)
     rows = max(1, max_logits // len(head))
@@ -170,7 +170,7 @@ def chunked_cross_entropy(x, head, targets, max_logits=0):
 
 
 class GPT(nn.Module):
-    batch_keys = 'tokens',
+    batch_keys = 'tokens',  # what a batch holds
 
     def __init__(self, config):
         super().__init__()
@@ -188,14 +188,14 @@ class GPT(nn.Module):
         self.register_buffer('rope', torch.stack(rope), persistent=False)  # (2, T, hd / 2)
 
     def embed(self, tokens, cache=None, inputs_embeds=None):
-        """Tokens (B, T), or their embeddings (B, T, D) -> (B, T, D). Token shift (arXiv 2305.13048, section 3.1) adds a
-        learned fraction of the previous token's embedding, so that the first block already reads pairs of tokens."""
+        """Tokens (B, T) and, if given, inputs_embeds (B, T, D) -> (B, T, D). Token shift (2305.13048, section 3.1)
+        adds a learned fraction of the previous token's embedding: the first block already reads pairs of tokens."""
         x = self.token_embedding(tokens.clamp(min=0)) if inputs_embeds is None else inputs_embeds
         if not self.config.token_shift:
             return x
         previous = cache.prev_embedding if cache and cache.cur_len else torch.zeros_like(x[:, :1])
         if cache:
-            x = torch.where((tokens >= 0)[..., None], x, previous)  # left padding has the embedding 0
+            x = torch.where((tokens >= 0)[..., None], x, previous)  # left padding: previous is 0
             cache.prev_embedding = x[:, -1:]
         return x + self.token_shift_weight * torch.cat((previous, x[:, :-1]), dim=1)
 
@@ -232,8 +232,8 @@ class GPT(nn.Module):
         return self.logits(x[:, -1])
 
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, eos_id=-1, generator=None):
-        """Continues the last T of tokens (B, T0 >= 1), left-padded with -1; yields like `decode`. Cached positions are
-        fixed: when T tokens are in the cache, a new cache starts from the last T / 2."""
+        """Continues the last T of tokens (B, T0 >= 1), left-padded with -1; yields like `decode`. The model knows
+        only T positions: when T tokens are in the cache, a new cache starts from the last T / 2."""
         T, finished = self.config.block_size, tokens.new_zeros(len(tokens), dtype=torch.bool)
         context = tokens[:, -T:]
         while max_new_tokens > 0 and not (eos_id >= 0 and finished.all()):
@@ -251,8 +251,8 @@ class GPT(nn.Module):
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Divides logits (..., V) by the temperature, then sets to -inf all but: the top_k largest (0: all); the nucleus,
-    the fewest tokens of total probability top_p (1904.09751); those of at least min_p times the largest (2407.01082).
+    """Divides logits (..., V) by the temperature, then keeps, one filter after the other: the top_k largest (0: all);
+    the nucleus, the fewest of total probability >= top_p (1904.09751); those >= min_p times the largest (2407.01082).
     Example: p = (.5, .3, .15, .05), top_p = .7: the mass before each is (0, .5, .8, .95): two stay. One always does."""
     if not (1e-6 <= temperature < torch.inf and top_k >= 0 and 0 <= top_p <= 1 and 0 <= min_p <= 1):
         raise ValueError(f'{temperature=} must be 0 or >= 1e-6, {top_k=} at least 0, {top_p=} and {min_p=} in [0, 1]')
@@ -291,8 +291,8 @@ def decode(model, tokens, cache, finished, max_new_tokens, temperature, top_k, t
 
 
 class KVCache:
-    """Keys and values of all layers, so that only new tokens are computed. Grows beyond max_len. left_padded: no token
-    attends to padding (-1) or counts it: rows (-1, 5, 6) and (7, 8, 9) have position_ids (0, 0, 1) and (0, 1, 2)."""
+    """Keys and values of all layers, so that only new tokens are computed. Grows beyond max_len. left_padded: padding
+    (-1) is not attended to nor counted: rows (-1, 5, 6) and (7, 8, 9) have position_ids (0, 0, 1) and (0, 1, 2)."""
     def __init__(self, max_len, left_padded=False):
         self.max_len, self.left_padded = max_len, left_padded
         self.cur_len, self.kv = 0, []  # positions in use; per layer, keys and values (2, B, nkv, allocated length, hd)
@@ -309,8 +309,8 @@ class KVCache:
         return self.kv[i][:, :, :, :S]
 
     def prepare(self, tokens):
-        """Returns for new tokens (B, T): causal, for SDPA; mask (B or 1, 1, T, S), True: attend, or None if `causal` or
-        no mask at all (T = 1) is right; position_ids, a slice or, if left_padded, (B, 1, T). S = cur_len + T."""
+        """Returns for new tokens (B, T), S = cur_len + T: causal, SDPA's flag; mask (B or 1, 1, T, S), True: attend, or
+        None if the flag is enough; position_ids, a slice or, if left_padded, (B, 1, T)."""
         start, S = self.cur_len, self.cur_len + tokens.size(1)
         if not self.left_padded and (start == 0 or S == start + 1):
             return S > start + 1, None, slice(start, S)

@@ -8,7 +8,7 @@ tokens, repeat: 8 steps instead of one per token. Any tokens may be given: in-pa
 
     loss = mean over samples of  1/k sum_{i masked} -ln p(x_i | unmasked tokens, class),  k masked tokens in the sample
 
-A batch is {'tokens': (B, T) integers}: a class first, if any; the last N are the sample; -1, padding, reads as masked.
+A batch is {'tokens': (B, T) integers}: a class first, if any; then N of the sample; -1, padding, is seen as masked.
 A training step: `prepare_batch` samples masks (B, N); `forward`: embeddings (B, N, D) -> blocks -> the R masked
 positions (R, D) -> head: -ln p (R,) -> loss; train.py calls loss.backward() and optimizer.step().
 
@@ -40,7 +40,7 @@ class Config:
     n_layer: int = 4            # number of blocks
     n_head: int = 6             # nh, attention heads per block
     n_embd: int = 192           # D, the width
-    dropout: float = 0.0        # of channels of each residual branch
+    dropout: float = 0.0        # fraction of channels dropped from each residual branch
     label_dropout: float = 0.1  # fraction of training samples without their class; guidance needs some
     mask_schedule: str = 'uniform'  # distribution of the mask ratio: uniform, cosine or arccos; the last two mask more
     elbo: bool = False          # weight samples so that N times the loss bounds -ln p under every mask schedule
@@ -49,13 +49,13 @@ class Config:
 # ----------------------------------------------------------------------------------------------------------------------
 # Masking (MaskGIT, section 3.1)
 
-COSINE, ARCCOS = lambda u: torch.cos(math.pi / 2 * u), lambda u: torch.arccos(u) * 2 / math.pi  # inverse to each other
+COSINE, ARCCOS = lambda u: torch.cos(math.pi / 2 * u), lambda u: torch.arccos(u) * 2 / math.pi  # mutually inverse
 MASK_SCHEDULES = dict(  # gamma: u in 0..1 -> mask ratio; and gamma^-1
     uniform=(lambda u: 1 - u, lambda ratio: 1 - ratio), cosine=(COSINE, ARCCOS), arccos=(ARCCOS, COSINE))
 
 
 def random_mask(valid, u, noise, mask_schedule):
-    """Mask ceil(gamma(u) n) >= 1 of the n valid tokens: valid, noise (B, N), u (B, 1) in [0, 1) -> (B, N) booleans.
+    """Mask ceil(gamma(u) n) >= 1 of the n valid tokens: valid, noise (B, N), u (B, 1) in [0, 1] -> (B, N) booleans.
     Example: n = 4, uniform, u = 0.4 -> ceil(0.6 * 4) = 3 masked tokens, those with the smallest noise."""
     n_masked = (MASK_SCHEDULES[mask_schedule][0](u) * valid.sum(1, keepdim=True)).ceil().clamp(min=1)  # (B, 1)
     order = noise.masked_fill(~valid, torch.inf).argsort(-1)  # positions in a random order, padding last
@@ -64,8 +64,8 @@ def random_mask(valid, u, noise, mask_schedule):
 
 
 def antithetic_masks(valid, mask_schedule, generator):
-    """Sample masks (B, N), those of two samples as an antithetic pair, (u, noise) and (1 - u, 1 - noise); u is evenly
-    spaced over pairs (2107.00630, appendix I). If gamma is uniform, a pair covers all positions and shares one."""
+    """Sample masks (B, N) in antithetic pairs: two samples get (u, noise) and (1 - u, 1 - noise); u is evenly spaced
+    over pairs (2107.00630, appendix I). If gamma is uniform, a pair covers all positions and overlaps in one."""
     (B, N), n_pairs = valid.shape, math.ceil(len(valid) / 2)
     u = (torch.rand(1, generator=generator) + torch.arange(n_pairs) / n_pairs).remainder(1)  # (n_pairs,)
     half = torch.cat((u[:, None], torch.rand(n_pairs, N, generator=generator)), 1)  # (n_pairs, 1 + N)
@@ -74,7 +74,7 @@ def antithetic_masks(valid, mask_schedule, generator):
 
 
 def importance_weight(mask, valid, mask_schedule):
-    """p_uniform(k) / p_schedule(k), (B,), of samples with k of n tokens masked: makes the mean loss that of the uniform
+    """p_uniform(k) / p_schedule(k), (B,), for k of n tokens masked. So weighted, the mean loss is that of the uniform
     schedule. p_uniform(k) = 1/n, p_schedule(k) = gamma^-1((k - 1)/n) - gamma^-1(k/n)."""
     k, n, inverse = mask.sum(1).float(), valid.sum(1).float(), MASK_SCHEDULES[mask_schedule][1]
     return 1 / (n * (inverse((k - 1) / n) - inverse(k / n)).clamp(min=1e-9))
@@ -87,8 +87,8 @@ ORDERS, SCHEDULES = ('confidence', 'random', 'raster', 'halton'), ('cosine', 'li
 
 
 def unmask_schedule(total, steps, schedule):
-    """How many of `total` (B, 1) are unmasked after step s = 1..S, (B, S): cosine total (1 - cos(pi/2 s/S)), linear
-    total s/S, rounded up; constant s ceil(total/S); >= 1 a step. Cosine, 49, S = 8: 1, 4, 9, 15, 22, 31, 40, 49."""
+    """How many of n, `total` (B, 1), are unmasked after step s = 1..S, (B, S): cosine n (1 - cos(pi/2 s/S)) and linear
+    n s/S, rounded up; constant s ceil(n/S). Each step >= 1. Cosine, 49, S = 8: 1, 4, 9, 15, 22, 31, 40, 49."""
     step = torch.arange(1, steps + 1, device=total.device)
     if schedule == 'cosine':  # minus 1e-9: a whole number must not be rounded up
         n_unmasked = (total * (1 - torch.cos(math.pi / 2 * step.double() / steps)) - 1e-9).ceil().long()
@@ -102,8 +102,8 @@ def halton_order(grid):
     far apart, so tokens unmasked in one step depend little on each other (Besnier et al., 2503.17076, section 3.2)."""
     number, place, cell = torch.arange(16 * math.prod(grid))[:, None] + 1, torch.arange(20), 0  # 16 N points reach all
     for base, size in zip((2, 3), grid):
-        digits = number // base ** place % base  # (16 N, 20); next, the radical inverse: 6 = 110 -> 0.011 = 3/8
-        cell = cell * size + (digits * base ** place.flip(0)).sum(1) * size // base ** 20
+        digits = number // base ** place % base  # (16 N, 20)
+        cell = cell * size + (digits * base ** place.flip(0)).sum(1) * size // base ** 20  # 6 = 110 -> 0.011 = 3/8
     first_visit = torch.full((math.prod(grid),), len(number)).scatter_reduce(0, cell, number[:, 0], 'amin')
     return first_visit.argsort(stable=True).argsort()
 
@@ -155,7 +155,7 @@ class Block(nn.Module):  # a Transformer block with full attention
 
 
 def id_to_digits(ids, levels):
-    """Mixed-radix digits of ids, most significant first: tensors shaped like ids. Example: 7, levels 2, 4 -> 1, 3."""
+    """Mixed-radix digits of ids (FSQ's dimensions), most significant first. Example: 7, levels 2, 4 -> 1, 3."""
     return [ids // math.prod(levels[d + 1:]) % level for d, level in enumerate(levels)]
 
 
@@ -194,7 +194,7 @@ class Head(nn.Module):
         return nll
 
     def sample(self, hs, scales, temperature, top_k, top_p, generator):
-        """Sample ids; return them and their ln p before `temperature` and filters, (B, Q) each. hs: one h (B, Q, D) per
+        """Sample ids; return them and their ln p before `temperature` and filters, (B, N) each. hs: one h (B, N, D) per
         condition; logits are summed, times `scales`. Guidance (2207.12598): hs [cond, uncond], scales [s, 1 - s]."""
         ids = log_p = 0
         for d, level in enumerate(self.levels):
@@ -225,7 +225,7 @@ class MaskGIT(nn.Module):
             for embedding, level in zip(self.embedding, self.levels):
                 embedding.weight.data = init_level_embeddings(level, D)
         self.mask_token = nn.Parameter(torch.randn(D))
-        # (N, D), learned, from sinusoids: without it all positions of an empty image would be equal
+        # (N, D), learned, starts as sinusoids: without it all positions of an empty image would be equal
         self.pos_embedding = nn.Parameter(torch.cat(rope_cos_sin(positions, D, rope_base=100), -1))
         if config.n_classes:
             self.class_embedding = nn.Embedding(config.n_classes + 1, D)  # the last one: no class
@@ -246,7 +246,7 @@ class MaskGIT(nn.Module):
     @torch.no_grad()
     def prepare_batch(self, batch, generator, step_generator):
         """Mask tokens. Returns tokens (B, N), -1 if masked; token_idx (R,), the masked positions among the B * N; ids
-        (R,), the originals; weight, elbo_weight (R,): of each nll in loss and elbo; classes, drop_class (B,)."""
+        (R,), the originals; weight, elbo_weight (R,), of the nll in loss and elbo; classes, drop_class (B,)."""
         tokens = batch['tokens'][:, -self.N:]  # (B, N)
         valid = tokens >= 0
         mask = antithetic_masks(valid, self.config.mask_schedule, generator)
@@ -265,7 +265,7 @@ class MaskGIT(nn.Module):
         """A prepared batch -> the loss in nats per masked token, and logs: loss; elbo, the negative ELBO / N (an upper
         bound on -ln p / N) under every mask schedule; token_mean_loss, the mean over all masked tokens."""
         tokens, classes = batch['tokens'], batch.get('classes')
-        if self.config.n_classes and self.training:  # in training only, as dropout
+        if self.config.n_classes and self.training:  # in training only, like dropout
             classes = classes.masked_fill(batch['drop_class'], self.config.n_classes)
         h = self.backbone(tokens, classes).flatten(0, 1).index_select(0, batch['token_idx'])  # (R, D)
         nll = self.head(h, batch['ids'])  # (R,)
@@ -280,11 +280,11 @@ class MaskGIT(nn.Module):
                  order='random', schedule='cosine', guidance=1.0, guidance_end=None, choice_temperature=0.0,
                  generator=None, return_intermediates=False):
         """Unmask unknown tokens, -1 in tokens (B, N), for classes (B,): see `iterative_decode`. Return (B, N), or all
-        states (steps + 1, B, N). temperature and guidance, uncond + s (cond - uncond), go linearly to their _end."""
+        states (steps + 1, B, N). Guidance s: uncond + s (cond - uncond); s and temperature go linearly to *_end."""
         if self.config.n_classes and (classes is None or classes.min() < 0 or classes.max() >= self.config.n_classes):
             raise ValueError(f'each sample needs a class from 0 to {self.config.n_classes - 1}')
         if not {guidance, guidance_end} <= {1, None} and not (self.config.n_classes and self.config.label_dropout):
-            raise ValueError(f'guidance={guidance} needs a model trained with classes and label_dropout: leave it at 1')
+            raise ValueError('guidance needs a model trained with classes and label_dropout: leave it at 1')
 
         def predict(tokens, progress):
             s = lerp(guidance, guidance_end, progress)

@@ -2,17 +2,17 @@
 Chapter 5. nanoVLM: a language model that reads images.
 
 The vision encoder, a Transformer over patches, makes one vector per patch. The projector, a linear layer, maps each
-square of f x f vectors, concatenated, to one image embedding, as wide as a token's. The language model, chapter 1's
-GPT unchanged, reads P image embeddings in place of each image token, then questions and answers as text. Answers are
-the targets (in stage 1 labels of patches too). The gradient reaches the vision encoder through the language model.
+square of f x f vectors to one image embedding, as wide as a token's. The language model, chapter 1's GPT unchanged,
+reads an image's P embeddings in place of its image token, then questions and answers as text. Answers are the targets
+(in stage 1, patch labels too). The gradient reaches the vision encoder through the language model.
 
     loss = mean over conversations b, then over targets i of b, of -ln p(token_i | tokens before i, images of b)
 
 A batch of B conversations with m images each (prepare_batch repeats each image token P times: T = L + m (P - 1)):
     image         (B, H, W, C) or (B, m, H, W, C)  values 0..255
-    tokens        (B, L)  a placeholder, image_token, per image, then questions and answers in turn; -1 after the last
+    tokens        (B, L)  image_token once per image, then questions and answers in turn; -1 after the last
     loss_mask     (B, L)  1 where a token is a target: answers and the end token of each
-    patch_labels  (B, m P, max_label_tokens)  in some data sets: words for the square of an image embedding; -1: none
+    patch_labels  (B, m P, max_label_tokens)  in some data sets: words that each image embedding predicts; -1: none
 
     python train.py config/vlm_scenes_align.py     stage 1: descriptions of images
     python train.py config/vlm_scenes.py           stage 2: questions and answers
@@ -24,11 +24,11 @@ How it is trained: train.py repeats these lines, in stage 2 from the weights of 
     loss.backward()                          # gradients of all three
     optimizer.step()                         # stage 2: the vision encoder at 0.3 of the learning rate (lr_multipliers)
 
-Papers: LLaVA (2304.08485), ViT (2010.11929), pixel shuffle as in Idefics3 (2408.12637) but without tiles. What differs:
+Papers: LLaVA (2304.08485), ViT (2010.11929), pixel shuffle as in Idefics3 (2408.12637), without tiles. What differs:
 - LLaVA freezes a pretrained CLIP; stage 1 trains the projector alone, stage 2 also a pretrained language model. Here
   all parts learn in both stages, from scratch, stage 1 with patch labels. The loss is a mean per conversation first.
-- ViT has a class token (none here), LayerNorm (RMSNorm here) and randomly initialised position embeddings. Here these
-  start as cosines and sines, RoPE by row and column is added, and blocks are chapter 1's. All images have one size.
+- ViT has a class token (none here), LayerNorm (RMSNorm here) and randomly initialized position embeddings. Here these
+  start as cosines and sines, RoPE by row and column is added, and blocks are chapter 1's.
 """
 from dataclasses import dataclass, replace
 
@@ -57,17 +57,17 @@ class Config(gpt.Config):
     n_patch_labels: int = 0        # P if the data set has patch labels, else 0; set by it, as is the next
     max_label_tokens: int = 0      # the most words of a label
     text_only: bool = False        # ignore images: a baseline that answers from the question alone
-    # only for real weights (prepare/siglip.py): chapter 1's settings for the vision encoder
+    # only for pretrained weights (prepare/siglip.py): chapter 1's settings for the vision encoder
     vision_activation: str = 'relu2'   # of the MLP; or swiglu, gelu_tanh
-    vision_mlp_hidden_dim: int = 0     # hidden units of the MLP; 0 is 4 vision_embd
+    vision_mlp_hidden_dim: int = 0     # hidden units of the MLP; 0: 4 vision_embd
     vision_bias: bool = False          # biases in the linear layers of a block
-    vision_qk_norm: bool = True        # normalise queries and keys
+    vision_qk_norm: bool = True        # normalize queries and keys
     vision_rope_base: float = 100.0    # of RoPE by row and column of a patch; 0: no rotation
     vision_norm_eps: float = 1e-6      # of RMSNorm
 
 
 def pixel_shuffle(x, factor):
-    """Concatenate each square of factor x factor patches: (B, N, D) -> (B, N / factor^2, factor^2 D), fewer tokens.
+    """Concatenate each square of factor x factor patches, by channel: (B, N, D) -> (B, N / factor^2, factor^2 D).
     4 x 4 patches 0..15, factor 2: [0 1 4 5], [2 3 6 7], [8 9 12 13], [10 11 14 15]. PyTorch: pixel_unshuffle."""
     side = round(x.size(1) ** 0.5)
     x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, D, side, side)
@@ -114,33 +114,33 @@ class VisionEncoder(nn.Module):
 class VLM(nn.Module):
     def __init__(self, config):
         super().__init__()
-        square = config.patch_size * config.pixel_shuffle_factor  # side of an image token in pixels
+        square = config.patch_size * config.pixel_shuffle_factor  # pixels per side of one image embedding
         assert config.image_size % square == 0, (
             f'image_size={config.image_size} must be a multiple of patch_size * pixel_shuffle_factor = {square}')
         P = (config.image_size // square) ** 2
         assert config.n_patch_labels in (0, P), (
-            f'{P} tokens per image, {config.n_patch_labels} patch labels: change patch_size or pixel_shuffle_factor')
+            f'{P} embeddings an image, {config.n_patch_labels} patch labels: change patch_size or pixel_shuffle_factor')
         self.config, self.tokens_per_image = config, P
         self.batch_keys = ('image', 'tokens', 'loss_mask', 'patch_labels')[:4 if config.max_label_tokens else 3]
         self.max_seq_len = config.block_size + config.n_images * (P - 1)  # T, images included
         self.vision_encoder = VisionEncoder(config)
         self.projector = nn.Linear(config.pixel_shuffle_factor ** 2 * config.vision_embd, config.n_embd)
         self.language_model = GPT(replace(config, block_size=self.max_seq_len))
-        if config.text_only:  # unused
+        if config.text_only:  # no gradient
             self.vision_encoder.requires_grad_(False), self.projector.requires_grad_(False)
 
     @torch.no_grad()
     def prepare_batch(self, batch, generator, step_generator):
         """Expand the image tokens and list the R targets of a batch; nothing is random.
-        Returns image, tokens (B, T); and (R,) each: targets; token_idx, the input position, of B (T - 1), that predicts
-        each; weight, in sum 1 / B per conversation. R is padded to a multiple of 64 with weight 0: few shapes."""
+        Returns image, tokens (B, T) and, each (R,): targets; token_idx, which of the B (T - 1) input positions predicts
+        each; weight, 1 / B in total per conversation. R is padded to a multiple of 64 (weight 0): few shapes."""
         c = self.config
         # 1. expand: each image token becomes P positions
         idx = expand_image_tokens(batch['tokens'], c.image_token, self.tokens_per_image, c.n_images)
         tokens, loss_mask = batch['tokens'].gather(1, idx), batch['loss_mask'].gather(1, idx)  # (B, T)
         # 2. loss mask and labels: the targets of each position, -1 is none
         targets = torch.where(loss_mask > 0, tokens, -1)[:, 1:, None]  # (B, T - 1, 1) the next token
-        if 'patch_labels' in batch:  # an image token predicts all words of its label
+        if 'patch_labels' in batch:  # an image embedding predicts all words of its label
             targets = F.pad(targets, (0, c.max_label_tokens - 1), value=-1)  # (B, T - 1, max_label_tokens)
             targets[tokens[:, :-1] == c.image_token] = batch['patch_labels'].flatten(0, -2)
         # 3. flatten, with weights: the mean over a conversation's targets, then over conversations
@@ -163,7 +163,7 @@ class VLM(nn.Module):
         x = self.language_model.token_embedding(tokens.clamp(min=0))
         if image_embeds is not None:
             is_image = tokens == self.config.image_token
-            image_embed_idx = (is_image.flatten().cumsum(0) - 1).clamp(min=0)  # (B T,); no masked_scatter: it syncs
+            image_embed_idx = (is_image.flatten().cumsum(0) - 1).clamp(min=0)  # (B T,); masked_scatter would sync
             image_embeds = image_embeds.flatten(0, 1).index_select(0, image_embed_idx).view_as(x)  # (B, T, D)
             x = torch.where(is_image[..., None], image_embeds, x)
         return self.language_model.backbone(tokens, cache, x)
@@ -204,7 +204,7 @@ class VLM(nn.Module):
     def stream(self, tokens, cache, max_new_tokens=16, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, eos_id=-1,
                generator=None):
         """Continue tokens (B, T0), left-padded with -1, after the cache; yield each next token (B,) as gpt.decode does,
-        until the context is full. The last token is sampled but not read: a next question must start with it."""
+        until the context is full. The last token is not in the cache: a next question must begin with it."""
         n = min(max_new_tokens, self.max_seq_len - cache.cur_len - tokens.size(1) + 1)
         cache.max_len = cache.cur_len + tokens.size(1) + n - 1  # how much to allocate
         finished = tokens.new_zeros(len(tokens), dtype=torch.bool)

@@ -41,7 +41,7 @@ SETTINGS = dict(
     limit=30.0,       # seconds that an exercise may take
 )
 ROOT = Path(__file__).parent.parent
-CHAPTERS = dict(gpt='nanoGPT', maskgit='nanoMaskGIT', fourm='nano4M', flow='nanoFlow', vlm='nanoVLM')
+CHAPTERS = dict(gpt='nanoGPT', maskgit='MaskGIT', fourm='nano4M', flow='nanoFlow', vlm='nanoVLM')
 NEEDED = ('*.py', '*.md', '*.txt', '*.toml', 'LICENSE', '.gitignore', 'config/*', 'docs/*', 'docs/*/*', 'engine/*.py', 'lab/*.py',
           'prepare/*.py', 'tests/*.py', 'tests/exercises/*.py')  # what a student gets; tests/test_homework.py, which knows the answers, not
 BLANK = 'not attempted'
