@@ -12,7 +12,7 @@ and never from a later one (both are causal), so one pass trains all positions. 
     python sample.py --out_dir=out/gpt_shakespeare --prompt="ROMEO:"
 
 How this is trained (train.py, for all chapters):
-    batch = model.prepare_batch(batch, generator, step_generator)    # random draws: none here; step_generator: per step
+    batch = model.prepare_batch(batch, generator, step_generator)    # generators: one per batch, one per step; unused
     loss, logs = model(batch)                                        # forward pass; logs: sums and counts
     loss.backward()                                                  # gradients of all weights
     optimizer.step()                                                 # Muon: matrices in blocks; AdamW: the rest
@@ -195,7 +195,7 @@ class GPT(nn.Module):
             return x
         previous = cache.prev_embedding if cache and cache.cur_len else torch.zeros_like(x[:, :1])
         if cache:
-            x = torch.where((tokens >= 0)[..., None], x, previous)  # left padding: previous is 0
+            x = torch.where((tokens >= 0)[..., None], x, previous)  # padding repeats previous
             cache.prev_embedding = x[:, -1:]
         return x + self.token_shift_weight * torch.cat((previous, x[:, :-1]), dim=1)
 

@@ -67,7 +67,7 @@ class Config(gpt.Config):
 
 
 def pixel_shuffle(x, factor):
-    """Concatenate each square of factor x factor patches, by channel: (B, N, D) -> (B, N / factor^2, factor^2 D).
+    """Join each square of factor x factor patches, all channel 0 first: (B, N, D) -> (B, N / factor^2, factor^2 D).
     4 x 4 patches 0..15, factor 2: [0 1 4 5], [2 3 6 7], [8 9 12 13], [10 11 14 15]. PyTorch: pixel_unshuffle."""
     side = round(x.size(1) ** 0.5)
     x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, D, side, side)

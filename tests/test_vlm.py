@@ -116,7 +116,7 @@ def test_patch_labels_are_predicted_at_their_image_token():
     log_p = model.language_model.logits(x)[0].log_softmax(-1)
     pairs = [(0, 1), (0, 2), (1, 3), (3, 4), (3, 5), (4, 7)]
     torch.testing.assert_close(loss, -torch.stack([log_p[i, word] for i, word in pairs]).mean())
-    with pytest.raises(AssertionError, match='4 tokens per image, 9 patch labels: change patch_size or pixel_shuffle'):
+    with pytest.raises(AssertionError, match='4 embeddings an image, 9 patch labels: change patch_size or pixel_shuffle'):
         small(max_label_tokens=2, n_patch_labels=9)
 
 
