@@ -15,7 +15,7 @@ How this is trained (train.py, for all chapters):
     batch = model.prepare_batch(batch, generator, step_generator)    # generators: one per batch, one per step; unused
     loss, logs = model(batch)                                        # forward pass; logs: sums and counts
     loss.backward()                                                  # gradients of all weights
-    optimizer.step()                                                 # Muon: matrices in blocks; AdamW: the rest
+    optimizer.step()                                                 # Muon: hidden matrices; AdamW: the rest
 
 Paper: GPT-2 (Radford et al., 2019). What differs, and how each part differs from its own paper: RMSNorm (1910.07467)
 without gains; RoPE (2104.09864) rotates halves (x[i], x[i + hd/2]), not pairs (x[2i], x[2i + 1]); QK-norm (2010.04245)
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(n_embd, 2 * kv_dim if cross else n_embd + 2 * kv_dim, bias)  # one matmul
         self.out = nn.Linear(n_embd, n_embd, bias)
         nn.init.zeros_(self.out.weight)  # a block starts as the identity
-        # keys start equal to queries: a token first attends to tokens that are similar and near
+        # keys start equal to queries: at first a token attends to similar and near tokens
         queries = (self.q if cross else self.qkv).weight.data[:n_embd].view(n_kv_head, -1, self.head_dim, n_embd)
         self.qkv.weight.data[-2 * kv_dim:-kv_dim] = queries[:, 0].flatten(0, 1)
 

@@ -87,8 +87,8 @@ ORDERS, SCHEDULES = ('confidence', 'random', 'raster', 'halton'), ('cosine', 'li
 
 
 def unmask_schedule(total, steps, schedule):
-    """How many of n, `total` (B, 1), are unmasked after step s = 1..S, (B, S): cosine n (1 - cos(pi/2 s/S)) and linear
-    n s/S, rounded up; constant s ceil(n/S). Each step >= 1. Cosine, 49, S = 8: 1, 4, 9, 15, 22, 31, 40, 49."""
+    """How many of n = `total` (B, 1) tokens are unmasked after step s = 1..S, (B, S): cosine n (1 - cos(pi/2 s/S)),
+    linear n s/S, rounded up; constant s ceil(n/S). Each step >= 1. Cosine, 49, S = 8: 1, 4, 9, 15, 22, 31, 40, 49."""
     step = torch.arange(1, steps + 1, device=total.device)
     if schedule == 'cosine':  # minus 1e-9: a whole number must not be rounded up
         n_unmasked = (total * (1 - torch.cos(math.pi / 2 * step.double() / steps)) - 1e-9).ceil().long()
@@ -246,7 +246,7 @@ class MaskGIT(nn.Module):
     @torch.no_grad()
     def prepare_batch(self, batch, generator, step_generator):
         """Mask tokens. Returns tokens (B, N), -1 if masked; token_idx (R,), the masked positions among the B * N; ids
-        (R,), the originals; weight, elbo_weight (R,), of the nll in loss and elbo; classes, drop_class (B,)."""
+        (R,), the originals; weight, elbo_weight (R,), factors of nll in loss and elbo; classes, drop_class (B,)."""
         tokens = batch['tokens'][:, -self.N:]  # (B, N)
         valid = tokens >= 0
         mask = antithetic_masks(valid, self.config.mask_schedule, generator)
