@@ -7,8 +7,8 @@ determine. Optional:
     files {field: name of its array on disk, if it differs; '{split}' is replaced by the split}
     views {field: number of pre-made augmentations, along a second axis}
     index {field: name of an array with the row of each sample, if samples share rows, as questions share images}
-`save_meta` adds sums {file: SHA-256} of all arrays. A run keeps meta.json in its checkpoints and is not resumed on other
-contents. Data that an older version made, or a script without `save_meta`, have no sums, and their contents are not
+`save_meta` adds sums {file: SHA-256} of all arrays. A run keeps meta.json in its checkpoints and is not resumed on
+other contents. Data of an older version, or of a script without `save_meta`, have no sums: their contents are not
 compared.
 """
 import hashlib
@@ -180,8 +180,8 @@ def open_dataset(folder, meta):
     exists = name in {path.stem for path in Path(__file__).parent.glob('*.py')}
     module = importlib.import_module(f'prepare.{name}') if exists else None
     if not hasattr(module, 'Dataset'):
-        raise UserError(f'{folder} was made by prepare/{name}.py, which is missing or has no class Dataset: restore it, '
-                        'or write one (docs/yours.md)')
+        raise UserError(f'{folder} was made by prepare/{name}.py, which is missing or has no class Dataset: restore '
+                        'it, or write one (docs/yours.md)')
     return module.Dataset(folder)
 
 

@@ -389,8 +389,7 @@ def main(*arguments, **overrides):
         meta = read_meta(folder)  # another process may have added modalities since
         if name in meta['fields']:
             print(f'{folder} has {name} already')
-            continue
-        if name in NUMBERS:
+        elif name in NUMBERS:
             add_numbers(folder, meta, name)
         else:
             add_picture(folder, meta, name, meta['settings']['seed'])
