@@ -129,8 +129,7 @@ def run(assigned, arguments, stack):
     checkpoints.start_from(model, sources, folder, meta)
     threads = devices.find_threads(s['threads'], checkpoint, world)
     devices.set_up(device, threads, length=devices.context_length(model))
-    train_data, val_data = (arrays.Data(folder, split, meta, model.batch_keys, s.get('block_size', 0), s['seed'])
-                            for split in ('train', 'val'))
+    train_data, val_data = arrays.open_splits(folder, meta, model.batch_keys, s.get('block_size', 0), s['seed'])
     optimizers.freeze(model, s['lr_multipliers'])
     meter = meters.Meter(model, device, dtype)
     ema_model = copy.deepcopy(model) if s['ema'] else model  # evaluated and sampled from
@@ -286,6 +285,8 @@ def say(text):
 
 def sample(out_dir, step, s, folder, meta, device):
     """Generates samples with the checkpoint that was just saved, in process 0. If that fails, training continues."""
+    if other := arrays.changed(folder, meta):
+        return say(f'step {step}: {other}. Training continues with the data that it began with, without samples')
     if not s['pictures'] or not is_main():
         return
     try:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -62,6 +63,16 @@ def enter(out_dir, settings, free, stack):
         raise UserError(f'{out_dir} holds a run with {differences}: choose another --out_dir=, or --init_from=scratch '
                         'moves it aside')
     return checkpoint
+
+
+def save_weights(out_dir, checkpoint):
+    """Downloaded weights as a run of step 0, in place of none or of such a run. Raises UserError."""
+    path = out_dir / 'ckpt_last.pt'
+    with lock(out_dir):
+        with suppress(checkpoints.Damaged):
+            if path.is_file() and checkpoints.read(path)['settings'] != checkpoint['settings']:
+                raise UserError(f'{out_dir} holds another run: choose another --out=')
+        checkpoints.save(path, checkpoint)
 
 
 def check_room(out_dir, model):

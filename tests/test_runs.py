@@ -9,7 +9,7 @@ import pytest
 
 from config import UserError
 from engine import runs
-from tests.tiny import lines, run
+from tests.tiny import lines, read, run
 
 
 def test_what_a_killed_run_logged_is_done_again(tmp_path):
@@ -42,6 +42,20 @@ def test_what_was_started_again_goes_on(here, monkeypatch):
     monkeypatch.setenv('SLURM_RESTART_COUNT', '1')
     run('out/a', max_iters=3, init_from='scratch')
     assert [line['step'] for line in lines('out/a') if 'train_loss' in line] == [1, 2, 3] and not Path('out/a.1').exists()
+
+
+def test_weights_replace_no_other_run(here):
+    run('out/a', max_iters=1)
+    weights = read('out/a') | dict(step=0)
+    runs.save_weights(Path('out/a'), weights)
+    weights['settings'] = dict(model='vlm', dataset='siglip')
+    with pytest.raises(UserError, match='out/a holds another run: choose another --out='):
+        runs.save_weights(Path('out/a'), weights)
+    Path('out/a/ckpt_last.pt').write_bytes(b'damaged')
+    runs.save_weights(Path('out/a'), weights)
+    assert read('out/a')['settings']['dataset'] == 'siglip'
+    with runs.lock(Path('out/a')), pytest.raises(UserError, match='out/a: another process'):
+        runs.save_weights(Path('out/a'), weights)
 
 
 def test_the_newest_are_kept(tmp_path):
