@@ -2,6 +2,7 @@
 What is lost when runs are killed? Real processes, of a tiny model of each chapter, receive signals at random moments.
 
     python -m tests.faults --rounds=200 --fuzz=100000
+    python -m tests.faults --rounds=200 --part=data         of the prepare scripts, see tests/faults_data.py
 
 A round starts a training run, sends it SIGKILL, SIGTERM, SIGINT or SIGUSR1 after a random time, and gives the same command
 again until it ends by itself, sometimes after further signals. It counts as right if every checkpoint found on the way could be
@@ -38,6 +39,7 @@ from prepare import arrays, pictures, text, text_tokenizers
 SETTINGS = dict(
     rounds=20,  # runs that are killed, chapter by chapter in rope
     fuzz=2000,  # damaged files and settings
+    part='runs',  # 'data': the rounds are those of tests/faults_data.py, for every prepare script; nothing is fuzzed
     seed=0,
 )
 RUN = dict(batch_size=8, micro_batch_size=4, max_iters=60, eval_interval=15, log_interval=3, warmup_iters=2, device='cpu',
@@ -92,6 +94,8 @@ def as_a_program(chapter, out_dir, environment, changes):
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         stopped = train.main(**settings).get('stopped')
+    except UserError:
+        os._exit(2)
     except KeyboardInterrupt:
         os._exit(99)
     os._exit(128 + stopped if stopped else 0)
@@ -213,6 +217,9 @@ def main(*arguments, **overrides):
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
+            if settings['part'] == 'data':
+                from tests import faults_data
+                return faults_data.rounds(settings['rounds'], draw)
             chapters, whole = [c for c in CASES if Path(train.__file__).with_name(f'{c}.py').is_file()], {}
             for chapter in chapters:
                 make_data(chapter, CASES[chapter][0])
