@@ -204,6 +204,7 @@ def here(tmp_path_factory):
     for split, n, seed in (('train', 60, 0), ('val', 30, 1)):
         arrays = scenes.raw_arrays(make(n, seed, 64, 5, workers=1))
         scenes.write(Path('data/scenes', split), {name: arrays[name] for name in ('raw_rgb', 'raw_objects')})
+    scenes.save_meta(Path('data/scenes'), dict(kind='rows', prepare='scenes', fields=dict(image=256), config={}))
     scenes_align.main()
     scenes_qa.main(n_turns=4, length=60)
     yield folder
