@@ -95,7 +95,7 @@ class State:
 def help(assigned):
     """--help: the settings of the chapter, too."""
     settings, chapter = config.resolve(assigned, SETTINGS)
-    return ['', f'settings of {settings["model"]}.py:', *config.describe_class(chapter.Config, settings)]
+    return ['', f'settings of {settings["model"]}.py:', *config.describe(config.explain_class(chapter.Config), settings)]
 
 
 def main(*arguments, **overrides):

@@ -195,30 +195,30 @@ def remarks(source):
     return found
 
 
-def describe(path, name, values=None, without=()):
-    """Lines of help for the settings NAME of a file: each with its value (its default, if it has none) and its
-    comment."""
+def explain(path, name='SETTINGS'):
+    """{setting: (default as source text, comment)} of the settings NAME of a file."""
     source, settings = definition(path, name)
-    comments, lines = remarks(source), []
-    for setting, node in settings:
-        if setting in without:
-            continue
-        value = (values or {}).get(setting, ast.unparse(node))
-        text = f'{value!r}' if values and setting in values else value
-        head = f'  --{setting}={text}'
-        wrapped = textwrap.wrap(comments.get(node.end_lineno, ''), 90) or ['']
+    comments = remarks(source)
+    return {setting: (ast.unparse(node), comments.get(node.end_lineno, '')) for setting, node in settings}
+
+
+def explain_class(kind):
+    """`explain` of a dataclass: its own settings, then those that it inherits."""
+    found = {}
+    for each in kind.__mro__[:-1]:
+        own = explain(sys.modules[each.__module__].__file__, each.__name__)
+        found |= {setting: own[setting] for setting in own if setting not in found}
+    return found
+
+
+def describe(explained, values=()):
+    """Lines of help: each setting with its value (its default, if it has none) and its comment."""
+    lines = []
+    for setting, (default, comment) in explained.items():
+        head = f'  --{setting}={repr(values[setting]) if setting in values else default}'
+        wrapped = textwrap.wrap(comment, 90) or ['']
         lines.append(f'{head:<34}{wrapped[0]}'.rstrip() if len(head) < 34 else head)
         lines += [' ' * 34 + text for text in (wrapped if len(head) >= 34 else wrapped[1:]) if text]
-    return lines
-
-
-def describe_class(kind, values):
-    """Lines of help for a dataclass: its own settings, then those that it inherits."""
-    lines, seen = [], set()
-    for each in kind.__mro__[:-1]:
-        path = sys.modules[each.__module__].__file__
-        lines += describe(path, each.__name__, values, seen)
-        seen |= {setting for setting, _ in definition(path, each.__name__)[1]}
     return lines
 
 
@@ -234,7 +234,7 @@ def help_text(program, module, arguments):
     settings = getattr(module, 'SETTINGS', {})
     values = {name: convert(name, value, where, settings[name])
               for name, (value, where) in assigned.items() if name in settings}
-    own = describe(module.__file__, 'SETTINGS', settings | values)
+    own = describe(explain(module.__file__), settings | values)
     more = module.help(assigned) if hasattr(module, 'help') else []
     usage = f'usage: python {name}{" [config/NAME.py]" * (name == "train.py")} [--name=value ...]'
     return '\n'.join([usage, '', paragraphs[0], '', *commands, *(['', 'settings:', *own] if own else []), *more])

@@ -23,6 +23,7 @@ import lab
 from config import UserError
 from engine import checkpoints, devices
 from engine.runs import log_lines
+from lab import options
 from lab.figures import points, save_grid, save_losses, tile
 from lab.statistics import BOUNDS, judged, markdown_table, read_scores, scores_path
 
@@ -247,7 +248,7 @@ def main(*arguments, **overrides):
     if not settings['compare']:
         folder = Path(settings['out_dir'])
         return write_page({folder.name: read_record(folder / settings['checkpoint'])}, folder / 'report.md')
-    folders = list(map(Path, settings['compare'].split(',')))
+    folders = list(map(Path, options.paths(settings['compare'])))
     short = len({folder.name for folder in folders}) == len(folders)
     runs = {folder.name if short else folder.as_posix(): read_record(folder / settings['checkpoint'])
             for folder in folders}

@@ -269,7 +269,7 @@ def test_a_remark_may_go_on_below(tmp_path):
     path.write_text('one, two = 1, 2\none.more = 3\nSETTINGS = dict(\n    # a heading\n    one=1,  # the first,\n'
                     "            # in two lines\n    # another heading\n    two='#',  # with a sharp\n    three=3,\n)\n")
     assert config.remarks(path.read_text()) == {5: 'the first, in two lines', 8: 'with a sharp'}
-    lines = [' '.join(line.split()) for line in config.describe(path, 'SETTINGS', dict(one=7))]
+    lines = [' '.join(line.split()) for line in config.describe(config.explain(path), dict(one=7))]
     assert lines == ['--one=7 the first, in two lines', "--two='#' with a sharp", '--three=3']
 
 
