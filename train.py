@@ -95,13 +95,14 @@ class State:
 def help(assigned):
     """--help: the settings of the chapter, too."""
     settings, chapter = config.resolve(assigned, SETTINGS)
-    return ['', f'settings of {settings["model"]}.py:', *config.describe_class(chapter.Config, settings)]
+    return ['', f'settings of {settings["model"]}.py:', *config.describe(config.explain_class(chapter.Config), settings)]
 
 
 def main(*arguments, **overrides):
     """Trains as the config files and settings say. Returns the values of the last evaluation, or {'stopped': signal
     number}. Raises UserError."""
     with ExitStack() as stack:  # in the end restores signal handlers, releases the lock, leaves the process group
+        runs.keep_printing(stack)
         return run(config.read(arguments, overrides), arguments, stack)
 
 
@@ -254,7 +255,7 @@ def skip_or_stop(state, norm, s, scaler, data, log, save, out_dir):
         return scaler.update()  # lowers the scale
     save('ckpt_fault.pt')
     samples = data.ids(state.step * s['batch_size'], s['batch_size'])
-    log({'step': state.step, 'grad_norm': str(norm), 'samples': samples})
+    log({'step': state.step, 'grad_norm': norm, 'samples': samples})
     raise UserError(f'step {state.step}: the gradient is not finite ({norm}). The state before it is in '
                     f'{out_dir}/ckpt_fault.pt, its samples in log.jsonl; lower the learning rates, or skip such steps: '
                     '--max_skipped_steps=10')

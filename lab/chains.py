@@ -65,8 +65,12 @@ def read_link(entry, settings):
                             f'schedule ({", ".join(SCHEDULES)}), t0.7 or t0.9..0.3 (temperature), g2 or g1..3 '
                             '(guidance), w-1 (weight as a condition), mean8, best8 (of 8 samples)')
         link = replace(link, **{key: types.get(key, str)(value) for key, value in found.groupdict().items() if value})
-    if min(link.mean, link.best) < 1 or link.steps == 0:
-        raise UserError(f'{entry!r}: steps, mean and best are at least 1')
+    steps = 1 if link.steps is None else link.steps
+    if min(steps, link.mean, link.best) < 1 or max(link.mean, link.best) > 1000:
+        raise UserError(f'{entry!r}: steps, mean and best are at least 1, mean and best at most 1000')
+    if abs(link.weight) > 1000:
+        raise UserError(f'{entry!r}: a weight is from -1000 to 1000')
+    options.temperatures(link.temperature or '0'), options.scales(link.guidance or '1')  # refused before any work
     if min(link.mean, link.best) > 1:
         raise UserError(f'{entry!r}: the mean of several samples or the best of them, not both')
     return link
@@ -120,8 +124,8 @@ def sampling_of(model, link, known, weighted):
         temperature, guidance = '1', '1'
     elif link.best > 1 and certain:
         temperature = '0.7'
-    temperature, temperature_end = options.ends(temperature if link.temperature is None else link.temperature)
-    guidance, guidance_end = options.ends(guidance if link.guidance is None else link.guidance)
+    temperature, temperature_end = options.temperatures(temperature if link.temperature is None else link.temperature)
+    guidance, guidance_end = options.scales(guidance if link.guidance is None else link.guidance)
     return dict(steps=steps if link.steps is None else link.steps, temperature=temperature,
                 temperature_end=temperature_end, top_k=link.top_k, top_p=link.top_p, order=link.order,
                 schedule=link.schedule, guidance=guidance, guidance_end=guidance_end)

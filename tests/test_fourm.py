@@ -400,3 +400,13 @@ def test_bad_modalities(spec, use, message):
 def test_train_modalities_choose_a_subset():
     model = small(train_modalities='caption rgb')
     assert [m.name for m in model.modalities] == ['rgb', 'caption'] and Modality('a:3:5', 0).max_tokens == 5
+
+
+@pytest.mark.parametrize('arguments', [
+    dict(guidance=math.inf), dict(guidance_end=1e50), dict(guidance=math.nan), dict(condition_weights=dict(caption=math.inf))])
+def test_guidance_and_weights_have_limits(arguments):
+    """Otherwise logits are nan, and each token is silently 0."""
+    with pytest.raises(ValueError, match='keep them from -1000 to 1000'):
+        model = small()
+        caption = torch.zeros(2, model.modality['caption'].max_tokens).long()
+        model.generate(dict(caption=caption), ['rgb'], steps=2, **arguments)

@@ -279,10 +279,12 @@ def test_index_beyond_the_images(run, here):
 def test_answers(run, capsys):
     Image.new('RGBA', (300, 200), (200, 30, 30, 120)).save('own.png')
     Path('asked.txt').write_text('How many red cubes are there?\nwhat color is the large sphere\n')
-    for extra in (['--text=How many red cubes are there?'], ['--prompts=asked.txt', '--image=own.png,own.png']):
+    Image.new('L', (9, 9)).save('red, blue.png')
+    for extra, n in ((['--text=How many red cubes are there?'], 1), (['--prompts=asked.txt', '--image=own.png,own.png'], 4),
+                     (['--prompts=asked.txt', '--image=own.png,red, blue.png,own.png'], 6)):
         capsys.readouterr()
         sample.main(f'--out_dir={run}', '--image=own.png', *extra, '--max_new_tokens=3')
-        assert capsys.readouterr().out.count('\n') == (4 if 'own.png,own' in str(extra) else 1)
+        assert capsys.readouterr().out.count('\n') == n
 
 
 def test_chat(run, capsys, monkeypatch):
