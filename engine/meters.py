@@ -86,5 +86,7 @@ class Meter:
             'train_loss': mean_loss(values), 'lr': lr, 'grad_norm': norm,
             'tokens_per_second': round(n_tokens / seconds), 'mfu': round(self.work / seconds / self.peak_flops, 4),
             'data_wait': round(self.waited / seconds, 4)}
+        if self.device.type == 'cpu':
+            line['threads'] = torch.get_num_threads()
         self.restart()
         return line | ({'skipped': state.skipped} if state.skipped else {}) | others(values)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import config
 import lab
 from config import UserError
-from engine import checkpoints
+from engine import checkpoints, threads
 from lab import options
 from lab.statistics import TABLE_HEAD, save_scores, scores_path, table_row
 
@@ -65,6 +65,7 @@ def main(*arguments, **overrides):
     kept = {}
     try:
         for scores in module.score(run, settings):
+            threads.adapt()
             first, kept = not kept, save_scores(scores, path, digest)
             tqdm.write('\n'.join([TABLE_HEAD] * first + [table_row(name, score) for name, score in scores.items()]))
     except ValueError as error:  # a chapter's check of its arguments
