@@ -44,9 +44,10 @@ class AnyToAny:
     order: str = 'random'      # of decoding: random (ROAR), confidence (MaskGIT), raster, halton
     schedule: str = 'linear'   # how many tokens each step fills: linear, cosine, constant
     temperature: str | None = None  # also 0.9..0.3, from the first to the last step; None: 0 for texts and if rgb is
-                                    # known, otherwise 0.4
+                                    # known, otherwise 0.2
     guidance: str | None = None  # scale of guidance by all that is given; also 1..3, from the first to the last step;
                                  # None: 1 for texts and if rgb is known, otherwise 2
+    plan: bool = True          # before an image from texts alone, generate the model's other texts
     top_k: int = 0             # only the k most probable values of a digit; 0: all
     top_p: float = 1.0         # only the most probable values that together hold this probability
     seed: int = 0              # of everything random
@@ -64,9 +65,10 @@ class Scores:
     order: str = 'random'      # of decoding: random (ROAR), confidence (MaskGIT), raster, halton
     schedule: str = 'linear'   # how many tokens each step fills: linear, cosine, constant
     temperature: str | None = None  # also 0.9..0.3, from the first to the last step; None: 0 for texts and if rgb is
-                                    # known, otherwise 0.4
+                                    # known, otherwise 0.2
     guidance: str | None = None  # scale of guidance by all that is given; also 1..3, from the first to the last step;
                                  # None: 1 for texts and if rgb is known, otherwise 2
+    plan: bool = True          # before an image from texts alone, generate the model's other texts
     top_k: int = 0             # only the k most probable values of a digit; 0: all
     top_p: float = 1.0         # only the most probable values that together hold this probability
     seed: int = 0              # of everything random
