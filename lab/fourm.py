@@ -31,9 +31,10 @@ class Decoding(options.Sampling):
     order: str = 'random'      # of decoding: random (ROAR), confidence (MaskGIT), raster, halton
     schedule: str = 'linear'   # how many tokens each step fills: linear, cosine, constant
     temperature: str | None = None  # also 0.9..0.3, from the first to the last step; None: 0 for texts and if rgb is
-                                    # known, otherwise 0.4
+                                    # known, otherwise 0.2
     guidance: str | None = None  # scale of guidance by all that is given; also 1..3, from the first to the last step;
                                  # None: 1 for texts and if rgb is known, otherwise 2
+    plan: bool = True          # before an image from texts alone, generate the model's other texts
 
 
 @dataclass
@@ -282,19 +283,20 @@ def nearest_scenes(run, settings, index):
 
 def score(run, settings):
     """Yields scores, cell by cell: every modality from every other, or the chains named, each target's metrics with
-    ceiling and baseline; also the parser's own scores on true renders, and recall of retrieval."""
+    ceiling, baseline and shuffled condition; also the parser's own scores on true renders, and recall of retrieval."""
     options.apart(settings, 'chain', 'given', 'target')
     index, bounds = np.arange(min(settings.n_score, run.data().n)), {}
     cells = cells_of(run, settings)
     for cell, chain in tqdm(cells.items(), desc='score', unit='cell'):
-        found, milliseconds = score_chain(run, settings, chain, index)
+        found, shuffled, milliseconds = score_chain(run, settings, chain, index)
         for name, metrics in found.items():
             if name not in bounds:
                 bounds[name] = bounds_of(run, name, index)
                 if name == 'rgb' and hasattr(type(run.dataset), 'parser'):  # the judge of images, itself judged
                     yield parser_scores(run, index)
             title = f'{cell}/' + f'{name}/' * (len(found) > 1)
-            yield {f'{title}{key}': bootstrap(parts) | bounds[name][key] for key, parts in metrics.items()}
+            yield {f'{title}{key}': bootstrap(parts) | bounds[name][key]
+                   | dict(shuffled=bootstrap(shuffled[name][key], 1)['value']) for key, parts in metrics.items()}
         yield {f'{cell}/ms a scene': alone(milliseconds, len(index))}
     every = not (settings.chain or settings.given or settings.target)
     if every and {'rgb', 'caption'} <= {*run.model.batch_keys} and settings.n_score >= retrieval.GALLERY:
@@ -313,8 +315,9 @@ def cells_of(run, settings):
 
 
 def score_chain(run, settings, chain, index):
-    """{target: {metric: (n, k, 2)}} of the scenes with these indices, and milliseconds a scene."""
-    parts, seconds = {}, 0
+    """{target: {metric: (n, k, 2)}} of the scenes with these indices, the same against the truth of other scenes (as if
+    each had been generated from another scene's condition), and milliseconds a scene."""
+    parts, shuffled, seconds = {}, {}, 0
     for part in np.array_split(index, max(1, len(index) // 250)):
         generator = torch.Generator(run.device).manual_seed(settings.seed)
         ids = given_ids(run, settings, chain, part, generator)
@@ -322,10 +325,12 @@ def score_chain(run, settings, chain, index):
         _, raw = generate(run, ids, chain, generator)
         seconds += time.perf_counter() - started
         for name, values in raw.items():
-            for key, rows in run.dataset.score(name, values, run.split, part).items():
-                parts.setdefault(name, {}).setdefault(key, []).append(rows)
-    found = {name: {key: np.concatenate(rows) for key, rows in metrics.items()} for name, metrics in parts.items()}
-    return found, 1000 * seconds / len(index)
+            for rows_of, truth in (parts, part), (shuffled, np.roll(part, 1)):
+                for key, rows in run.dataset.score(name, values, run.split, truth).items():
+                    rows_of.setdefault(name, {}).setdefault(key, []).append(rows)
+    found, shuffled = ({name: {key: np.concatenate(rows) for key, rows in metrics.items()}
+                        for name, metrics in rows_of.items()} for rows_of in (parts, shuffled))
+    return found, shuffled, 1000 * seconds / len(index)
 
 
 def bounds_of(run, name, index):

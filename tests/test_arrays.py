@@ -87,7 +87,7 @@ def test_damaged_data(here):
     scenes = Path('data/scenes')
     rgb = np.load(scenes / 'train/rgb.npy')
     np.save(scenes / 'train/rgb.npy', rgb + 70000)
-    with pytest.raises(UserError, match=r'rgb.npy: token ids run from .* outside the vocabulary of 65536'):
+    with pytest.raises(UserError, match=r'rgb.npy: token ids run from .* outside the vocabulary of 4096'):
         run('out/a')
     np.save(scenes / 'train/rgb.npy', rgb[:50])
     with pytest.raises(UserError, match='the fields differ in length'):
