@@ -2,7 +2,6 @@
 What is lost when runs are killed? Real processes, of a tiny model of each chapter, receive signals at random moments.
 
     python -m tests.faults --rounds=200 --fuzz=100000
-    python -m tests.faults --rounds=200 --part=data         of the prepare scripts, see tests/faults_data.py
 
 A round starts a training run, sends it SIGKILL, SIGTERM, SIGINT or SIGUSR1 after a random time, and gives the same command
 again until it ends by itself, sometimes after further signals. It counts as right if every checkpoint found on the way could be
@@ -37,9 +36,8 @@ from lab.gpt import Text, read_prompts
 from prepare import arrays, pictures, text, text_tokenizers
 
 SETTINGS = dict(
-    rounds=20,  # runs that are killed, chapter by chapter in rope
+    rounds=20,  # runs that are killed, chapter by chapter in turn
     fuzz=2000,  # damaged files and settings
-    part='runs',  # 'data': the rounds are those of tests/faults_data.py, for every prepare script; nothing is fuzzed
     seed=0,
 )
 RUN = dict(batch_size=8, micro_batch_size=4, max_iters=60, eval_interval=15, log_interval=3, warmup_iters=2, device='cpu',
@@ -187,7 +185,7 @@ def readers():
 
 
 def fuzz(n, draw):
-    """Damaged inputs for each reader in rope; returns the number of those that ended in anything but an answer or a UserError."""
+    """Damaged inputs for each reader in turn; returns the number of those that ended in anything but an answer or a UserError."""
     faults, kinds = 0, readers()
     names = dict(meta='meta.json')
     for i in range(n):
@@ -210,16 +208,13 @@ def fuzz(n, draw):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main(*arguments, **overrides):
-    """Plays the rounds, chapter by chapter in rope; prints a line for each fault and a summary; returns the number of faults."""
+    """Plays the rounds, chapter by chapter in turn; prints a line for each fault and a summary; returns the number of faults."""
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     draw, before, faults, signals, repeated = random.Random(settings['seed']), Path.cwd(), 0, 0, 0
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            if settings['part'] == 'data':
-                from tests import faults_data
-                return faults_data.rounds(settings['rounds'], draw)
             chapters, whole = [c for c in CASES if Path(train.__file__).with_name(f'{c}.py').is_file()], {}
             for chapter in chapters:
                 make_data(chapter, CASES[chapter][0])

@@ -1,4 +1,6 @@
 """
+    python -m tests.faults_data --rounds=200
+
 The data side of tests/faults.py: every prepare script, killed at random, two at once, or making its data set again while a
 model trains on it. Each script has two versions, with other contents of about the same size.
 
@@ -11,15 +13,18 @@ import hashlib
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import config
 from config import UserError
 from prepare import (
     arrays,
@@ -46,6 +51,11 @@ from tests import faults
 from tests.test_mnist import toy_digits
 from tests.test_multiclevr import make_tree
 
+SETTINGS = dict(
+    rounds=20,  # script by script in turn
+    seed=0,
+)
+
 
 def words(version):
     return 'the cat sat on the mat ' * 40 if version else 'the mat sat on the cat ' * 40
@@ -57,9 +67,9 @@ def make_sources():
         Path(f'in/{version}/pictures').mkdir(parents=True)
         Path(f'in/{version}/a.txt').write_text(words(version))
         Path(f'in/{version}/stories.txt').write_text(f'{words(version)}\n{END}\n' * 5)
-        random = np.random.default_rng(version)
+        generator = np.random.default_rng(version)
         for i in range(6):
-            picture = random.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            picture = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
             pictures.Image.fromarray(picture).save(f'in/{version}/pictures/{i}.png')
             Path(f'in/{version}/pictures/{i}.txt').write_text(f'picture {i}')
         lines = [json.dumps(dict(image=f'{i}.png', turns=[['Is it?', ('yes', 'no')[i % 2]]])) for i in range(6)]
@@ -87,9 +97,9 @@ def simplify():
 def make(name, version):
     """Runs a prepare script."""
     source, out = Path(f'in/{version}'), f'data/{name}'
-    random = np.random.default_rng(version)
+    generator = np.random.default_rng(version)
     mnist.read_part = lambda part, fashion: toy_digits(60 if part == 'train' else 20, version)
-    photographs = {split: (random.integers(0, 255, (n, 32, 32, 3), dtype=np.uint8), np.arange(n).astype(np.uint8) % 10)
+    photographs = {split: (generator.integers(0, 255, (n, 32, 32, 3), dtype=np.uint8), np.arange(n).astype(np.uint8) % 10)
                    for split, n in (('train', 20), ('val', 10))}
     cifar10.fetch = cifar10_modalities.fetch = lambda: photographs
     shakespeare.download = tinystories.download = lambda url, name, digest='': source / (
@@ -224,7 +234,7 @@ def play(name, kind, out_dir, known, ended, seconds, draw):
 
 
 def rounds(n, draw):
-    """Plays n rounds, script by script in rope, in the current folder; prints a line for each fault and a summary; returns the
+    """Plays n rounds, script by script in turn, in the current folder; prints a line for each fault and a summary; returns the
     number of faults."""
     simplify()
     make_sources()
@@ -257,3 +267,19 @@ def rounds(n, draw):
         shutil.rmtree(f'out/round{i}', ignore_errors=True)
     print(f'{n} rounds of {", ".join(READERS)}: killed, two at once, made again under a training run; {wrong} wrong')
     return wrong
+
+
+def main(*arguments, **overrides):
+    """Plays the rounds in a temporary folder; returns the number of faults."""
+    settings, before = config.apply(config.read(arguments, overrides), SETTINGS), Path.cwd()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            return rounds(settings['rounds'], random.Random(settings['seed']))
+        finally:
+            os.chdir(before)
+
+
+if __name__ == '__main__':
+    sys.exit(bool(config.run(main)))
