@@ -219,7 +219,7 @@ def bench_core(settings, device, peaks):
 
 def help(assigned):
     """Further lines of --help."""
-    return ['', 'settings beside a config or --all=True (lab/speed.py):', *config.describe('lab/speed.py', 'SETTINGS')]
+    return ['', 'settings beside a config or --all=True (lab/speed.py):', *config.describe(config.explain('lab/speed.py'))]
 
 
 def read(arguments, overrides):

@@ -18,7 +18,7 @@ Papers: 4M (Mizrahi et al., 2312.06647), 4M-21 (Bachmann et al., 2406.09406). Wh
 - decoder: targets of a modality also attend to each other, in texts causally, with teacher forcing; here none do;
 - text: random spans are masked, as in T5; here mostly all tokens after a prefix, otherwise random single tokens;
 - loss: each modality's mean is over the batch, not over a sample first;
-- input: here mostly one complete modality, if it fits (`full_modality_prob`): in 32 tokens no 8x8 image does;
+- input: here mostly complete modalities and a part of one (`full_modality_prob`); no 8x8 image fits into 32 tokens;
 - unused slots: masked in attention; here a learned null token (unlike registers, which are always added);
 - guidance: each condition alone, minus none; here all conditions, minus all but this one (`sample_tokens`);
 - FSQ codes (2309.15505) by their digits; RoPE besides added position embeddings; chapter 1's attention.
@@ -42,11 +42,12 @@ class Config:
     n_layer_decoder: int = 3        # blocks of the decoder
     n_head: int = 4                 # nh, attention heads a block
     n_embd: int = 128               # D, the width
-    num_input_tokens: str = '32,64,88'  # K, one of these a step; the largest holds an image and the beginning of a text
+    num_input_tokens: str = '32,64,96,128'  # K, one of these a step; the largest holds an image and two texts
     num_target_tokens: str = '256'  # M, one of these a step; a target costs half as much as an input token
     dirichlet_alphas: str = '0.1,1,10'  # one for a sample's input, one for its targets; small: few modalities
-    full_modality_prob: float = 0.8  # of samples: input is one complete modality, if one fits, and part of another
-    first_modality_prob: float = 0.75  # of those: chance that modality 0 is the complete one, if it fits; else any
+    full_modality_prob: float = 0.8  # fraction of samples whose input is complete modalities and a part of one
+    first_modality_weight: float = 12.0  # of modality 0 in the random order of these; of other images 1
+    text_weight: float = 4.0        # of texts
     unconditional_prob: float = 0.05  # fraction of samples without input
     dropout: float = 0.0            # of channels of each residual branch
 
@@ -112,39 +113,32 @@ def take_budget(sort_keys, n_slots, budget):
     return F.pad(position_ids.masked_fill(empty, N), (0, n_slots - keys.size(1)), value=N).sort(-1).values
 
 
-MIN_FILL = 1 / 3    # a complete modality chosen at random fills at least this fraction of the K slots, if any does
-MIXED_BONUS = 0.5   # added to uniform scores: a text is more often the second modality after an image, and the reverse
 LOG_RATIO = 20      # e^20 > N: all tokens of one modality come before those of the next
 PREFIX_PROB = 0.75  # fraction of texts of which a prefix is the input, not random tokens
 
 
-def full_modality_budget(count, is_text, K, first_modality_prob, generator):
-    """One complete modality and a part of a second, as in captioning (an image, the beginning of a text): count (B, n)
-    tokens of each modality -> log proportions (B, n) and the budget (B, 1) of both together.
-    Example: K = 88, first 64 tokens, second 20, a fraction of 0.5 -> budget 64 + min(24 * 0.5, 20) = 76."""
-    B, n = count.shape
-    # 1. choose the first, the complete one: mostly modality 0, otherwise any that fits and is not too small
-    score = torch.rand(B, n, generator=generator) + ((count <= K) & (count >= MIN_FILL * K)).float()
-    score[(count[:, 0] <= K) & (torch.rand(B, generator=generator) < first_modality_prob), 0] = torch.inf
-    first = score.argmax(1, keepdim=True)  # (B, 1)
-    # 2. choose the second: any other
-    score = torch.rand(B, n, generator=generator) + MIXED_BONUS * (is_text != is_text[first]).float()
-    second = score.scatter(1, first, -1).argmax(1, keepdim=True)  # (B, 1)
-    # 3. allot: all of the first; of the second a random fraction of the remaining slots, 0 with probability 0.2
-    n_first, n_second = count.gather(1, first), count.gather(1, second)
-    remaining = (K - n_first) * (1.25 * torch.rand(B, 1, generator=generator) - 0.25).clamp(min=0)
-    log_proportions = torch.zeros(B, n).scatter(1, second, LOG_RATIO).scatter(1, first, 2 * LOG_RATIO)
-    return log_proportions, n_first + remaining.ceil().minimum(n_second)
+def complete_first(count, weights, K_min, K, generator):
+    """Inputs as in generation, complete modalities in a random order, the last one in part: count (B, n) tokens of each
+    modality, weights (n,) -> log proportions (B, n), budget (B, 1). The order is sampled by weights, what does not fit
+    into K comes last. The budget is uniform in K_min..K, and at least the first modality.
+    Example: K_min = 65, K = 96, rgb (64), caption (20), depth (64): rgb, 1 to 20 of caption, then 0 to 12 of depth."""
+    race = torch.empty(count.shape).exponential_(generator=generator) / weights  # smallest first: see gpt.sample_token
+    order = (race + 1000 * (count > K)).argsort(1)  # (B, n)
+    budget = torch.randint(K_min, K + 1, (len(count), 1), generator=generator)
+    budget = budget.maximum(count.gather(1, order[:, :1])).clamp(max=K)
+    return -LOG_RATIO * order.argsort(1).float(), budget  # argsort of the order: the rank of each modality
 
 
-def draw_masks(is_token, token_slices, is_text, K, M, config, generator):
+def draw_masks(is_token, token_slices, is_text, K_min, K, M, config, generator):
     """Sample disjoint position ids of inputs (B, K) and targets (B, M), N for none; is_token (B, N): no padding. Inputs
-    are one complete modality and a part of a second, or nothing, or K tokens by Dirichlet proportions."""
+    are complete modalities and a part of one, or nothing, or K tokens by Dirichlet proportions."""
     B, n, u = len(is_token), len(token_slices), torch.rand(len(is_token), 1, generator=generator)
     count = torch.stack([is_token[:, s].sum(1) for s in token_slices], 1)  # (B, n)
     unconditional = u < config.unconditional_prob
     full = ~unconditional & (u < config.unconditional_prob + config.full_modality_prob)
-    log_proportions, budget = full_modality_budget(count, is_text, K, config.first_modality_prob, generator)
+    weights = torch.where(is_text, config.text_weight, 1.0)
+    weights[0] = config.first_modality_weight
+    log_proportions, budget = complete_first(count, weights, K_min, K, generator)
     budget = torch.where(full, budget, torch.where(unconditional, 0, K))
     budget = budget.minimum(count.sum(1, keepdim=True) - 1)  # at least one target is left
     prefix_order = is_text & (torch.rand(B, n, generator=generator) < PREFIX_PROB)
@@ -166,14 +160,12 @@ def target_weights(is_target):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model. How it is trained (train.py), for each micro-batch of a step:
+# The model. How it is trained (train.py), for each micro-batch of a step; K and M are those of the whole step:
 #     batch = model.prepare_batch(batch, generator, step_generator)  # on the CPU: sample inputs and targets
 #     loss, logs = model(batch)  # compiled, on the device; nothing is random but dropout
 #     loss.backward()  # the mean over micro-batches; then a step of Muon and AdamW
-# All micro-batches of a step have the same step_generator, and so the same K and M.
-# Shapes in forward, B = 16, K = 64, M = 256, D = 128: ids (16, 64) -> embeddings (16, 64, 128) -> encoder -> context
-# (16, 64, 128); queries (16, 256, 128) -> decoder (16, 256, 128) -> rows (4096, 128), of which a modality's head gets
-# those of its R targets (R, 128) -> -ln p (R,) -> times weights (R,), summed.
+# Shapes, B = 16, K = 64, M = 256, D = 128: ids (16, 64) -> encoder (16, 64, 128), the context; queries (16, 256, 128)
+# -> decoder (16, 256, 128) -> each modality's R targets (R, 128) -> its head: -ln p (R,) -> times weights (R,), summed.
 
 class DecoderBlock(nn.Module):
     """Cross-attention and an MLP. Queries do not attend to each other: faster, no worse scores, and an output does not
@@ -205,20 +197,19 @@ class FourM(nn.Module):
         positions = F.pad(torch.cat([m.positions for m in self.modalities]), (0, 0, 0, 1))  # (N + 1, 3)
         rope = torch.stack(rope_cos_sin(positions, D // config.n_head, rope_base=100))  # (2, N + 1, hd / 2)
 
-        # digit d of id i of modality m: row i // divisor[m, d] % levels[m, d] + offset[m, d] of the embedding; row 0 is
-        # zero: missing digits, null token. Example 'rgb:4*3:2x3 caption:12:8': rgb has rows 1-4 and 5-7, caption 8-19;
-        # rgb's id 7 = 2 * 3 + 1 is rows 3 and 6, caption's id 7 rows 15 and 0
-        divisor, levels, offset = torch.tensor([1, 1, 0])[:, None, None].repeat(
-            1, n + 1, max(len(m.levels) for m in self.modalities))  # (n + 1, digits) each
+        # digit d of id i of modality m is row i // divisor % levels + offset, from digit_table[m, d], of the embedding;
+        # row 0 is zero: missing digits, null token. Example 'rgb:4*3:2x3 caption:12:8': rgb has rows 1-4, 5-7, caption
+        # 8-19; rgb's id 7 = 2 * 3 + 1 is rows 3 and 6, caption's id 7 rows 15 and 0
         self.embedding = nn.Embedding(1 + sum(sum(m.levels) for m in self.modalities), D, padding_idx=0)
+        digit_table = torch.tensor([1, 1, 0]).repeat(n + 1, max(len(m.levels) for m in self.modalities), 1)
         row = 1
-        for i, m in enumerate(self.modalities):
+        for m, digits in zip(self.modalities, digit_table):
             for d, level in enumerate(m.levels):
-                divisor[i, d], levels[i, d], offset[i, d] = math.prod(m.levels[d + 1:]), level, row
+                digits[d] = torch.tensor([math.prod(m.levels[d + 1:]), level, row])
                 if len(m.levels) > 1:
                     self.embedding.weight.data[row:row + level] = init_level_embeddings(level, D)
                 row += level
-        for name, x in dict(divisor=divisor, levels=levels, offset=offset, modality_of=modality_of, rope=rope).items():
+        for name, x in dict(digit_table=digit_table, modality_of=modality_of, rope=rope).items():
             self.register_buffer(name, x, persistent=False)
         # of modality and position, for tokens and for queries: learned, at first similar for neighbours
         sinusoids = torch.cat(rope_cos_sin(positions, D, rope_base=100), -1)  # (N + 1, D)
@@ -233,8 +224,8 @@ class FourM(nn.Module):
 
     def encode(self, ids, position_ids):
         """Token ids and their position ids (B, K), N for null tokens -> the decoder's context (B, K, D)."""
-        m = self.modality_of[position_ids]  # (B, K)
-        rows = ids[..., None] // self.divisor[m] % self.levels[m] + self.offset[m]  # (B, K, digits)
+        divisor, levels, offset = self.digit_table[self.modality_of[position_ids]].unbind(-1)  # (B, K, digits) each
+        rows = ids[..., None] // divisor % levels + offset
         pos_embedding = self.pos_embedding(position_ids)  # (B, K, D)
         x, rope = rms_norm(self.embedding(rows).sum(-2) + pos_embedding), self.rope_at(position_ids)
         for block in self.encoder:
@@ -257,7 +248,8 @@ class FourM(nn.Module):
         ids = torch.cat([batch[m.name].flatten(1) for m in self.modalities], 1)  # (B, N)
         K, M = (sizes[torch.randint(len(sizes), (1,), generator=step_generator)]
                 for sizes in (self.input_sizes, self.target_sizes))
-        inputs, targets = draw_masks(ids >= 0, self.token_slices, self.is_text, K, M, self.config, generator)
+        K_min = 1 + max((size for size in self.input_sizes if size < K), default=0)  # generation uses K from K_min on
+        inputs, targets = draw_masks(ids >= 0, self.token_slices, self.is_text, K_min, K, M, self.config, generator)
         ids = F.pad(ids, (0, 1))  # (B, N + 1): the null token has id 0
         prepared = dict(input_ids=ids.gather(1, inputs), input_position_ids=inputs, target_position_ids=targets)
         is_target = torch.stack([(targets >= s.start) & (targets < s.stop) for s in self.token_slices])  # (n, B, M)
@@ -281,10 +273,9 @@ class FourM(nn.Module):
             loss = loss + (nll * weight).sum()
             is_target = (weight > 0).float()  # not padding
             logs[f'loss_{m.name}'] = torch.stack(((nll.detach() * is_target).sum(), is_target.sum()))
-        n_null, n_inputs = (inputs == self.N).sum(), targets.new_full((), inputs.numel())
+        n_null, n_inputs, one = (inputs == self.N).sum(), *(targets.new_full((), x) for x in (inputs.numel(), 1))
         n_tokens = n_inputs - n_null + (targets < self.N).sum()
-        return loss, logs | dict(null_fraction=torch.stack((n_null, n_inputs)),
-                                 tokens=torch.stack((n_tokens, torch.ones_like(n_tokens))))
+        return loss, logs | dict(null_fraction=torch.stack((n_null, n_inputs)), tokens=torch.stack((n_tokens, one)))
 
     # Generation (4M-21, section 3.1)
 

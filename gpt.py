@@ -12,10 +12,10 @@ and never from a later one (both are causal), so one pass trains all positions. 
     python sample.py --out_dir=out/gpt_shakespeare --prompt="ROMEO:"
 
 How this is trained (train.py, for all chapters):
-    batch = model.prepare_batch(batch, generator, step_generator)    # random draws: none here; step_generator: per step
+    batch = model.prepare_batch(batch, generator, step_generator)    # generators: one per batch, one per step; unused
     loss, logs = model(batch)                                        # forward pass; logs: sums and counts
     loss.backward()                                                  # gradients of all weights
-    optimizer.step()                                                 # Muon: matrices in blocks; AdamW: the rest
+    optimizer.step()                                                 # Muon: hidden matrices; AdamW: the rest
 
 Paper: GPT-2 (Radford et al., 2019). What differs, and how each part differs from its own paper: RMSNorm (1910.07467)
 without gains; RoPE (2104.09864) rotates halves (x[i], x[i + hd/2]), not pairs (x[2i], x[2i + 1]); QK-norm (2010.04245)
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(n_embd, 2 * kv_dim if cross else n_embd + 2 * kv_dim, bias)  # one matmul
         self.out = nn.Linear(n_embd, n_embd, bias)
         nn.init.zeros_(self.out.weight)  # a block starts as the identity
-        # keys start equal to queries: a token first attends to tokens that are similar and near
+        # keys start equal to queries: at first a token attends to similar and near tokens
         queries = (self.q if cross else self.qkv).weight.data[:n_embd].view(n_kv_head, -1, self.head_dim, n_embd)
         self.qkv.weight.data[-2 * kv_dim:-kv_dim] = queries[:, 0].flatten(0, 1)
 
@@ -195,7 +195,7 @@ class GPT(nn.Module):
             return x
         previous = cache.prev_embedding if cache and cache.cur_len else torch.zeros_like(x[:, :1])
         if cache:
-            x = torch.where((tokens >= 0)[..., None], x, previous)  # left padding: previous is 0
+            x = torch.where((tokens >= 0)[..., None], x, previous)  # padding repeats previous
             cache.prev_embedding = x[:, -1:]
         return x + self.token_shift_weight * torch.cat((previous, x[:, :-1]), dim=1)
 

@@ -87,8 +87,8 @@ ORDERS, SCHEDULES = ('confidence', 'random', 'raster', 'halton'), ('cosine', 'li
 
 
 def unmask_schedule(total, steps, schedule):
-    """How many of n, `total` (B, 1), are unmasked after step s = 1..S, (B, S): cosine n (1 - cos(pi/2 s/S)) and linear
-    n s/S, rounded up; constant s ceil(n/S). Each step >= 1. Cosine, 49, S = 8: 1, 4, 9, 15, 22, 31, 40, 49."""
+    """How many of n = `total` (B, 1) tokens are unmasked after step s = 1..S, (B, S): cosine n (1 - cos(pi/2 s/S)),
+    linear n s/S, rounded up; constant s ceil(n/S). Each step >= 1. Cosine, 49, S = 8: 1, 4, 9, 15, 22, 31, 40, 49."""
     step = torch.arange(1, steps + 1, device=total.device)
     if schedule == 'cosine':  # minus 1e-9: a whole number must not be rounded up
         n_unmasked = (total * (1 - torch.cos(math.pi / 2 * step.double() / steps)) - 1e-9).ceil().long()
@@ -120,12 +120,11 @@ def iterative_decode(tokens, predict, grid, steps, order='random', schedule='cos
     probable (confidence: MaskGIT; plus Gumbel noise times choice_temperature, decaying to 0). Known tokens stay.
     Raises ValueError if steps is not in 1 .. the largest number of unknown tokens of a sample."""
     total = (tokens < 0).sum(1, keepdim=True).cpu()  # (B, 1); Apple's GPUs have no float64
-    if order not in ORDERS or schedule not in SCHEDULES or choice_temperature < 0:
-        raise ValueError(f'order is one of {ORDERS}, schedule one of {SCHEDULES}, choice_temperature >= 0')
+    if order not in ORDERS or schedule not in SCHEDULES or not 0 <= choice_temperature <= 1000:
+        raise ValueError(f'order is one of {ORDERS}, schedule one of {SCHEDULES}, choice_temperature in 0..1000')
     if not 1 <= steps <= total.max():
         raise ValueError(f'steps={steps}: {total.max()} tokens are unknown, and each step unmasks at least one')
-    priority = halton_order(grid) if order == 'halton' else torch.arange(tokens.size(1))  # smallest first
-    priority = priority.to(tokens.device).float()
+    priority = (halton_order(grid) if order == 'halton' else torch.arange(tokens.size(1))).to(tokens.device).float()
     if order == 'random':
         priority = torch.rand(tokens.shape, generator=generator, device=tokens.device)
     n_new = unmask_schedule(total, steps, schedule).diff(prepend=torch.zeros_like(total)).to(tokens.device)  # (B, S)
@@ -196,6 +195,8 @@ class Head(nn.Module):
     def sample(self, hs, scales, temperature, top_k, top_p, generator):
         """Sample ids; return them and their ln p before `temperature` and filters, (B, N) each. hs: one h (B, N, D) per
         condition; logits are summed, times `scales`. Guidance (2207.12598): hs [cond, uncond], scales [s, 1 - s]."""
+        if not all(abs(scale) <= 1e4 for scale in scales):
+            raise ValueError(f'guidance and weights give logits the factors {scales}: keep them from -1000 to 1000')
         ids = log_p = 0
         for d, level in enumerate(self.levels):
             logits = sum(scale * self.logits(h, d) for scale, h in zip(scales, hs))
@@ -246,7 +247,7 @@ class MaskGIT(nn.Module):
     @torch.no_grad()
     def prepare_batch(self, batch, generator, step_generator):
         """Mask tokens. Returns tokens (B, N), -1 if masked; token_idx (R,), the masked positions among the B * N; ids
-        (R,), the originals; weight, elbo_weight (R,), of the nll in loss and elbo; classes, drop_class (B,)."""
+        (R,), the originals; weight, elbo_weight (R,), factors of nll in loss and elbo; classes, drop_class (B,)."""
         tokens = batch['tokens'][:, -self.N:]  # (B, N)
         valid = tokens >= 0
         mask = antithetic_masks(valid, self.config.mask_schedule, generator)
@@ -288,9 +289,8 @@ class MaskGIT(nn.Module):
 
         def predict(tokens, progress):
             s = lerp(guidance, guidance_end, progress)
-            hs, scales = [self.backbone(tokens, classes)], [1]
-            if s != 1:
-                hs, scales = [*hs, self.backbone(tokens, torch.full_like(classes, self.config.n_classes))], [s, 1 - s]
+            conditions = [classes] if s == 1 else [classes, torch.full_like(classes, self.config.n_classes)]
+            hs, scales = [self.backbone(tokens, condition) for condition in conditions], [s, 1 - s][:len(conditions)]
             return self.head.sample(hs, scales, lerp(temperature, temperature_end, progress), top_k, top_p, generator)
         decode = iterative_decode(tokens, predict, self.grid, steps, order, schedule, choice_temperature, generator)
         states = [tokens, *decode]

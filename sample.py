@@ -31,7 +31,7 @@ from pathlib import Path
 import config
 import lab
 from config import UserError
-from engine import checkpoints, devices
+from engine import checkpoints
 from lab import options
 
 SETTINGS = dict(
@@ -49,14 +49,11 @@ SETTINGS = dict(
 
 def open_run(assigned):
     """The run named by the settings, and its lab module. Raises UserError."""
-    s = config.apply({name: value for name, value in assigned.items() if name in SETTINGS}, SETTINGS)
+    s = options.common(assigned, SETTINGS)
     if s['init_from'] and s['checkpoint'] != SETTINGS['checkpoint']:
         raise UserError('init_from takes ckpt_last.pt: name the run by --out_dir= to choose a checkpoint')
-    device = devices.find(s['device'])
-    devices.set_up(device, training=False)
     path = checkpoints.find(s['init_from']) if s['init_from'] else Path(s['out_dir'], s['checkpoint'])
-    run = lab.open_run(path, device, s['split'], s['dtype'])
-    return run, lab.module_of(run.model)
+    return options.open_run(path, s)
 
 
 def help(assigned):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import lab
 from config import UserError
-from engine import batches, checkpoints, devices, graphs, meters, optimizers, processes, runs
+from engine import batches, checkpoints, devices, graphs, meters, optimizers, processes, runs, threads
 from engine.processes import is_main
 from prepare import arrays
 
@@ -73,7 +73,7 @@ SETTINGS = dict(
     graphs=False,             # CUDA graphs, for a single GPU: small models are several times as fast; `forward` must
                               # depend only on its batch and torch's random numbers
     shard=False,              # FSDP, for large models: processes share weights, gradients and optimizer states
-    threads=0,                # of a CPU run; 0 is PyTorch's choice, one per core; on resume, those of the checkpoint
+    threads=0,                # of a CPU run; 0 is one per core that other programs leave free (engine/threads.py)
 )
 FREE = {  # settings that may change when a run is resumed
     'init_from', 'out_dir', 'max_iters', 'micro_batch_size', 'eval_interval', 'eval_iters', 'log_interval', 'pictures',
@@ -95,13 +95,14 @@ class State:
 def help(assigned):
     """--help: the settings of the chapter, too."""
     settings, chapter = config.resolve(assigned, SETTINGS)
-    return ['', f'settings of {settings["model"]}.py:', *config.describe_class(chapter.Config, settings)]
+    return ['', f'settings of {settings["model"]}.py:', *config.describe(config.explain_class(chapter.Config), settings)]
 
 
 def main(*arguments, **overrides):
     """Trains as the config files and settings say. Returns the values of the last evaluation, or {'stopped': signal
     number}. Raises UserError."""
     with ExitStack() as stack:  # in the end restores signal handlers, releases the lock, leaves the process group
+        runs.keep_printing(stack)
         return run(config.read(arguments, overrides), arguments, stack)
 
 
@@ -127,10 +128,9 @@ def run(assigned, arguments, stack):
     torch.manual_seed(s['seed'])
     model = config.build(chapter, s, meta, assigned)
     checkpoints.start_from(model, sources, folder, meta)
-    threads = devices.find_threads(s['threads'], checkpoint, world)
-    devices.set_up(device, threads, length=devices.context_length(model))
-    train_data, val_data = (arrays.Data(folder, split, meta, model.batch_keys, s.get('block_size', 0), s['seed'])
-                            for split in ('train', 'val'))
+    threads.choose(s['threads'], checkpoint, world)
+    devices.set_up(device, length=devices.context_length(model))
+    train_data, val_data = arrays.open_splits(folder, meta, model.batch_keys, s.get('block_size', 0), s['seed'])
     optimizers.freeze(model, s['lr_multipliers'])
     meter = meters.Meter(model, device, dtype)
     ema_model = copy.deepcopy(model) if s['ema'] else model  # evaluated and sampled from
@@ -234,6 +234,7 @@ def run(assigned, arguments, stack):
         if state.step == s['max_iters'] or not state.step % s['log_interval'] or not state.step % s['eval_interval']:
             line = meter.line(state, norm, s['learning_rate'] * optimizers.lr_factor(step, s))
             log(line)
+            threads.adapt()  # to what other programs leave free
             bar.set_postfix_str(f'loss={line["train_loss"]:.3f}, tok_s={line["tokens_per_second"]:,}, '
                                 f'mfu={line["mfu"]:.0%}', refresh=False)
     reached = f' <= target_loss {s["target_loss"]:g}' * (val_loss <= s['target_loss'] > 0)
@@ -255,7 +256,7 @@ def skip_or_stop(state, norm, s, scaler, data, log, save, out_dir):
         return scaler.update()  # lowers the scale
     save('ckpt_fault.pt')
     samples = data.ids(state.step * s['batch_size'], s['batch_size'])
-    log({'step': state.step, 'grad_norm': str(norm), 'samples': samples})
+    log({'step': state.step, 'grad_norm': norm, 'samples': samples})
     raise UserError(f'step {state.step}: the gradient is not finite ({norm}). The state before it is in '
                     f'{out_dir}/ckpt_fault.pt, its samples in log.jsonl; lower the learning rates, or skip such steps: '
                     '--max_skipped_steps=10')
@@ -286,6 +287,8 @@ def say(text):
 
 def sample(out_dir, step, s, folder, meta, device):
     """Generates samples with the checkpoint that was just saved, in process 0. If that fails, training continues."""
+    if other := arrays.changed(folder, meta):
+        return say(f'step {step}: {other}. Training continues with the data that it began with, without samples')
     if not s['pictures'] or not is_main():
         return
     try:

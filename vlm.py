@@ -42,7 +42,7 @@ from gpt import GPT, Block, KVCache, chunked_cross_entropy, decode, rms_norm, ro
 
 @dataclass
 class Config(gpt.Config):
-    """Chapter 1's settings for the language model, then the vision encoder's. block_size: an image is one token."""
+    """Chapter 1's settings for the language model, then the vision encoder's. block_size counts an image as 1 token."""
     n_layer: int = 4               # blocks of the language model
     n_embd: int = 128              # D, its width
     image_token: int = 0           # id of the image token; set by the data set, as are the next three
@@ -67,7 +67,7 @@ class Config(gpt.Config):
 
 
 def pixel_shuffle(x, factor):
-    """Concatenate each square of factor x factor patches, by channel: (B, N, D) -> (B, N / factor^2, factor^2 D).
+    """Join the patches of each factor x factor square, channel by channel: (B, N, D) -> (B, N / factor^2, factor^2 D).
     4 x 4 patches 0..15, factor 2: [0 1 4 5], [2 3 6 7], [8 9 12 13], [10 11 14 15]. PyTorch: pixel_unshuffle."""
     side = round(x.size(1) ** 0.5)
     x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, D, side, side)

@@ -11,11 +11,14 @@ comments.
 import ast
 import dataclasses
 import difflib
+import errno
 import importlib
 import io
+import math
 import os
 import sys
 import textwrap
+import time
 import tokenize
 from pathlib import Path
 from types import ModuleType
@@ -86,11 +89,11 @@ def convert(name, value, where, default):
         elif kind is bool:
             if str(value) in ('True', 'False'):
                 return str(value) == 'True'
-        elif not isinstance(value, bool) and kind(number := float(value)) == number:
+        elif not isinstance(value, bool) and kind(number := float(value)) == number and math.isfinite(number):
             return kind(number)
     except (TypeError, ValueError, OverflowError):
         pass
-    expected = 'True or False' if kind is bool else f'of type {kind.__name__}'
+    expected = {bool: 'True or False', float: 'of type float and finite'}.get(kind, f'of type {kind.__name__}')
     raise UserError(f'{where}: {name}={value!r} is not {expected}')
 
 
@@ -192,30 +195,30 @@ def remarks(source):
     return found
 
 
-def describe(path, name, values=None, without=()):
-    """Lines of help for the settings NAME of a file: each with its value (its default, if it has none) and its
-    comment."""
+def explain(path, name='SETTINGS'):
+    """{setting: (default as source text, comment)} of the settings NAME of a file."""
     source, settings = definition(path, name)
-    comments, lines = remarks(source), []
-    for setting, node in settings:
-        if setting in without:
-            continue
-        value = (values or {}).get(setting, ast.unparse(node))
-        text = f'{value!r}' if values and setting in values else value
-        head = f'  --{setting}={text}'
-        wrapped = textwrap.wrap(comments.get(node.end_lineno, ''), 90) or ['']
+    comments = remarks(source)
+    return {setting: (ast.unparse(node), comments.get(node.end_lineno, '')) for setting, node in settings}
+
+
+def explain_class(kind):
+    """`explain` of a dataclass: its own settings, then those that it inherits."""
+    found = {}
+    for each in kind.__mro__[:-1]:
+        own = explain(sys.modules[each.__module__].__file__, each.__name__)
+        found |= {setting: own[setting] for setting in own if setting not in found}
+    return found
+
+
+def describe(explained, values=()):
+    """Lines of help: each setting with its value (its default, if it has none) and its comment."""
+    lines = []
+    for setting, (default, comment) in explained.items():
+        head = f'  --{setting}={repr(values[setting]) if setting in values else default}'
+        wrapped = textwrap.wrap(comment, 90) or ['']
         lines.append(f'{head:<34}{wrapped[0]}'.rstrip() if len(head) < 34 else head)
         lines += [' ' * 34 + text for text in (wrapped if len(head) >= 34 else wrapped[1:]) if text]
-    return lines
-
-
-def describe_class(kind, values):
-    """Lines of help for a dataclass: its own settings, then those that it inherits."""
-    lines, seen = [], set()
-    for each in kind.__mro__[:-1]:
-        path = sys.modules[each.__module__].__file__
-        lines += describe(path, each.__name__, values, seen)
-        seen |= {setting for setting, _ in definition(path, each.__name__)[1]}
     return lines
 
 
@@ -231,7 +234,7 @@ def help_text(program, module, arguments):
     settings = getattr(module, 'SETTINGS', {})
     values = {name: convert(name, value, where, settings[name])
               for name, (value, where) in assigned.items() if name in settings}
-    own = describe(module.__file__, 'SETTINGS', settings | values)
+    own = describe(explain(module.__file__), settings | values)
     more = module.help(assigned) if hasattr(module, 'help') else []
     usage = f'usage: python {name}{" [config/NAME.py]" * (name == "train.py")} [--name=value ...]'
     return '\n'.join([usage, '', paragraphs[0], '', *commands, *(['', 'settings:', *own] if own else []), *more])
@@ -240,9 +243,23 @@ def help_text(program, module, arguments):
 # ---------------------------------------------------------------------------------------------------------------------
 # Programs
 
+CLOSED = errno.EPIPE, errno.EIO, errno.EINVAL  # writing to a pipe whose reader has ended, to a terminal; on Windows
+
+
+def flush(text=''):
+    """Prints a text and flushes standard output; at the exit of Python, a fault would be a traceback. Returns the
+    fault, if there is one; later output is then discarded."""
+    try:
+        print(text, end='', flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+
+
 def run(main, stopped='stopped', **overrides):
     """Runs main(*arguments of the command line, **overrides) as a program and returns its result. A UserError ends the
-    program with one line and exit code 1, Ctrl-C with code 130; -h and --help print help instead."""
+    program with one line and exit code 1, Ctrl-C with code 130, a closed pipe silently with code 141; -h and --help
+    print help instead."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')  # printing never fails, whatever the terminal's encoding
@@ -250,9 +267,19 @@ def run(main, stopped='stopped', **overrides):
     try:
         if len(arguments) < len(sys.argv) - 1:
             print(help_text(sys.modules['__main__'], sys.modules[main.__module__], arguments))
-            sys.exit(0)
-        return main(*arguments, **overrides)
-    except (UserError, OSError) as error:
+            sys.exit(flush() and 141)
+        result = main(*arguments, **overrides)
+        if (fault := flush()) and fault.errno not in CLOSED:
+            raise fault
+        return result
+    except Exception as error:
+        if os.environ.get('RANK', '0') != '0':  # process 0 has the same fault: its line, then its end ends this one
+            time.sleep(5)
+        if not isinstance(error, (UserError, OSError)):
+            raise
+        closed = getattr(error, 'errno', 0) in CLOSED
+        if flush('\n' * closed) and closed:  # as in `| head -1`
+            sys.exit(141)  # 128 + SIGPIPE
         elsewhere = '' if Path('prepare').is_dir() else f' (start programs in the folder of the repository: cd {ROOT})'
         sys.exit(f'error: {error}{elsewhere}')
     except KeyboardInterrupt:

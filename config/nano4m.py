@@ -6,5 +6,5 @@ model = 'fourm'
 dataset = 'scenes'
 batch_size = 16
 micro_batch_size = 16
-max_iters = 2800
-eval_interval = 1400
+max_iters = 5000
+eval_interval = 2500

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import os
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -43,14 +43,21 @@ def save(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if hasattr(os, 'O_DIRECTORY'):  # so that the new name survives a power cut, too
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f'{path}: cannot be written ({error}); the checkpoint before it is untouched. Free disk space '
                         'or choose another out_dir, then run the same command again')
+
+
+def sync_folder(path):
+    """So that the names of new files survive a power cut, too. Some systems and network drives cannot."""
+    with suppress(OSError, AttributeError):
+        folder = os.open(path, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def read(path):
@@ -225,10 +232,11 @@ def load_part(model, part, source, folder, meta):
     own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     weights = own or weights
     tokens = not part or any(name.endswith('head.weight') for name in weights)
-    if tokens and meta.get('encoding', meta) != source['meta'].get('encoding', source['meta']):
+    now, before = ({name: value for name, value in one.items() if name != 'sums'} for one in (meta, source['meta']))
+    if tokens and now.get('encoding', now) != before.get('encoding', before):
         raise UserError(f'{folder} has other tokens than the run that init_from names '
-                        f'({meta.get("encoding", "its own")}, not {source["meta"].get("encoding", "these")}): make it '
-                        'with the same encoding')
+                        f'({now.get("encoding", "its own")}, not {before.get("encoding", "these")}): make it with the '
+                        'same encoding')
     try:
         model.get_submodule(part).load_state_dict(weights)
     except AttributeError:

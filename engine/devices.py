@@ -1,5 +1,5 @@
 """
-The machine: device, dtype, threads, attention kernel on a CPU, peak FLOP/s; and the FLOPs of a model.
+The machine: device, dtype, attention kernel on a CPU, peak FLOP/s; and the FLOPs of a model.
 """
 import ctypes
 import os
@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import UserError
+from engine import threads
 
 
 def find(name='auto'):
@@ -39,16 +40,7 @@ def find_dtype(name, device):
     return getattr(torch, name)
 
 
-def find_threads(threads, checkpoint, world):
-    """Number of CPU threads of this process: the setting `threads`; if that is 0, on resume, the number in the
-    checkpoint, divided among the processes and at most one per core; otherwise 0, PyTorch's choice."""
-    if threads or not checkpoint:
-        return threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return max(1, min(checkpoint['threads'] // world, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
-
-
-def set_up(device, threads=0, training=True, length=0):
+def set_up(device, training=True, length=0):
     """Process-wide settings for sequences of `length` tokens.
 
     A CPU has two kernels for attention: a fused one, which never stores all T x T weights, and plain matrix products
@@ -61,8 +53,8 @@ def set_up(device, threads=0, training=True, length=0):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if device.type == 'cpu':
-        if threads:
-            torch.set_num_threads(threads)
+        if not training:  # engine/threads.py; a training loop looks between its steps
+            threads.adapt(pause=0)
         keep_memory()
         use_fused_attention(not training or length >= (192 if find_dtype('auto', device) == torch.float32 else 1024))
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # products in bfloat16 itself, not in float32

@@ -166,6 +166,7 @@ def compile_blocks(model, device, stack=None):
         if is_main():
             print(f'torch.compile does not work here ({type(error).__name__}): going on without it, more slowly')
         return False
+    torch._inductor.config.cpp.dynamic_threads = True  # not C++ for one number: engine/threads.py may change it
     torch._dynamo.config.recompile_limit = 64  # one for each combination of shapes; chapters have few
     for module in model.modules():
         if is_block(module):

@@ -83,8 +83,10 @@ class Meter:
         seconds = time.perf_counter() - self.since
         state.tokens, state.seconds = state.tokens + round(n_tokens), state.seconds + seconds
         line = progress(state) | {
-            'train_loss': mean_loss(values), 'lr': lr, 'grad_norm': norm if math.isfinite(norm) else str(norm),
+            'train_loss': mean_loss(values), 'lr': lr, 'grad_norm': norm,
             'tokens_per_second': round(n_tokens / seconds), 'mfu': round(self.work / seconds / self.peak_flops, 4),
             'data_wait': round(self.waited / seconds, 4)}
+        if self.device.type == 'cpu':
+            line['threads'] = torch.get_num_threads()
         self.restart()
         return line | ({'skipped': state.skipped} if state.skipped else {}) | others(values)

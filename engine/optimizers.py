@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError
-from engine import devices
+from engine import devices, threads
 
 FIT = dict(  # settings of `fit`, see train.py
     muon=True, muon_learning_rate=0.02, learning_rate=3e-3, min_lr=0.0, warmup_iters=30, decay=1.0, weight_decay=0.0,
@@ -219,6 +219,7 @@ def fit(model, loss_of, batch_of, steps, name, lr_multipliers='', device='auto')
             loss.backward()
             set_lr(optimizers, settings, step)
             optimizer_step(optimizers)
+            threads.adapt()
             if step % 20 == 0:
                 bar.set_postfix(loss=f'{loss.item():.4f}')
     finally:

@@ -2,17 +2,20 @@
 A run folder and the life of a run: lock, checkpoint to resume from, signals, log.
 """
 import json
+import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from config import UserError
-from engine import checkpoints, processes
+from engine import checkpoints, optimizers, processes
 from engine.processes import is_main
 
 
@@ -61,7 +64,19 @@ def enter(out_dir, settings, free, stack):
         differences = ', '.join(f'{name}={before.get(name)!r}, not {settings[name]!r}' for name in changed[:3])
         raise UserError(f'{out_dir} holds a run with {differences}: choose another --out_dir=, or --init_from=scratch '
                         'moves it aside')
+    if (message := new_rates(before, settings, checkpoint['step'])) and is_main():
+        print(message)
     return checkpoint
+
+
+def save_weights(out_dir, checkpoint):
+    """Downloaded weights as a run of step 0, in place of none or of such a run. Raises UserError."""
+    path = out_dir / 'ckpt_last.pt'
+    with lock(out_dir):
+        with suppress(checkpoints.Damaged):
+            if path.is_file() and checkpoints.read(path)['settings'] != checkpoint['settings']:
+                raise UserError(f'{out_dir} holds another run: choose another --out=')
+        checkpoints.save(path, checkpoint)
 
 
 def check_room(out_dir, model):
@@ -83,17 +98,50 @@ def finished(out_dir, settings, state):
     """A message if nothing is left to do, otherwise a false value."""
     all_steps, reached = state.step >= settings['max_iters'], state.best <= settings['target_loss'] > 0
     todo = ' and '.join(['raise max_iters'] * all_steps + ['lower target_loss'] * reached)
-    return todo and (f'{out_dir}: finished at step {state.step}, best val_loss {state.best:.4f}; {todo} to continue, '
-                     'or --init_from=scratch to start again')
+    rates = ' (learning rates then rise again: the schedule becomes longer)' * all_steps
+    return todo and (f'{out_dir}: finished at step {state.step}, best val_loss {state.best:.4f}; {todo} to continue'
+                     f'{rates}, or --init_from=scratch to start again')
+
+
+def new_rates(before, settings, step):
+    """A message if another max_iters changes the learning rates after `step`, otherwise a false value."""
+    was, same, now = (optimizers.lr_factor(i, each)
+                      for i, each in ((step - 1, before), (step - 1, settings), (step, settings)))
+    return abs(was - same) > 0.005 and (
+        f'max_iters={settings["max_iters"]}, not {before["max_iters"]} as before, changes the schedule: the learning '
+        f'rates, {was:.0%} of their peak at the last step, continue at {now:.0%}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Signals
+# Signals and the terminal
+
+class Unfailing:
+    """A text stream whose failures are ignored. A run outlives its terminal, and `tee` in a pipe, which Ctrl-C ends."""
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+
+def keep_printing(stack):
+    """Ignores all failures of standard output and standard error until `stack` closes."""
+    stack.enter_context(redirect_stdout(Unfailing(sys.stdout)))
+    stack.enter_context(redirect_stderr(Unfailing(sys.stderr)))
+
 
 def listen(stack):
     """A list that receives the number of each signal that asks this process to stop; the run then saves and stops. A
     second signal ends it at once, unless it comes within two seconds: torchrun sends a Ctrl-C again that the process
-    already has."""
+    already has, a shell the SIGHUP of a closed terminal."""
     received, times = [], []
 
     def handler(number, frame):
@@ -101,10 +149,14 @@ def listen(stack):
         if times[-1] - times[0] > 2:
             raise KeyboardInterrupt
         if not received and is_main():
-            os.write(2, b'\nstopping at the next line of the log; once more stops at once\n')  # print is not reentrant
+            with suppress(OSError):  # print is not reentrant
+                os.write(2, b'\nstopping at the next line of the log; once more stops at once\n')
         received.append(number)
     if threading.current_thread() is threading.main_thread():  # the only thread that may set handlers
-        for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, 'SIGUSR1') else [])):
+        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
+            number = getattr(signal, name, None)  # Windows has two of them
+            if number is None or name == 'SIGHUP' and signal.getsignal(number) == signal.SIG_IGN:  # nohup ignores it
+                continue
             stack.callback(signal.signal, number, signal.signal(number, handler))
     return received
 
@@ -112,13 +164,40 @@ def listen(stack):
 # ---------------------------------------------------------------------------------------------------------------------
 # The log
 
+def log_lines(path):
+    """[(bytes, entry)] of the complete lines of a log.jsonl; the entry of a blank or damaged line is None."""
+    lines = []
+    for line in path.read_bytes().splitlines(True):
+        try:
+            entry = json.loads(line)
+            assert entry['step'] >= 0
+        except (ValueError, TypeError, KeyError, AssertionError):
+            entry = None
+        lines += [(line, entry)] * line.endswith(b'\n')
+    return lines
+
+
 def trim_log(path, step):
     """Removes the lines after `step`: a killed run logged them after its last checkpoint, and the resumed run will
     again."""
     if path.exists() and is_main():
-        kept = [line for line in path.read_bytes().splitlines(True)
-                if line.endswith(b'\n') and json.loads(line)['step'] <= step]
-        os.truncate(path, sum(map(len, kept)))  # in place: a kill here loses nothing
+        lines = log_lines(path)
+        later = [i for i, (_, entry) in enumerate(lines) if entry and entry['step'] > step]
+        kept = lines[:min(later, default=len(lines))]
+        os.truncate(path, sum(len(line) for line, _ in kept))  # in place: a kill here loses nothing
+
+
+def finite(line):
+    """A line of the log without nan and inf, which JSON lacks: None is in their place."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in line.items()}
+
+
+def name_offline_parts(folder, wandb_id):
+    """Prints how to upload a run of Weights & Biases that was resumed offline: each part has a folder of its own."""
+    parts = sorted(map(str, folder.glob(f'offline-run-*-{wandb_id}')))
+    if len(parts) > 1:
+        print(f'all {len(parts)} parts of this run: wandb sync {" ".join(parts)}')
 
 
 def open_log(out_dir, settings, state, stack):
@@ -130,12 +209,13 @@ def open_log(out_dir, settings, state, stack):
         import wandb
         wandb_run = wandb.init(project='nanofm', name=out_dir.name, config=settings, id=state.wandb_id, resume='allow')
         state.wandb_id = wandb_run.id
-        stack.callback(wandb.finish)  # offline, prints how to upload the run later
+        stack.callback(name_offline_parts, Path(wandb_run.dir).parent.parent, wandb_run.id)
+        stack.callback(wandb.finish)  # before it: offline, prints how to upload the last part later
 
     def log(line):
         if is_main():
             with open(path, 'a', encoding='utf-8') as file:
-                file.write(json.dumps(line) + '\n')
+                file.write(json.dumps(finite(line), allow_nan=False) + '\n')
             if settings['wandb_log']:
                 wandb.log(line, step=line['step'])
     return log

@@ -13,6 +13,8 @@ The parts after a target's name replace the settings of sample.py for this targe
     w2, w0, w-1           weight as a condition of what follows; 1 if left out
     mean8                 the mean of 8 samples
     best8                 of 8 samples the one that makes the given modalities most probable
+
+An image that is generated from texts alone has a plan (`plan_of`): the model's other texts are generated first.
 """
 import re
 from dataclasses import dataclass, replace
@@ -31,6 +33,7 @@ RANGE = rf'{NUMBER}(?:\.\.{NUMBER})?'
 PART = re.compile(rf'(?P<steps>\d+)|(?P<order>{"|".join(ORDERS)})|(?P<schedule>{"|".join(SCHEDULES)})|'
                   rf'mean(?P<mean>\d+)|best(?P<best>\d+)|t(?P<temperature>{RANGE})|'
                   rf'g(?P<guidance>{RANGE})|w(?P<weight>{NUMBER})')
+PLAN_TEMPERATURE = 0.3  # of texts that are generated before an image
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Link:
     schedule: str
     top_k: int
     top_p: float
+    plan: bool
     weight: float = 1.0
     mean: int = 1
     best: int = 1
@@ -56,7 +60,7 @@ def read_link(entry, settings):
     """'rgb:25:halton:t0.7:g1..3:best8' -> a Link; `settings` holds what the entry leaves out. Raises UserError."""
     name, *parts = entry.split(':')
     link = Link(name, settings.steps, settings.temperature, settings.guidance, settings.order, settings.schedule,
-                settings.top_k, settings.top_p)
+                settings.top_k, settings.top_p, settings.plan)
     types = dict(steps=int, mean=int, best=int, weight=float)
     for part in parts:
         found = PART.fullmatch(part)
@@ -65,8 +69,12 @@ def read_link(entry, settings):
                             f'schedule ({", ".join(SCHEDULES)}), t0.7 or t0.9..0.3 (temperature), g2 or g1..3 '
                             '(guidance), w-1 (weight as a condition), mean8, best8 (of 8 samples)')
         link = replace(link, **{key: types.get(key, str)(value) for key, value in found.groupdict().items() if value})
-    if min(link.mean, link.best) < 1 or link.steps == 0:
-        raise UserError(f'{entry!r}: steps, mean and best are at least 1')
+    steps = 1 if link.steps is None else link.steps
+    if min(steps, link.mean, link.best) < 1 or max(link.mean, link.best) > 1000:
+        raise UserError(f'{entry!r}: steps, mean and best are at least 1, mean and best at most 1000')
+    if abs(link.weight) > 1000:
+        raise UserError(f'{entry!r}: a weight is from -1000 to 1000')
+    options.temperatures(link.temperature or '0'), options.scales(link.guidance or '1')  # refused before any work
     if min(link.mean, link.best) > 1:
         raise UserError(f'{entry!r}: the mean of several samples or the best of them, not both')
     return link
@@ -115,13 +123,13 @@ def sampling_of(model, link, known, weighted):
     takes the place of guidance."""
     is_text = model.modality[link.name].is_text
     certain = is_text or link.name != 'rgb' and (known.get('rgb', -torch.ones(1)) >= 0).all()
-    steps, temperature, guidance = (1, '0', '1') if certain else (8, '0.4', '1' if weighted else '2')
+    steps, temperature, guidance = (1, '0', '1') if certain else (8, '0.2', '1' if weighted else '2')
     if link.mean > 1:  # of all that may be, not of the most probable
         temperature, guidance = '1', '1'
     elif link.best > 1 and certain:
         temperature = '0.7'
-    temperature, temperature_end = options.ends(temperature if link.temperature is None else link.temperature)
-    guidance, guidance_end = options.ends(guidance if link.guidance is None else link.guidance)
+    temperature, temperature_end = options.temperatures(temperature if link.temperature is None else link.temperature)
+    guidance, guidance_end = options.scales(guidance if link.guidance is None else link.guidance)
     return dict(steps=steps if link.steps is None else link.steps, temperature=temperature,
                 temperature_end=temperature_end, top_k=link.top_k, top_p=link.top_p, order=link.order,
                 schedule=link.schedule, guidance=guidance, guidance_end=guidance_end)
@@ -142,11 +150,24 @@ def mean_of(name, raw):
     return raw.mean(1) if raw.dtype.kind == 'f' else raw.mean(1).round().astype(raw.dtype)
 
 
+def plan_of(model, link, known):
+    """The texts that are generated before an image that is known from texts alone: the model's others, if all fit into
+    the input. Scenes: a caption does not say where objects are; tokens of an image that are sampled in one step fit
+    each other only if that is known."""
+    texts = {m.name: m for m in model.modalities if m.is_text}
+    fits = sum(m.max_tokens for m in (*texts.values(), model.modality[link.name])) <= max(model.input_sizes)
+    plan = link.plan and fits and link.name not in texts and known and {*known} <= {*texts}
+    return [name for name in texts if name not in known] if plan else []
+
+
 def generate(run, given, chain, generator=None):
     """Runs a chain from ids given, {name: (B, max_tokens)}: the ids of all modalities known in the end, and the raw
     values of those that were generated. Raises UserError."""
     known, raw, weights = dict(given), {}, {link.name: link.weight for link in chain[0]}
     for link in chain[1]:
+        if plan := plan_of(run.model, link, known):
+            with devices.autocast(run.device, devices.find_dtype(run.dtype, run.device)):
+                known |= run.model.generate(known, plan, temperature=PLAN_TEMPERATURE, generator=generator)
         name, n = link.name, max(link.mean, link.best)
         others = {other: weight for other, weight in weights.items() if weight != 1 and other != name}
         repeated = {other: ids.repeat_interleave(n, 0) for other, ids in known.items()}

@@ -12,7 +12,7 @@ from config import UserError
 from engine import checkpoints
 from prepare import arrays
 
-SCENES = ('rgb:16*16*16*16:8x8 depth:8*8*8*8:8x8 normal:8*8*8*8:8x8 segmentation:8*8*8*8:8x8 scene_desc:435:31 '
+SCENES = ('rgb:8*8*8*8:8x8 depth:8*8*8*8:8x8 normal:8*8*8*8:8x8 segmentation:8*8*8*8:8x8 scene_desc:435:31 '
           'caption:274:26')
 FOLDER = 'rgb:16*16*16*16:8x8 grey:8*8*8*8:8x8 edges:8*8*8*8:8x8 palette:16*16*16:1x5 low:16*16*16:8x8 caption:300:26'
 CLEVR = (' '.join(f'{name}:5*5*5*8*8*8:16x16' for name in ('rgb', 'depth', 'normal'))
@@ -28,8 +28,8 @@ DATA = {
               dict(vocab_size=26, block_size=49, grid='7x7', n_classes=10, image_size=28, channels=1)),
     'cifar10': (dict(image=(256, (32, 32, 3)), label=(10, ())), dict(image_size=32, channels=3, n_classes=10)),
     'toy2d': (dict(point=(0, (2,))), dict(image_size=0, channels=2, n_classes=0)),
-    'scenes': (dict(tokens=(65536, (64,)), image=(256, (64, 64, 3))),
-               IMAGE | dict(modalities=SCENES, vocab_size=65536, levels='16*16*16*16', grid='8x8', block_size=63,
+    'scenes': (dict(tokens=(4096, (64,)), image=(256, (64, 64, 3))),
+               IMAGE | dict(modalities=SCENES, vocab_size=4096, levels='8*8*8*8', grid='8x8', block_size=63,
                             n_classes=0)),
     'folder': (dict(image=(256, (64, 64, 3))), dict(modalities=FOLDER)),
     'cifar10_modalities': (dict(image=(256, (32, 32, 3))), dict(modalities=FOLDER)),

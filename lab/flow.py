@@ -30,35 +30,31 @@ SHOWS = ('grid', 'path', 'steps', 'guidance')
 
 
 @dataclass
-class Images:
+class Solver:
+    method: str = 'euler'           # the solver: euler, or midpoint or heun with two evaluations per step
+    guidance: float = 1.0           # scale of classifier-free guidance, if there are labels; 1 is none
+    guidance_interval: str = '0,1'  # the times between which guidance is used
+    seed: int = 0                   # of everything random
+
+
+@dataclass
+class Images(Solver):
     n: int = 10                     # images per class; in all, if show is not grid
     labels: str = ''                # classes, '3,5'; '': all
     show: str = 'grid'              # grid (of classes), path (from noise, also a GIF), steps or guidance (a sweep)
     steps: int = 20                 # of the solver
-    method: str = 'euler'           # the solver: euler, or midpoint or heun with two evaluations per step
-    guidance: float = 1.0           # scale of classifier-free guidance; 1 is none
-    guidance_interval: str = '0,1'  # the times between which guidance is used
-    seed: int = 0                   # of everything random
 
 
 @dataclass
-class Points:
+class Points(Solver):
     n: int = 4000                   # points
     steps: int = 40                 # of the solver
-    method: str = 'euler'           # the solver: euler, midpoint or heun
-    guidance: float = 1.0           # scale of classifier-free guidance, if points have labels
-    guidance_interval: str = '0,1'  # the times between which guidance is used
-    seed: int = 0                   # of everything random
 
 
 @dataclass
-class Scores:
+class Scores(Solver):
     n_score: int = 1000             # samples generated for each number of steps
     steps: str = '1,2,4,10,20'      # numbers of steps; precision and recall for the last one
-    method: str = 'euler'           # the solver: euler, midpoint or heun
-    guidance: float = 1.0           # scale of classifier-free guidance
-    guidance_interval: str = '0,1'  # the times between which guidance is used
-    seed: int = 0                   # of everything random
 
 
 def settings_of(run):

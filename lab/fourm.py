@@ -26,7 +26,19 @@ from lab.statistics import alone, bootstrap, judged
 
 
 @dataclass
-class AnyToAny:
+class Decoding(options.Sampling):
+    steps: int | None = None   # decoding steps of an image; None: 1 if rgb is known, otherwise 8
+    order: str = 'random'      # of decoding: random (ROAR), confidence (MaskGIT), raster, halton
+    schedule: str = 'linear'   # how many tokens each step fills: linear, cosine, constant
+    temperature: str | None = None  # also 0.9..0.3, from the first to the last step; None: 0 for texts and if rgb is
+                                    # known, otherwise 0.2
+    guidance: str | None = None  # scale of guidance by all that is given; also 1..3, from the first to the last step;
+                                 # None: 1 for texts and if rgb is known, otherwise 2
+    plan: bool = True          # before an image from texts alone, generate the model's other texts
+
+
+@dataclass
+class AnyToAny(Decoding):
     given: str = ''            # modalities given, as rgb or caption,depth; '': none, or examples if nothing else is set
     target: str = ''           # modalities to generate, in this order; '': all others
     chain: str = ''            # both at once, with settings for each target: 'caption>depth:8,rgb:25:halton:t0.7'
@@ -40,36 +52,16 @@ class AnyToAny:
     retrieve: str = ''         # a modality: shows the held-out scenes that are nearest to what is given
     by: str = 'likelihood'     # how nearness is measured: likelihood, embedding
     n: int = 6                 # scenes, a row each
-    steps: int | None = None   # decoding steps of an image; None: 1 if rgb is known, otherwise 8
-    order: str = 'random'      # of decoding: random (ROAR), confidence (MaskGIT), raster, halton
-    schedule: str = 'linear'   # how many tokens each step fills: linear, cosine, constant
-    temperature: str | None = None  # also 0.9..0.3, from the first to the last step; None: 0 for texts and if rgb is
-                                    # known, otherwise 0.4
-    guidance: str | None = None  # scale of guidance by all that is given; also 1..3, from the first to the last step;
-                                 # None: 1 for texts and if rgb is known, otherwise 2
-    top_k: int = 0             # only the k most probable values of a digit; 0: all
-    top_p: float = 1.0         # only the most probable values that together hold this probability
-    seed: int = 0              # of everything random
 
 
 @dataclass
-class Scores:
+class Scores(Decoding):
     given: str = ''            # from which modalities; '': from each
     target: str = ''           # which modalities; '': each
     chain: str = ''            # these chains instead, separated by semicolons (lab/chains.py), in a file of their own
     hide: str = ''             # as in sample.py: a part of what is given that is generated again
     replace: str = ''          # as in sample.py: a word of the given texts and its replacement
     n_score: int = 200         # held-out scenes; 1000, for the record, also gives recall of retrieval
-    steps: int | None = None   # decoding steps of an image; None: 1 if rgb is known, otherwise 8
-    order: str = 'random'      # of decoding: random (ROAR), confidence (MaskGIT), raster, halton
-    schedule: str = 'linear'   # how many tokens each step fills: linear, cosine, constant
-    temperature: str | None = None  # also 0.9..0.3, from the first to the last step; None: 0 for texts and if rgb is
-                                    # known, otherwise 0.4
-    guidance: str | None = None  # scale of guidance by all that is given; also 1..3, from the first to the last step;
-                                 # None: 1 for texts and if rgb is known, otherwise 2
-    top_k: int = 0             # only the k most probable values of a digit; 0: all
-    top_p: float = 1.0         # only the most probable values that together hold this probability
-    seed: int = 0              # of everything random
 
 
 def settings_of(run):
@@ -229,13 +221,16 @@ def given_ids(run, settings, chain, index, generator, own={}):
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 
-def to_images(run, name, ids, filled):
-    """Ids (B, max_tokens) of a modality as images (H, W, 3), grey where they are unknown; `filled` holds the ids that a
-    tokenizer's decoder, which sees neighbours, reads there."""
+def to_images(run, name, ids):
+    """Ids (B, max_tokens) of a modality as images (H, W, 3)."""
+    return [run.dataset.picture(name, one) for one in run.dataset.decode(name, ids)]
+
+
+def given_images(run, name, ids, whole):
+    """What is given of a modality as images: a text of the given ids (B, max_tokens), an image of the list `whole` with
+    its hidden part grey."""
     m = run.model.modality[name]
-    raw = run.dataset.decode(name, ids if m.is_text else torch.where(ids < 0, filled, ids))
-    images = [run.dataset.picture(name, one) for one in raw]
-    return images if m.is_text else list(lab.grey_out(np.stack(images), ids, m.grid))
+    return to_images(run, name, ids) if m.is_text else list(lab.grey_out(np.stack(whole), ids, m.grid))
 
 
 def columns_of(run, settings, chain, index):
@@ -250,8 +245,9 @@ def columns_of(run, settings, chain, index):
         if truth and names and (name in raw or changed):
             columns[f'{name} (truth)'] = truth
         if name in names:
+            whole = truth or to_images(run, name, own[name])
             plain = truth and not changed
-            columns[f'{name} (given)'] = truth if plain else to_images(run, name, ids[name], found[name].clamp(min=0))
+            columns[f'{name} (given)'] = truth if plain else given_images(run, name, ids[name], whole)
         if name in raw:
             columns[name] = [run.dataset.picture(name, one) for one in raw[name]]
         if run.model.modality[name].is_text and (own or len(index) <= 2):
@@ -275,7 +271,7 @@ def nearest_scenes(run, settings, index):
     ids = ids[names[0]] if ids else run.ids(names[0], index)
     pairs = open_index(run, names[0], gallery)
     nearest = retrieval.nearness(run.model, pairs, names[0], ids, settings.by).topk(min(10, pairs['n'])).indices.numpy()
-    columns = {f'{names[0]} (query)': to_images(run, names[0], ids, ids.clamp(min=0))}
+    columns = {f'{names[0]} (query)': to_images(run, names[0], ids)}
     for i, column in enumerate(nearest.T):  # the nearest of all queries, then the second nearest
         truth = run.dataset.truth(run.split, gallery, column)
         columns[str(i + 1)] = [run.dataset.picture(gallery, one) for one in truth]
@@ -287,19 +283,20 @@ def nearest_scenes(run, settings, index):
 
 def score(run, settings):
     """Yields scores, cell by cell: every modality from every other, or the chains named, each target's metrics with
-    ceiling and baseline; also the parser's own scores on true renders, and recall of retrieval."""
+    ceiling, baseline and shuffled condition; also the parser's own scores on true renders, and recall of retrieval."""
     options.apart(settings, 'chain', 'given', 'target')
     index, bounds = np.arange(min(settings.n_score, run.data().n)), {}
     cells = cells_of(run, settings)
     for cell, chain in tqdm(cells.items(), desc='score', unit='cell'):
-        found, milliseconds = score_chain(run, settings, chain, index)
+        found, shuffled, milliseconds = score_chain(run, settings, chain, index)
         for name, metrics in found.items():
             if name not in bounds:
                 bounds[name] = bounds_of(run, name, index)
                 if name == 'rgb' and hasattr(type(run.dataset), 'parser'):  # the judge of images, itself judged
                     yield parser_scores(run, index)
             title = f'{cell}/' + f'{name}/' * (len(found) > 1)
-            yield {f'{title}{key}': bootstrap(parts) | bounds[name][key] for key, parts in metrics.items()}
+            yield {f'{title}{key}': bootstrap(parts) | bounds[name][key]
+                   | dict(shuffled=bootstrap(shuffled[name][key], 1)['value']) for key, parts in metrics.items()}
         yield {f'{cell}/ms a scene': alone(milliseconds, len(index))}
     every = not (settings.chain or settings.given or settings.target)
     if every and {'rgb', 'caption'} <= {*run.model.batch_keys} and settings.n_score >= retrieval.GALLERY:
@@ -318,8 +315,9 @@ def cells_of(run, settings):
 
 
 def score_chain(run, settings, chain, index):
-    """{target: {metric: (n, k, 2)}} of the scenes with these indices, and milliseconds a scene."""
-    parts, seconds = {}, 0
+    """{target: {metric: (n, k, 2)}} of the scenes with these indices, the same against the truth of other scenes (as if
+    each had been generated from another scene's condition), and milliseconds a scene."""
+    parts, shuffled, seconds = {}, {}, 0
     for part in np.array_split(index, max(1, len(index) // 250)):
         generator = torch.Generator(run.device).manual_seed(settings.seed)
         ids = given_ids(run, settings, chain, part, generator)
@@ -327,10 +325,12 @@ def score_chain(run, settings, chain, index):
         _, raw = generate(run, ids, chain, generator)
         seconds += time.perf_counter() - started
         for name, values in raw.items():
-            for key, rows in run.dataset.score(name, values, run.split, part).items():
-                parts.setdefault(name, {}).setdefault(key, []).append(rows)
-    found = {name: {key: np.concatenate(rows) for key, rows in metrics.items()} for name, metrics in parts.items()}
-    return found, 1000 * seconds / len(index)
+            for rows_of, truth in (parts, part), (shuffled, np.roll(part, 1)):
+                for key, rows in run.dataset.score(name, values, run.split, truth).items():
+                    rows_of.setdefault(name, {}).setdefault(key, []).append(rows)
+    found, shuffled = ({name: {key: np.concatenate(rows) for key, rows in metrics.items()}
+                        for name, metrics in rows_of.items()} for rows_of in (parts, shuffled))
+    return found, shuffled, 1000 * seconds / len(index)
 
 
 def bounds_of(run, name, index):

@@ -25,39 +25,31 @@ from lab.statistics import alone, bootstrap, judged
 
 
 @dataclass
-class Text:
+class Sampling(options.Sampling):
+    temperature: float = 1.0   # 0: always the most probable token
+    min_p: float = 0.0         # only tokens with at least this fraction of the largest probability
+
+
+@dataclass
+class Text(Sampling):
     prompt: str = ''           # the text to continue; '': a new text
     prompts: str = ''          # a file with one prompt a line, all continued in one batch
     n: int = 1                 # texts for each prompt
     max_new_tokens: int = 500  # the longest continuation
     temperature: float = 0.8   # 0: always the most probable token
-    top_k: int = 0             # only the k most probable tokens; 0: all
-    top_p: float = 1.0         # only the most probable tokens that together hold this probability
-    min_p: float = 0.0         # only tokens with at least this fraction of the largest probability
     draft: str = ''            # the run of a smaller GPT on the same data, for speculative decoding: faster for a
                                # single text on a CPU, with the same distribution
-    seed: int = 0              # of everything random
 
 
 @dataclass
-class Images:
+class Images(Sampling):
     n: int = 10                # images per class, or held-out images
     complete: float = 0.0      # the fraction of held-out images that is given, from the top; 0: images from nothing
-    temperature: float = 1.0   # 0: always the most probable token
-    top_k: int = 0             # only the k most probable tokens; 0: all
-    top_p: float = 1.0         # only the most probable tokens that together hold this probability
-    min_p: float = 0.0         # only tokens with at least this fraction of the largest probability
-    seed: int = 0              # of everything random
 
 
 @dataclass
-class Scores:
-    n_score: int = 1000        # generated digits for the evaluation classifier
-    temperature: float = 1.0   # of these digits, as are the next three
-    top_k: int = 0             # only the k most probable tokens; 0: all
-    top_p: float = 1.0         # only the most probable tokens that together hold this probability
-    min_p: float = 0.0         # only tokens with at least this fraction of the largest probability
-    seed: int = 0              # of everything random
+class Scores(Sampling):
+    n_score: int = 1000        # generated digits for the evaluation classifier, sampled as follows
 
 
 def settings_of(run):

@@ -25,51 +25,39 @@ SHAPES, SHOWS = ('half', 'box', 'random'), ('grid', 'gif', 'swap')
 
 
 @dataclass
-class Text:
+class Decoding(options.Sampling):
+    order: str = 'random'      # of decoding: random, confidence (MaskGIT), raster, halton
+    schedule: str = 'cosine'   # of the number of tokens to unmask: cosine, linear, constant
+    temperature: str = '1'     # 0: always the most probable token; from the first to the last step: 1..0.5
+    choice_temperature: float = 0.0  # of the Gumbel noise on confidences
+
+
+@dataclass
+class Text(Decoding):
     prompt: str = ''           # the beginning of the text
     after: str = ''            # the text after the gap
     gap: int = 50              # tokens between prompt and after
     n: int = 1                 # texts
     steps: int = 64            # decoding steps
-    order: str = 'random'      # of decoding: random, confidence (MaskGIT), raster, halton
-    schedule: str = 'cosine'   # of the number of tokens to unmask: cosine, linear, constant
-    temperature: str = '1'     # 0: always the most probable token; from the first to the last step: 1..0.5
-    choice_temperature: float = 0.0  # of the Gumbel noise on confidences
-    top_k: int = 0             # only the k most probable tokens; 0: all
-    top_p: float = 1.0         # only the most probable tokens that together hold this probability
-    seed: int = 0              # of everything random
 
 
 @dataclass
-class Images:
+class Images(Decoding):
     n: int = 10                # images of each class, or held-out ones
     complete: float = 0.0      # fraction of tokens of held-out images that are given; 0: generate all (show=swap: 0.3)
     shape: str = 'half'        # of the given part: half (the upper one), box (all around a box), random (tokens)
     show: str = 'grid'         # grid, gif (the steps of decoding), swap (held-out images with other classes)
     steps: int = 16            # decoding steps; at most one for each masked token
-    order: str = 'random'      # of decoding: random, confidence (MaskGIT), raster, halton
-    schedule: str = 'cosine'   # of the number of tokens to unmask: cosine, linear, constant
-    temperature: str = '1'     # 0: always the most probable token; from the first to the last step: 1..0.5
-    choice_temperature: float = 0.0  # of the Gumbel noise on confidences
     guidance: str = '1'        # scale of classifier-free guidance; from the first to the last step: 1..3
-    top_k: int = 0             # only the k most probable tokens; 0: all
-    top_p: float = 1.0         # only the most probable tokens that together hold this probability
-    seed: int = 0              # of everything random
 
 
 @dataclass
-class Scores:
+class Scores(Decoding):
     n_score: int = 1000        # generated images for each order and number of steps
     steps: str = '1,4,8,16,32,49'  # numbers of decoding steps, for each order
     order: str = ','.join(ORDERS)  # orders of decoding
-    schedule: str = 'cosine'   # of the number of tokens to unmask: cosine, linear, constant
-    temperature: str = '1'     # 0: always the most probable token; from the first to the last step: 1..0.5
-    choice_temperature: float = 0.0  # of the Gumbel noise on confidences
     guidance: str = '1'        # scale of classifier-free guidance; from the first to the last step: 1..3
-    top_k: int = 0             # only the k most probable tokens; 0: all
-    top_p: float = 1.0         # only the most probable tokens that together hold this probability
     against: str = ''          # scores.json of a GPT on the same data: its exact values are the floor
-    seed: int = 0              # of everything random
 
 
 def settings_of(run):
@@ -95,8 +83,8 @@ def generate(run, settings, tokens, classes=None, return_intermediates=False):
     size = (steps + 1) * tokens.numel()
     if return_intermediates and size > 2 ** 27:
         raise UserError(f'{size:,} tokens of intermediate states would take {size >> 27} GiB: lower n or steps')
-    temperature, temperature_end = options.ends(settings.temperature)
-    guidance, guidance_end = options.ends(getattr(settings, 'guidance', '1'))  # texts have none
+    temperature, temperature_end = options.temperatures(settings.temperature)
+    guidance, guidance_end = options.scales(getattr(settings, 'guidance', '1'))  # texts have none
     with run.exact():
         return run.model.generate(
             tokens.to(device), None if classes is None else classes.to(device), steps, temperature, temperature_end,
@@ -114,7 +102,8 @@ def draw(run, settings, path):
         raise UserError(f'complete={settings.complete} must be at least 0 and below 1')
     scale = max(1, 60 // to_images(run, masked_tokens(run, 1)).shape[1])
     if settings.show == 'gif':
-        frames = [tile(to_images(run, tokens), settings.n) for tokens in decoding_steps(run, settings)]
+        states = decoding_steps(run, settings)
+        frames = [tile(to_images(run, tokens, states[-1]), settings.n) for tokens in states]
         return save_gif(frames, path.with_suffix('.gif'), scale)  # a row for each class, or of held-out images
     columns = swapped if settings.show == 'swap' else completed if settings.complete else generated
     save_grid(columns(run, settings), path, scale)
@@ -144,12 +133,13 @@ def masked_tokens(run, n):
     return torch.full((n, run.model.N), -1)
 
 
-def to_images(run, tokens):
-    """Images (n, H, W, 3) uint8 of tokens (n, N), grey where they are masked."""
+def to_images(run, tokens, whole=0):
+    """Images (n, H, W, 3) uint8 of tokens (n, N), grey where they are masked. `whole` holds the tokens that are masked:
+    a tokenizer's decoder sees neighbours, so without them the rest has other colors."""
     if run.model.config.n_classes:
         images = np.repeat(run.dataset.decode(tokens)[..., None], 3, -1)
     else:
-        images = run.dataset.decode('rgb', tokens.clamp(min=0))
+        images = run.dataset.decode('rgb', tokens.where(tokens >= 0, whole))
     return lab.grey_out(images, tokens, run.model.grid)
 
 
@@ -200,7 +190,7 @@ def completed(run, settings):
     columns = dict(truth=truth, given=given)
     for i in (1, 2, 3):
         columns[f'sample {i}'] = generate(run, replace(settings, seed=settings.seed + i), given, classes)
-    return {title: to_images(run, tokens) for title, tokens in columns.items()}
+    return {title: to_images(run, tokens, truth) for title, tokens in columns.items()}
 
 
 def swapped(run, settings):
@@ -211,7 +201,7 @@ def swapped(run, settings):
     columns = dict(truth=truth, given=given)
     for i, name in enumerate(run.dataset.classes):
         columns[name] = generate(run, settings, given, classes * 0 + i)
-    return {title: to_images(run, tokens) for title, tokens in columns.items()}
+    return {title: to_images(run, tokens, truth) for title, tokens in columns.items()}
 
 
 def decoding_steps(run, settings):

@@ -5,12 +5,27 @@ A field of a dataclass has a type, a default that fits the opened model, and a c
 Only nano4M has fields that may be None: `steps: int | None = None`.
 """
 import dataclasses
-import math
+import os
 import typing
 
 import config
 import lab
 from config import UserError
+from engine import devices
+
+
+def common(assigned, settings):
+    """The settings of a program alone, {name: default} with its assignments, before a run is opened. Raises
+    UserError."""
+    return config.apply({name: value for name, value in assigned.items() if name in settings}, settings)
+
+
+def open_run(path, settings):
+    """The run of a checkpoint, and its lab module: settings are device, dtype and split. Raises UserError."""
+    device = devices.find(settings['device'])
+    devices.set_up(device, training=False)
+    run = lab.open_run(path, device, settings['split'], settings['dtype'])
+    return run, lab.module_of(run.model)
 
 
 def apply(assigned, settings, defaults):
@@ -36,19 +51,15 @@ def apply(assigned, settings, defaults):
 
 def title(kind):
     """A dataclass as text: 'lab/gpt.py (Text)'."""
-    return f'{source_of(kind)} ({kind.__name__})'
-
-
-def source_of(kind):
-    return f'{kind.__module__.replace(".", "/")}.py'
+    return f'{kind.__module__.replace(".", "/")}.py ({kind.__name__})'
 
 
 def all_settings():
-    """The dataclasses of settings of all chapters."""
+    """The dataclasses of settings of all chapters, without the bases of others."""
     modules = [lab.module_of(path.stem) for path in sorted(lab.HERE.glob('*.py'))
                if (lab.HERE.parent / path.name).is_file()]
     return [kind for module in modules for kind in vars(module).values()
-            if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__]
+            if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__ and not kind.__subclasses__()]
 
 
 def owners_of(name, kind):
@@ -64,11 +75,19 @@ def help_of(defaults):
     """Lines of help for the settings of a chapter."""
     kind = type(defaults)
     return ['', f'settings of this run, {title(kind)}:',
-            *config.describe(source_of(kind), kind.__name__, vars(defaults))]
+            *config.describe(config.explain_class(kind), vars(defaults))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Values
+# Shared by the chapters
+
+@dataclasses.dataclass
+class Sampling:
+    """How a token is sampled: the base of dataclasses of settings."""
+    top_k: int = 0     # only the k most probable tokens, or values of an FSQ code's digit; 0: all
+    top_p: float = 1.0  # only the most probable tokens that together hold this probability
+    seed: int = 0      # of everything random
+
 
 def apart(settings, name, *others):
     """Raises UserError if this setting and one of the others are both set."""
@@ -81,10 +100,24 @@ def ends(text):
     """'0.9..0.3' -> (0.9, 0.3), the values at the first and the last step; '0.7' -> (0.7, 0.7). Raises UserError."""
     first, dots, last = text.partition('..')
     try:
-        values = float(first), float(last if dots else first)
-        assert all(map(math.isfinite, values))
-    except (ValueError, AssertionError):
+        return float(first), float(last if dots else first)
+    except ValueError:
         raise UserError(f'{text!r}: write a number, or the first and the last, as in 0.9..0.3')
+
+
+def temperatures(text):
+    """`ends` of a temperature. Raises UserError."""
+    values = ends(text)
+    if not all(value == 0 or 1e-6 <= value <= 1e6 for value in values):
+        raise UserError(f'temperature={text!r}: must be 0, or from 1e-6 to 1e6, at the first and at the last step')
+    return values
+
+
+def scales(text):
+    """`ends` of a guidance scale. Raises UserError."""
+    values = ends(text)
+    if not all(abs(value) <= 1000 for value in values):
+        raise UserError(f'guidance={text!r}: must be from -1000 to 1000, at the first and at the last step')
     return values
 
 
@@ -93,4 +126,14 @@ def counts(text):
     found = [int(count) if count.strip().isdecimal() else 0 for count in text.split(',')]
     if not min(found):
         raise UserError(f'{text!r}: write numbers of steps, at least 1, as in 4,8,16')
+    return found
+
+
+def paths(text):
+    """'a.png,b.png' -> ['a.png', 'b.png']; a comma may also be part of the name of a file or folder that exists."""
+    found, parts = [], text.split(',')
+    while parts:
+        names = [','.join(parts[:n]) for n in range(len(parts), 0, -1)]
+        found.append(next(filter(os.path.exists, names), parts[0]))
+        parts = parts[found[-1].count(',') + 1:]
     return found

@@ -8,7 +8,6 @@ classifier.
     python -m lab.report --compare=out/gpt_mnist,out/maskgit_mnist,out/flow_mnist --n_score=500       which generator?
 """
 import contextlib
-import json
 import os
 import platform
 import shlex
@@ -23,6 +22,8 @@ import config
 import lab
 from config import UserError
 from engine import checkpoints, devices
+from engine.runs import log_lines
+from lab import options
 from lab.figures import points, save_grid, save_losses, tile
 from lab.statistics import BOUNDS, judged, markdown_table, read_scores, scores_path
 
@@ -67,16 +68,13 @@ def read_record(path):
 
 
 def read_log(path):
-    """The lines of a log.jsonl, without an incomplete last line. Raises UserError."""
+    """The lines of a log.jsonl, without damaged ones and an incomplete last one. Raises UserError."""
     if not path.is_file():
         raise UserError(f'{path}: missing; a report needs the folder of a run of train.py')
-    lines = []
-    for i, text in enumerate(path.read_text(encoding='utf-8', errors='replace').split('\n')[:-1], 1):
-        try:
-            lines.append(json.loads(text))
-            assert lines[-1]['step'] >= 0
-        except (ValueError, TypeError, KeyError, AssertionError):
-            raise UserError(f'{path}, line {i}: not a line of a training log ({text[:40]!r}); delete it')
+    found = log_lines(path)
+    lines = [entry for _, entry in found if entry]
+    if damaged := [i for i, (line, entry) in enumerate(found, 1) if line.strip() and not entry]:
+        print(f'{path}: left out, no lines of a training log: {", ".join(map(str, damaged))}')
     if not points(lines, 'step', 'val_loss'):
         raise UserError(f'{path}: has no evaluation yet; let the run come to one')
     return lines
@@ -121,7 +119,7 @@ def facts(run):
         'computed in': f'{checkpoint["dtype"].removeprefix("torch.")}, {checkpoint["threads"]} CPU threads',
         'last training loss': f'{train[-1][1]:.4f}' if train else '',
         'validation loss: last, best': f'{val[-1][1]:.4f}, {min(loss for _, loss in val):.4f}'
-    } | {f'last {name}': f'{value:.4f}' for name, value in last.items()
+    } | {f'last {name}': 'not finite' if value is None else f'{value:.4f}' for name, value in last.items()
          if name.startswith('val_') and name != 'val_loss'}
 
 
@@ -250,7 +248,7 @@ def main(*arguments, **overrides):
     if not settings['compare']:
         folder = Path(settings['out_dir'])
         return write_page({folder.name: read_record(folder / settings['checkpoint'])}, folder / 'report.md')
-    folders = list(map(Path, settings['compare'].split(',')))
+    folders = list(map(Path, options.paths(settings['compare'])))
     short = len({folder.name for folder in folders}) == len(folders)
     runs = {folder.name if short else folder.as_posix(): read_record(folder / settings['checkpoint'])
             for folder in folders}

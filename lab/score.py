@@ -20,7 +20,7 @@ from tqdm import tqdm
 import config
 import lab
 from config import UserError
-from engine import checkpoints, devices
+from engine import checkpoints, threads
 from lab import options
 from lab.statistics import TABLE_HEAD, save_scores, scores_path, table_row
 
@@ -36,11 +36,8 @@ SETTINGS = dict(
 
 def open_run(assigned):
     """The run named by the settings, and its lab module, which must have scores. Raises UserError."""
-    s = config.apply({name: value for name, value in assigned.items() if name in SETTINGS}, SETTINGS)
-    device = devices.find(s['device'])
-    devices.set_up(device, training=False)
-    run = lab.open_run(Path(s['out_dir'], s['checkpoint']), device, s['split'], s['dtype'])
-    module = lab.module_of(run.model)
+    s = options.common(assigned, SETTINGS)
+    run, module = options.open_run(Path(s['out_dir'], s['checkpoint']), s)
     if not hasattr(module, 'score'):
         raise UserError(f'lab/{lab.chapter_of(run.model)}.py has no scores: it needs `scores_of` and `score`')
     return run, module
@@ -68,6 +65,7 @@ def main(*arguments, **overrides):
     kept = {}
     try:
         for scores in module.score(run, settings):
+            threads.adapt()
             first, kept = not kept, save_scores(scores, path, digest)
             tqdm.write('\n'.join([TABLE_HEAD] * first + [table_row(name, score) for name, score in scores.items()]))
     except ValueError as error:  # a chapter's check of its arguments

@@ -2,7 +2,8 @@
 Scores: 95 % intervals, the file scores.json, tables as text and as Markdown.
 
 A score is dict(value, low, high, n): a value and its 95 % interval from n samples. It may also hold the keys floor or
-ceiling, the value of real data, and baseline, the value without a model.
+ceiling, the value of real data; baseline, the value without a model; and shuffled, the value if the model is given the
+condition of another sample: a model that ignores its condition has the same value with both.
 """
 import json
 import os
@@ -11,7 +12,7 @@ import numpy as np
 
 from config import UserError
 
-BOUNDS = 'floor', 'ceiling', 'baseline'
+BOUNDS = 'floor', 'ceiling', 'baseline', 'shuffled'
 
 
 # ---------------------------------------------------------------------------------------------------------------------

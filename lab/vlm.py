@@ -22,30 +22,26 @@ from lab.statistics import alone, bootstrap
 
 
 @dataclass
-class Answers:
+class Sampling(options.Sampling):
+    temperature: float = 0.0   # 0: always the most probable token
+    min_p: float = 0.0         # only tokens with at least this fraction of the largest probability
+
+
+@dataclass
+class Answers(Sampling):
     image: str = ''            # your image file; several with commas between; '': held-out images and their questions
     text: str = ''             # a question about it
     prompts: str = ''          # a file with one question a line, each asked about each image
     chat: bool = False         # questions from the keyboard, until an empty line
     n: int = 6                 # held-out images
     max_new_tokens: int = 500  # the longest answer
-    temperature: float = 0.0   # 0: always the most probable token
-    top_k: int = 0             # only the k most probable tokens; 0: all
-    top_p: float = 1.0         # only the most probable tokens that together hold this probability
-    min_p: float = 0.0         # only tokens with at least this fraction of the largest probability
-    seed: int = 0              # of everything random
 
 
 @dataclass
-class Scores:
+class Scores(Sampling):
     n_score: int = 1000        # held-out images
     text_only_run: str = ''    # a run of the same data with text_only=True, whose scores are shown beside these
     max_new_tokens: int = 32   # the longest answer
-    temperature: float = 0.0   # 0: always the most probable token
-    top_k: int = 0             # only the k most probable tokens; 0: all
-    top_p: float = 1.0         # only the most probable tokens that together hold this probability
-    min_p: float = 0.0         # only tokens with at least this fraction of the largest probability
-    seed: int = 0              # of everything random
 
 
 def settings_of(run):
@@ -122,7 +118,7 @@ def draw(run, settings, path):
 def own_questions(run, settings):
     """Print answers to each of the user's questions about each of the user's images."""
     m = run.model.config.n_images
-    images = np.stack([run.dataset.read_image(file) for file in settings.image.split(',')])
+    images = np.stack([run.dataset.read_image(file) for file in options.paths(settings.image)])
     if len(images) % m:
         raise UserError(f'{len(images)} images, and this model reads {m} at a time')
     images = in_rows(images, len(images) // m)

@@ -7,11 +7,16 @@ determine. Optional:
     files {field: name of its array on disk, if it differs; '{split}' is replaced by the split}
     views {field: number of pre-made augmentations, along a second axis}
     index {field: name of an array with the row of each sample, if samples share rows, as questions share images}
+`save_meta` adds sums {file: SHA-256} of all arrays. A run keeps meta.json in its checkpoints and is not resumed on
+other contents. Data of an older version, or of a script without `save_meta`, have no sums: their contents are not
+compared.
 """
 import hashlib
 import importlib
 import json
+import math
 import os
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +26,13 @@ from filelock import FileLock, Timeout
 from config import UserError
 from engine import processes
 
+
+def visible(folder):
+    """The files of a user's folder and its subfolders, sorted; not the hidden copies of editors and systems."""
+    return sorted(path for path in folder.rglob('*') if path.is_file()
+                  and not any(part.startswith(('.', '__MACOSX')) for part in path.relative_to(folder).parts))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing: `begin`, then `write` for each split, then `save_meta`. meta.json exists only while the data set is complete.
 
@@ -29,49 +41,98 @@ LOCKS = {}  # {data folder: its lock} of the data sets that this process is maki
 
 def begin(folder, prepare='', keep_meta=False):
     """Locks a data folder until `save_meta` and removes its meta.json; keep_meta is for a script that only adds
-    fields. Raises UserError if another process is making the data set, or if another script than `prepare` made it."""
+    fields, or has read no input yet. Raises UserError if another process is making the data set, or if another script
+    than `prepare` made it."""
     folder = Path(folder)
-    if folder.resolve() in LOCKS:
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    meta = folder / 'meta.json'
-    if prepare and meta.is_file() and (other := read_meta(folder)['prepare']) != prepare:
-        raise UserError(f'{folder} holds a data set of prepare/{other}.py: choose another --out=, or delete it')
-    lock = FileLock(folder / 'lock')
+    lock = LOCKS.setdefault(folder.resolve(), FileLock(folder / 'lock'))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f'{folder}: another process is making this data set; wait for it, or choose another --out=')
-    LOCKS[folder.resolve()] = lock
+        del LOCKS[folder.resolve()]
+        raise UserError(f'{folder}: another process is making this data set; wait until it (or its notebook) ends, or '
+                        'choose another --out=')
+    meta = folder / 'meta.json'
+    if prepare and meta.is_file() and (other := read_meta(folder)['prepare']) != prepare:
+        release(folder)
+        raise UserError(f'{folder} holds a data set of prepare/{other}.py: choose another --out=, or delete it')
     if not keep_meta:
         meta.unlink(missing_ok=True)
 
 
-def write(folder, arrays):
-    """{name: array} as the .npy files of a split's folder. Each replaces an older file at once: a run that has mapped
-    the older one can still read it."""
-    begin(folder.parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        new = folder / f'{name}.tmp'
+def release(folder):
+    if lock := LOCKS.pop(Path(folder).resolve(), None):
+        lock.release(force=True)
+
+
+@contextmanager
+def writing(path):
+    """A file that replaces `path` when it is complete: a run that has mapped the older one can still read it. Raises
+    UserError if the disk is full."""
+    new = Path(f'{path}.tmp')
+    try:
+        new.parent.mkdir(parents=True, exist_ok=True)
         with open(new, 'wb') as file:
+            yield file
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+        raise UserError(f'{path}: cannot be written ({getattr(error, "strerror", "") or error}); free disk space, or '
+                        'choose another --out=')
+    finally:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+
+
+def write(folder, arrays):
+    """{name: array} as the .npy files of a split's folder."""
+    if Path(folder).parent.resolve() not in LOCKS:
+        begin(Path(folder).parent)
+    for name, array in arrays.items():
+        with writing(Path(folder, f'{name}.npy')) as file:
             np.save(file, array)
-        os.replace(new, folder / f'{name}.npy')
+
+
+def write_rows(folder, name, rows):
+    """The same for one array whose rows come from an iterator, so that only one is in memory."""
+    n = 0
+    with writing(folder / f'{name}.npy') as file:
+        for n, row in enumerate(rows, 1):
+            if n == 1:
+                write_header(file, row, 0)
+            file.write(row.tobytes())
+        if not n:
+            raise UserError(f'{folder}: nothing is left to write as {name}; see above')
+        file.seek(0)
+        write_header(file, row, n)  # as long as the first one: NumPy leaves room for the number of rows
+
+
+def write_header(file, row, n):
+    np.lib.format.write_array_header_1_0(file, dict(descr=row.dtype.str, fortran_order=False, shape=(n, *row.shape)))
+
+
+def sums_of(folder, meta):
+    """{file: SHA-256} of all arrays in a folder, and of those of other data sets to which its meta.json refers."""
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob('*.npy'))]
+    links = [name for name in meta.get('files', {}).values() if name.startswith('..')]
+    files += [f'{split.name}/{name.format(split=split.name)}.npy' for name in links
+              for split in sorted(folder.glob('*/')) if (split / f'{name.format(split=split.name)}.npy').is_file()]
+    sums = {}
+    for name in files:
+        with open(folder / name, 'rb') as file:
+            sums[name] = hashlib.file_digest(file, 'sha256').hexdigest()
+    return sums
 
 
 def save_meta(folder, meta):
     """The last step of every preparation: SHA256SUMS of all arrays, for `sha256sum -c`; then meta.json. Releases the
     lock."""
-    folder, lines = Path(folder), []
-    for path in sorted(folder.rglob('*.npy')):
-        with open(path, 'rb') as file:
-            lines.append(f'{hashlib.file_digest(file, "sha256").hexdigest()}  {path.relative_to(folder).as_posix()}\n')
-    (folder / 'SHA256SUMS').write_text(''.join(lines), encoding='utf-8')
-    new = folder / 'meta.tmp'
-    new.write_text(json.dumps(meta, indent=1), encoding='utf-8')
-    new.replace(folder / 'meta.json')  # atomically: a data set to which fields are added always has one
-    if lock := LOCKS.pop(folder.resolve(), None):
-        lock.release()
+    folder = Path(folder)
+    sums = sums_of(folder, meta)
+    with writing(folder / 'SHA256SUMS') as file:
+        file.write(''.join(f'{digest}  {name}\n' for name, digest in sums.items()).encode())
+    with writing(folder / 'meta.json') as file:
+        file.write(json.dumps(meta | dict(sums=sums), indent=1).encode())
+    release(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,7 +180,8 @@ def open_dataset(folder, meta):
     exists = name in {path.stem for path in Path(__file__).parent.glob('*.py')}
     module = importlib.import_module(f'prepare.{name}') if exists else None
     if not hasattr(module, 'Dataset'):
-        raise UserError(f'{folder} was made by prepare/{name}.py, which is missing or has no Dataset: restore it')
+        raise UserError(f'{folder} was made by prepare/{name}.py, which is missing or has no class Dataset: restore '
+                        'it, or write one (docs/yours.md)')
     return module.Dataset(folder)
 
 
@@ -133,13 +195,48 @@ def holds(now, before):
     return now == before
 
 
+def difference(now, before):
+    """In words, what `holds` misses first; '' if nothing."""
+    sums, other = (meta.get('sums', {}) for meta in (before, now))
+    changed = [name for name in sums if other.get(name) != sums[name]]
+    return '' if holds(now, before) else f'{changed[0]} has other contents' if changed else 'its meta.json differs'
+
+
+def check_links(folder, meta):
+    """Raises UserError if another data set, to whose arrays meta.json refers, has been made again since."""
+    for name, digest in meta.get('sums', {}).items():
+        linked = Path(folder, name).parent.parent
+        if '..' in name and read_meta(linked).get('sums', {}).get('/'.join(Path(name).parts[-2:]), digest) != digest:
+            raise UserError(f'{folder} was made from other data than {os.path.relpath(linked)} holds now: run python '
+                            f'-m prepare.{meta["prepare"]} again')
+
+
 def agree(folder, meta, checkpoint):
     """The meta of a run: that of the data or, if it continues from a checkpoint, that of the checkpoint. The two must
     agree, because tokens have a meaning only with the tokenizers that made them. Raises UserError."""
-    if checkpoint and not holds(meta, checkpoint['meta']):
-        raise UserError(f'{folder} is not the data that this run was trained on (its meta.json differs): restore that '
-                        'data, or train again')
+    check_links(folder, meta)
+    if checkpoint and (fault := difference(meta, checkpoint['meta'])):
+        raise UserError(f'{folder} is not the data that this run was trained on ({fault}): restore that data, or train '
+                        'again, in another --out_dir=')
     return checkpoint['meta'] if checkpoint else meta
+
+
+def changed(folder, meta):
+    """What has happened since to the data set with this meta.json, '' if nothing: another one is being made in its
+    place, or has been."""
+    try:
+        check_links(folder, now := read_meta(folder))
+    except UserError:
+        return f'{folder} is being made again'
+    return difference(now, meta) and f'{folder} has been made again: {difference(now, meta)}'
+
+
+def open_splits(folder, meta, names, block_size=0, seed=0):
+    """[training data, validation data], both of the same version. Raises UserError."""
+    splits = [Data(folder, split, meta, names, block_size, seed) for split in ('train', 'val')]
+    if fault := changed(folder, meta):
+        raise UserError(f'{fault}: run this again')
+    return splits
 
 
 class Data:
@@ -160,9 +257,14 @@ class Data:
 
         def path(name):
             return Path(folder, split, meta.get('files', {}).get(name, name).format(split=split) + '.npy')
-        self.arrays = {name: self.read(path(name), meta['fields'][name]) for name in names}
-        self.index = {name: self.read(path(index), len(self.arrays[name]))
+        axes = {name: 1 + (name in meta.get('views', {})) for name in names}  # before those of tokens or pixels
+        self.arrays = {name: self.read(path(name), meta['fields'][name], meta['kind'] == 'rows' and axes[name])
+                       for name in names}
+        self.index = {name: self.read(path(index), len(self.arrays[name]), math.inf)
                       for name, index in meta.get('index', {}).items() if name in names}
+        for name, array in self.arrays.items():
+            if fault := self.misfit(name, array.shape, axes[name], split):
+                raise UserError(f'{path(name)}: {array.shape} is not the shape of {fault}')
         sizes = {name: len(self.index.get(name, array)) for name, array in self.arrays.items()}
         if len(set(sizes.values())) > 1:
             raise UserError(f'{Path(folder, split)}: the fields differ in length ({sizes}); delete {folder} to make it '
@@ -172,20 +274,54 @@ class Data:
             if block_size < 1:
                 raise UserError(f'{folder} is cut into windows: block_size={block_size} must be at least 1')
             self.n = self.length // block_size - 1 if split == 'train' else -(-(self.length - 1) // block_size)
+        elif self.n < 1:
+            raise UserError(f'{Path(folder, split)}: holds no samples; delete {folder} to make it again')
         if self.n < 1:
             raise UserError(f'{Path(folder, split)}: {self.length} tokens are too few for a context of {block_size}: '
                             'training takes twice as many; lower block_size, or give more text')
 
     @staticmethod
-    def read(path, vocabulary):
-        """Checks the values of an array: an id out of range would end a program on a GPU without a message."""
+    def read(path, vocabulary, axes=0):
+        """Checks the values of an array: an id out of range would end a program on a GPU without a message. An array
+        with more than `axes` axes may hold -1, padding."""
         array = load(path)
         low, high = array.min(initial=0), array.max(initial=0)
-        if vocabulary and (low < -1 or high >= vocabulary):  # -1 is padding
+        if vocabulary and array.dtype.kind == 'f':
+            raise UserError(f'{path}: real numbers, {low:g} to {high:g}, where meta.json has {vocabulary} ids: write '
+                            'integers (for pixels 0 to 255), or 0 for real values in meta.json')
+        if vocabulary and (low < -(array.ndim > axes) or high >= vocabulary):
             raise UserError(f'{path}: token ids run from {low} to {high}, outside the vocabulary of {vocabulary}')
-        if not np.isfinite(low + high):
-            raise UserError(f'{path}: holds values that are not finite; delete {path.parent.parent} to make it again')
+        with np.errstate(over='ignore'):  # 1e300 is no float32
+            finite = np.isfinite(np.float32([low, high])).all()
+        if not finite:
+            raise UserError(f'{path}: holds values that are not finite in float32; delete {path.parent.parent} to make '
+                            'it again')
         return array
+
+    def misfit(self, name, shape, axes, split):
+        """In words, the shape that an array must have by meta.json; '' if `shape` is right, or if it does not say."""
+        meta = self.meta
+        if meta['kind'] == 'stream':
+            return '' if len(shape) == 1 else 'a stream, (n,)'
+        views, config = meta.get('views', {}).get(name, 1), meta['config']
+        if axes > 1 and (len(shape) < 2 or shape[1] < (views if split == 'train' else 1)):
+            return f'{views} views, (n, {views}, ...)'
+        sample = (*self.index[name].shape[1:], *shape[1:]) if name in self.index else shape[axes:]
+        H, C, n = (config.get(key, default) for key, default in (('image_size', 0), ('channels', 0), ('n_images', 1)))
+        sizes = dict(entry.split(':')[::2] for entry in config.get('modalities', '').split())  # {modality: '8x8'}
+        if name == 'image' and H and C:
+            picture = f'{H}x{H} pixels of {C} channels' + f', {n} a sample' * (n > 1)
+            return '' if math.prod(sample) == n * H * H * C and H in sample else picture
+        if name == 'point' and C:
+            return '' if sample == (C,) else f'points of {C} numbers, (n, {C})'
+        if name == 'label':
+            return '' if sample == () else 'labels, (n,)'
+        if name in sizes:
+            N = math.prod(map(int, sizes[name].split('x')))
+            return '' if math.prod(sample) == N else f'{name}, {sizes[name]} tokens, (n, {N})'
+        if name == 'tokens' and 'grid' not in config and (T := config.get('block_size', self.block_size)):
+            return '' if len(sample) == 1 and sample[0] <= T + 1 else f'rows of at most block_size + 1 = {T + 1} tokens'
+        return ''
 
     def rows(self, ids, shift=0, view=0):
         """{field: (B, ...)} of the samples with these ids: int64, or float32 for reals; -1 after the end of a
@@ -198,7 +334,7 @@ class Data:
         batch = {}
         for name, array in self.arrays.items():
             array = array[(ids, view) if name in views else self.index[name][ids] if name in self.index else ids]
-            array = array.astype(np.float32 if array.dtype.kind == 'f' else np.int64)
+            array = array.astype(np.int64 if self.meta['fields'][name] else np.float32)
             batch[name] = torch.from_numpy(array if over is None else np.where(over, -1, array))
         return batch
 

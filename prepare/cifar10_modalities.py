@@ -10,7 +10,7 @@ from pathlib import Path
 
 import config
 from config import UserError
-from prepare.arrays import write
+from prepare.arrays import begin, write
 from prepare.cifar10 import CLASSES, fetch, views
 from prepare.folder import make
 
@@ -30,6 +30,7 @@ def main(*arguments, **overrides):
     if (out / 'meta.json').is_file():
         raise UserError(f'{out} exists already: delete it, or choose another --out')
     splits = fetch()
+    begin(out, 'folder')
     for split, (_, labels) in splits.items():
         write(out / split, dict(label=labels))  # for lab/transfer.py
     captions = [f'a photo of {"an" if name[0] in "aeiou" else "a"} {name}' for name in CLASSES]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import requests
+from filelock import FileLock
 from tqdm import tqdm
 
 from config import UserError
@@ -19,8 +20,11 @@ PAUSES = 1, 3, 10   # seconds before the second, third and last attempt
 
 
 def cache_folder():
-    """The folder of downloads: NANO_CACHE, or ~/.cache/nanofm."""
-    return Path(os.environ.get('NANO_CACHE') or Path.home() / '.cache' / 'nanofm')
+    """The folder of downloads: NANO_CACHE, or ~/.cache/nanofm. Raises UserError."""
+    try:
+        return Path(os.environ.get('NANO_CACHE') or '~/.cache/nanofm').expanduser()
+    except RuntimeError:
+        raise UserError('there is no home folder for downloads: name one in the variable NANO_CACHE')
 
 
 def download(url, name, digest=''):
@@ -31,18 +35,11 @@ def download(url, name, digest=''):
     another digest.
     """
     path = cache_folder() / name
-    part = path.with_name(f'{path.name}.part')
-    if path.is_file():
-        if fault := mismatch(path, digest):
-            raise UserError(f'{path}: {fault}; delete it and run this again, or copy the right file there from {url}')
-        return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        from_server = fetch(url, part)
-        if fault := mismatch(part, digest or from_server):
-            part.unlink()  # or the next run would resume it
-            raise UserError(f'{url}: {fault}; the download has been deleted, run this again')
-        os.replace(part, path)
+        if not path.is_file():
+            fetch_once(url, path, digest)
+        elif fault := mismatch(path, digest):
+            raise UserError(f'{path}: {fault}; delete it and run this again, or copy the right file there from {url}')
     except requests.RequestException as error:
         reason = type(error).__name__ if error.response is None else f'HTTP {error.response.status_code}'
         raise UserError(f'{url} cannot be downloaded ({reason}); run this again to resume it, or copy the file to '
@@ -61,6 +58,20 @@ def mismatch(path, digest):
     with open(path, 'rb') as file:
         found = hashlib.file_digest(file, kind).hexdigest()  # reads in blocks
     return '' if found == digest.lower() else f'{kind} is {found}, expected {digest}'
+
+
+def fetch_once(url, path, digest):
+    """Downloads a file. Of two processes, the second one waits and finds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{path}.lock'):
+        if path.is_file():
+            return
+        part = path.with_name(f'{path.name}.part')
+        from_server = fetch(url, part)
+        if fault := mismatch(part, digest or from_server):
+            part.unlink()  # or the next run would resume it
+            raise UserError(f'{url}: {fault}; the download has been deleted, run this again')
+        os.replace(part, path)
 
 
 def fetch(url, part):

@@ -64,9 +64,11 @@ ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff')
 def read_caption(path):
     """A caption as one line. Raises UserError."""
     try:
-        return ' '.join(path.read_text(encoding='utf-8-sig').split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{path}: no caption in UTF-8 ({type(error).__name__})')
+        words = path.read_text(encoding='utf-8-sig').split()
+        assert words, 'empty'
+    except (OSError, UnicodeDecodeError, AssertionError) as error:
+        raise UserError(f'{path}: no caption in UTF-8 ({getattr(error, "strerror", "") or error})')
+    return ' '.join(words)
 
 
 def squares(image, size, views, random):
@@ -83,14 +85,17 @@ def squares(image, size, views, random):
 def read_folder(source, size, views, random):
     """Images (n, views, size, size, 3) and their n captions, sorted by name. Prints a line for each file that is left
     out."""
-    files = sorted(path for path in source.rglob('*') if not path.name.startswith('.'))
+    files, pictures, captions = arrays.visible(source), [], []
     paths = [path for path in files if path.suffix.lower() in ENDINGS]
-    stems, pictures, captions = {path.with_suffix('') for path in paths}, [], []
-    faults = [f'{path}: no image beside it' for path in files
-              if path.suffix == '.txt' and path.with_suffix('') not in stems]
+    stems, texts = ({path.with_suffix(''): path for path in reversed(some)}  # the first one of each name
+                    for some in (paths, [path for path in files if path.suffix.lower() == '.txt']))
+    faults = [f'{path}: no image beside it' for stem, path in texts.items() if stem not in stems]
     for path in tqdm(paths, 'read', unit='image'):
+        stem = path.with_suffix('')
         try:
-            caption, image = read_caption(path.with_suffix('.txt')), read_picture(path)
+            if stems[stem] != path:
+                raise UserError(f'{path}: {stems[stem].name} has the same name, and the same caption')
+            caption, image = read_caption(texts.get(stem, path.with_suffix('.txt'))), read_picture(path)
         except UserError as error:
             faults.append(str(error))
             continue

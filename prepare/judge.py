@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from config import UserError
 from engine.checkpoints import load_network
 from engine.optimizers import fit
+from prepare.arrays import writing
 
 
 def convolution(inputs, outputs, stride=1):
@@ -54,7 +55,8 @@ class Judge(nn.Module):
         return self.head(torch.from_numpy(self.features(images))).numpy()
 
     def save(self, path):
-        torch.save(dict(size=self.size, channels=self.channels, weights=self.state_dict()), path)
+        with writing(path) as file:
+            torch.save(dict(size=self.size, channels=self.channels, weights=self.state_dict()), file)
 
     @classmethod
     def load(cls, path):

@@ -168,6 +168,9 @@ def pack(source, folder, split, stems, pool, size=50):
     except (OSError, ValueError, AssertionError) as error:
         raise UserError(f'{path}: the files of an earlier run do not fit ({error}); delete {folder}, or choose another '
                         '--out')
+    needed = (len(stems) - done) * 3 * 2 * CROPS * SIDE ** 2  # bytes; a full disk under a map is SIGBUS
+    if shutil.disk_usage(path).free < needed:
+        raise UserError(f'{path}: less than {needed / 1e9:.1f} GB free: free disk space, or choose another --out')
     jobs = [(source, split, stems[start:start + size]) for start in range(done, len(stems), size)]
     bar = tqdm(total=len(stems), initial=done, desc=f'pack {split}', unit='sample')
     with bar, open(path / 'texts.jsonl', 'a', encoding='utf-8') as file:

@@ -19,14 +19,17 @@ LUMINANCE = np.array((0.299, 0.587, 0.114), np.float32)  # of red, green and blu
 # Files
 
 def read_picture(path):
-    """Reads an image file of any mode as an RGB Image: 16-bit values are scaled to 0..255, transparent parts become
-    white, the rotation by a camera (EXIF) is undone. Raises UserError."""
+    """Reads an image file of any mode as an RGB Image: values of more than 8 bits are scaled to 0..255 by `top`,
+    transparent parts become white, the rotation by a camera (EXIF) is undone. Raises UserError."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith(('I', 'F')):  # 16 bits and more
                 values = np.asarray(image, np.float32)
-                image = Image.fromarray((255 * values / max(values.max(), 1)).clip(0, 255).astype(np.uint8))
+                if not np.isfinite(values).all():
+                    raise ValueError('holds values that are not finite')
+                values = values * (255 / top(values.max(), image.mode))
+                image = Image.fromarray(np.round(values).clip(0, 255).astype(np.uint8))
             if 'A' in image.mode or 'transparency' in image.info:
                 image = image.convert('RGBA')
                 image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -36,6 +39,13 @@ def read_picture(path):
     except Exception as error:  # Pillow fails in many ways
         raise UserError(f'{path}: truncated, too large or not an image that Pillow can read ({type(error).__name__}: '
                         f'{error})')
+
+
+def top(largest, mode):
+    """The value that is white: 65,535 of 16 bits, 1 or 255 of real numbers, as the largest value tells. Not the largest
+    value itself: a dark picture stays dark."""
+    ranges = (1, 255, 65535) if mode == 'F' else (65535, 2 ** 31)
+    return next((value for value in ranges if largest <= value), largest)
 
 
 def read_square(path, best):

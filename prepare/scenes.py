@@ -385,11 +385,11 @@ def main(*arguments, **overrides):
         if settings[name] != meta['settings'][name]:
             raise UserError(f'{folder} has {name}={meta["settings"][name]}: leave {name} out, or choose another --out')
     for name in dict.fromkeys(extra):
+        begin(folder, 'scenes', keep_meta=True)
+        meta = read_meta(folder)  # another process may have added modalities since
         if name in meta['fields']:
             print(f'{folder} has {name} already')
-            continue
-        begin(folder, 'scenes', keep_meta=True)
-        if name in NUMBERS:
+        elif name in NUMBERS:
             add_numbers(folder, meta, name)
         else:
             add_picture(folder, meta, name, meta['settings']['seed'])

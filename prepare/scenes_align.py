@@ -16,7 +16,7 @@ images are those of prepare/scenes_qa.py.
 import numpy as np
 
 import config
-from prepare.arrays import load
+from prepare.arrays import load, write
 from prepare.scenes import COLOR_NAMES, MATERIALS, SHAPES, SIZES
 from prepare.scenes_qa import Scene, begin, cell, cell_words, encoding_name, first_rows, has_new_pair, link, where
 from prepare.vqa import Dataset, write_meta, write_questions, write_rows  # noqa: F401  (Dataset: for sample.py)
@@ -54,7 +54,7 @@ def patch_labels(objects, size, template):
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
-    out, scenes, template, size = begin(settings)
+    out, scenes, template, size = begin(settings, 'scenes_align')
     for split, seed in (('val', 1), ('train', 0)):
         objects, random = load(scenes / split / 'raw_objects.npy'), np.random.default_rng((settings['seed'], 2, seed))
         index, turns = (~has_new_pair(objects)).nonzero()[0], []
@@ -63,7 +63,7 @@ def main(*arguments, **overrides):
             points = [where(scene) for _ in range(settings['n_where'])]
             turns.append([(QUESTION, describe(objects[i].tolist(), size)), *points])
         write_rows(out / split, first_rows(template, turns, settings['length']), index.astype(np.int32))
-        np.save(out / split / 'patch_labels.npy', patch_labels(objects[index], size, template))
+        write(out / split, dict(patch_labels=patch_labels(objects[index], size, template)))
         families = [['describe', *['where'] * settings['n_where']]] * len(index)
         write_questions(out / split / 'questions.jsonl', index.tolist(), turns, families)
     write_meta(out, template, encoding_name(out), settings['length'], size, 1, 'scenes_align', settings,

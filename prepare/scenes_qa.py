@@ -35,7 +35,8 @@ import numpy as np
 from tqdm import tqdm
 
 import config
-from prepare.arrays import load
+from prepare import arrays
+from prepare.arrays import load, read_meta
 from prepare.scenes import COLOR_NAMES, MATERIALS, NAMES, SHAPES, SIZES
 from prepare.text_tokenizers import save_words
 from prepare.vqa import Dataset, load_template, write_meta, write_questions, write_rows  # noqa: F401  (Dataset: lab)
@@ -296,18 +297,19 @@ def write_split(out, template, objects, index, name, random, settings, size):
                     [[turn[0] for turn in talk] for talk in talks])
 
 
-def begin(settings, thinks=False):
+def begin(settings, prepare, thinks=False):
     """Return the folder of conversations, with a vocabulary in it, the folder of scenes, template and image size."""
     out, scenes = Path(settings['out']), Path(settings['scenes'])
-    out.mkdir(parents=True, exist_ok=True)
-    (out / 'meta.json').unlink(missing_ok=True)
+    size = load(scenes / 'val' / 'raw_rgb.npy').shape[1]
+    read_meta(scenes)  # complete
+    arrays.begin(out, prepare)
     save_words(out / 'words.json', vocabulary())
-    return out, scenes, load_template('', out, thinks), load(scenes / 'val' / 'raw_rgb.npy').shape[1]
+    return out, scenes, load_template('', out, thinks), size
 
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
-    out, scenes, template, size = begin(settings, thinks=True)
+    out, scenes, template, size = begin(settings, 'scenes_qa', thinks=True)
     for split, seed in (('val', 1), ('train', 0)):
         objects, random = load(scenes / split / 'raw_objects.npy'), np.random.default_rng((settings['seed'], seed))
         new = has_new_pair(objects)

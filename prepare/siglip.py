@@ -17,7 +17,7 @@ import torch
 
 import config
 from config import UserError
-from engine import checkpoints
+from engine import checkpoints, runs
 from prepare.download import download
 from vlm import Config, VisionEncoder
 
@@ -114,10 +114,9 @@ def main(*arguments, **overrides):
     files = [download(URL.format(name), f'siglip-b16-224/{name}') for name in ('config.json', 'model.safetensors')]
     model_config = read_config(files[0])
     weights = read_weights(files[1], model_config)
-    out.mkdir(parents=True, exist_ok=True)
     checkpoint = dict(format=checkpoints.FORMAT, settings=dict(model='vlm', dataset='siglip'), meta={}, step=0,
                       model_config=model_config, weights=weights)
-    checkpoints.save(out / 'ckpt_last.pt', checkpoint)
+    runs.save_weights(out, checkpoint)
     print(f'{out}/ckpt_last.pt: SigLIP, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M weights')
 
 

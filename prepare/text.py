@@ -25,6 +25,7 @@ from tqdm import tqdm
 import config
 from config import UserError
 from prepare import arrays
+from prepare.arrays import visible
 from prepare.text_tokenizers import Characters, gpt2_encoding, load_encoding, save_encoding, train_bpe
 
 MAKES = 'data/text'
@@ -38,6 +39,8 @@ SETTINGS = dict(
 SUFFIXES = ('.txt', '.md', '.rst', '.tex')  # in a folder; a single file may have any
 ENCODINGS = ('characters', 'bpe', 'gpt2', 'smollm2')
 BPE_SAMPLE = 20_000_000  # characters
+LONGEST_RUN = 50_000     # characters
+LONG_RUN = re.compile(rf'(?<!\S)\S{{{LONGEST_RUN},}}|(?<!\s)\s{{{LONGEST_RUN},}}')
 
 
 class Dataset:
@@ -50,7 +53,8 @@ class Dataset:
 
     def encode(self, text):
         """Text -> ids (T,). Raises UserError if a character is not in the alphabet."""
-        return torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.long)
+        return torch.tensor([i for piece in pieces(text) for i in self.encoding.encode_ordinary(piece)],
+                            dtype=torch.long)
 
     def decode(self, ids):
         """A list of ids -> text, without end tokens and padding (-1)."""
@@ -87,11 +91,16 @@ def first(documents, size):
 
 
 def pieces(document, size=1 << 20):
-    """Yields pieces of about `size` characters, cut before single white space between words, where no token crosses."""
+    """Yields pieces of about `size` characters, cut before single white space between words, where no token crosses;
+    and in runs of more than LONGEST_RUN characters without white space, or of white space, which end tiktoken."""
     start = 0
     while start < len(document):
         cut = re.compile(r'(?<=\S)[ \n](?=\S)').search(document, start + size)
         end = cut.start() if cut else len(document)
+        for run in LONG_RUN.finditer(document, start, end):
+            for stop in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+                yield document[start:stop]
+                start = stop
         yield document[start:end]
         start = end
 
@@ -100,8 +109,7 @@ def pack(path, encoding, documents):
     """Encodes documents into a file, with an end token after each; returns it as a memory-mapped array (T,)."""
     dtype = np.min_scalar_type(encoding.n_vocab - 1)
     end = [] if encoding.eot_token is None else [encoding.eot_token]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'wb') as file:
+    with arrays.writing(path) as file:
         for document in tqdm(documents, desc='encode', unit='document'):
             for piece in pieces(document):
                 np.array(encoding.encode_ordinary(piece), dtype).tofile(file)
@@ -111,6 +119,7 @@ def pack(path, encoding, documents):
 
 def write(folder, encoding, splits, meta):
     """Writes a data folder: splits {'train': (T,), 'val': (T,)}, encoding, and meta.json with the entries `meta`."""
+    arrays.begin(folder, meta['prepare'])
     for split, tokens in splits.items():
         arrays.write(folder / split, dict(tokens=tokens))
     save_encoding(folder / 'encoding.json', encoding)
@@ -129,12 +138,13 @@ def write(folder, encoding, splits, meta):
 def write_split(folder, encoding, documents, val_share, meta):
     """`write` for one sequence of documents, whose last fraction val_share is for validation. Raises UserError if it
     is too short."""
-    arrays.begin(folder, meta['prepare'])
+    arrays.begin(folder, meta['prepare'], keep_meta=True)  # until all documents are read
     tokens = pack(folder / 'tokens.tmp', encoding, documents)
     cut = int(len(tokens) * (1 - val_share))
     if not 0 < cut < len(tokens):
         raise UserError(f'val_share={val_share} of {len(tokens)} tokens leaves nothing for training or validation')
     write(folder, encoding, dict(train=tokens[:cut], val=tokens[cut:]), meta)
+    del tokens  # Windows deletes no file that is mapped
     (folder / 'tokens.tmp').unlink()
 
 
@@ -142,10 +152,11 @@ def write_split(folder, encoding, documents, val_share, meta):
 # Your own files
 
 def find_files(path):
-    """The file itself, or all text files in a folder and its subfolders, sorted. Raises UserError if there are none."""
+    """The file itself, or all text files in a folder and its subfolders, sorted, but no hidden ones. Raises UserError
+    if there are none."""
     if path.is_file():
         return [path]
-    files = sorted(file for file in path.rglob('*') if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = [file for file in visible(path) if file.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(f'{path}: neither a file nor a folder with text files '
                         f'({", ".join("*" + suffix for suffix in SUFFIXES)})')
@@ -157,8 +168,12 @@ def read_files(files):
     for file in files:
         try:
             text = file.read_text(encoding='utf-8-sig')  # without a byte order mark
+        except OSError as error:
+            raise UserError(f'{file}: cannot be read ({error.strerror})')
         except UnicodeDecodeError as error:
             raise UserError(f'{file}: not UTF-8 text ({error}); convert it, or leave it out')
+        if '\0' in text:  # UTF-16 without a byte order mark reads as UTF-8, each letter followed by a zero
+            raise UserError(f'{file}: holds zero bytes: not text, or UTF-16; convert it to UTF-8, or leave it out')
         if not text.strip():
             raise UserError(f'{file}: holds no text; leave it out')
         yield text

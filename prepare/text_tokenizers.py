@@ -21,9 +21,11 @@ import tiktoken
 from tqdm import tqdm
 
 from config import UserError
+from prepare.arrays import writing
 from prepare.download import cache_folder
 
 END = '<|endoftext|>'
+LONGEST = 100  # characters of a word in the training of a byte-pair encoding
 # words: a token never extends over two words
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -79,13 +81,13 @@ def merges(words, counts):
     """
     pairs, places, changed, heap = Counter(), defaultdict(set), set(), []  # places: words that have or had a pair
 
-    def count(w, sign):
-        for pair in zip(words[w], words[w][1:]):
+    def count(w, ids, sign):
+        for pair in zip(ids, ids[1:]):
             pairs[pair] += sign * counts[w]
             places[pair].add(w)
             changed.add(pair)
-    for w in range(len(words)):
-        count(w, 1)
+    for w, word in enumerate(words):
+        count(w, word, 1)
     for new in itertools.count(256):
         for pair in changed:
             if pairs[pair]:
@@ -98,10 +100,11 @@ def merges(words, counts):
         pair = heapq.heappop(heap)[1]
         for w in places.pop(pair):
             merged = merge(words[w], pair, new)
-            if len(merged) < len(words[w]):
-                count(w, -1)
+            if len(merged) < len(words[w]):  # count from the id before the first new one to the id after the last
+                start, end = max(0, merged.index(new) - 1), max(0, merged[::-1].index(new) - 1)
+                count(w, words[w][start:len(words[w]) - end], -1)
+                count(w, merged[start:len(merged) - end], 1)
                 words[w] = merged
-                count(w, 1)
         yield pair
 
 
@@ -111,6 +114,10 @@ def train_bpe(texts, vocab_size):
         raise UserError(f'vocab_size={vocab_size}: byte-pair encoding needs at least 257, for all bytes and the end '
                         'token')
     counts = Counter(match[0] for text in texts for match in regex.finditer(GPT2_PATTERN, text))
+    for word in [word for word in counts if len(word) > LONGEST]:  # DNA, base64: in parts, or each merge takes seconds
+        n = counts.pop(word)
+        for i in range(0, len(word), LONGEST):
+            counts[word[i:i + LONGEST]] += n
     words, tokens, n = [list(word.encode()) for word in counts], [bytes([i]) for i in range(256)], vocab_size - 257
     for a, b in tqdm(itertools.islice(merges(words, list(counts.values())), n), 'train bpe', n, unit='merge'):
         tokens.append(tokens[a] + tokens[b])
@@ -125,7 +132,8 @@ def save_encoding(path, encoding):
     else:
         saved = dict(pattern=encoding._pat_str, specials=encoding._special_tokens,
                      ranks={token.decode('latin-1'): i for token, i in encoding._mergeable_ranks.items()})
-    Path(path).write_text(json.dumps(saved), encoding='utf-8')
+    with writing(path) as file:
+        file.write(json.dumps(saved).encode())
 
 
 def load_encoding(path):
@@ -168,7 +176,8 @@ def frequent_words(texts, most=4000):
 
 
 def save_words(path, words):
-    Path(path).write_text(json.dumps(words), encoding='utf-8')
+    with writing(path) as file:
+        file.write(json.dumps(words).encode())
 
 
 def load_words(path):

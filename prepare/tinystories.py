@@ -46,9 +46,10 @@ def main(*arguments, **overrides):
     folder, paths = Path(settings['out']), {split: download(URL + name, name) for split, name in FILES.items()}
     encoding = make_encoding(settings['encoding'], stories(paths['train']), settings['vocab_size'])
     documents = dict(train=islice(stories(paths['train']), settings['n_stories'] or None), val=stories(paths['val']))
-    arrays.begin(folder, 'tinystories')
+    arrays.begin(folder, 'tinystories', keep_meta=True)
     splits = {split: pack(folder / f'{split}.tmp', encoding, documents[split]) for split in FILES}
     write(folder, encoding, splits, dict(prepare='tinystories', encoding=settings['encoding'], settings=settings))
+    del splits  # Windows deletes no file that is mapped
     for split in FILES:
         (folder / f'{split}.tmp').unlink()
 

@@ -13,9 +13,11 @@ Your own images with questions and answers: a JSONL file. Each line has one imag
 
 A conversation longer than --length tokens continues in another row, which repeats the image; a turn longer than a row
 is left out. Images of any size and mode are resized to size x size RGB without keeping their proportions, as in SigLIP;
-each file is stored once. All conversations about an image are in the same split: training or validation.
+each file is stored once. All conversations about an image are in the same split: training or validation. Pictures that
+cannot be read are named and left out with their conversations.
 """
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -148,7 +150,7 @@ def check_line(line):
         texts = turn if isinstance(turn, list) else []
         if len(texts) != 2 or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(f'the turn {str(turn)[:60]} is not [question, answer], two texts that are not empty')
-    return names, line['turns']
+    return [os.path.normpath(name) for name in names], line['turns']  # a.png and ./a.png are one image
 
 
 def from_llava(entry):
@@ -212,11 +214,26 @@ def split_by_image(conversations, n_val, random):
 def write_rows(folder, rows, image_index):
     """Write a split's rows [(tokens, loss_mask)] and the numbers of their images, (n,) or (n, m)."""
     if not rows:
-        raise UserError(f'{folder}: no conversations are left to write; take more scenes')
+        raise UserError(f'{folder}: no conversations are left to write; give more of them')
     if not all(rows):
         raise UserError(f'{folder}: a conversation without a turn that fits: raise --length, ask at least one question')
     tokens, loss_mask = (np.array(part) for part in zip(*rows))
     arrays.write(folder, dict(tokens=tokens.astype(np.int32), loss_mask=loss_mask.astype(np.uint8), scene=image_index))
+
+
+def write_images(folder, images, names, size):
+    """Write the pictures with these names in the folder `images`; return {name: number} of those that can be read."""
+    numbers = {}
+
+    def pixels():
+        for name in tqdm(names, desc=f'{folder.name} images', unit='image'):
+            try:
+                yield read_resized(images / name, size)
+                numbers[name] = len(numbers)
+            except UserError as error:
+                tqdm.write(f'left out: {error}')
+    arrays.write_rows(folder, 'images', pixels())
+    return numbers
 
 
 def write_questions(path, images, talks, families=None):
@@ -224,8 +241,8 @@ def write_questions(path, images, talks, families=None):
     families = families or [[''] * len(talk) for talk in talks]
     lines = [json.dumps(dict(image=image, turns=talk, families=names))
              for image, talk, names in zip(images, talks, families)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+    with arrays.writing(path) as file:
+        file.write(''.join(f'{line}\n' for line in lines).encode())
 
 
 def main(*arguments, **overrides):
@@ -243,17 +260,15 @@ def main(*arguments, **overrides):
     if not splits['train']:
         raise UserError(f'{path}: {len(conversations)} conversations are too few for training and validation without a '
                         'common image')
-    (out / 'meta.json').unlink(missing_ok=True)
+    arrays.begin(out, 'vqa')
     for split, part in splits.items():
         part = [conversations[i] for i in part]
-        numbers = {name: i for i, name in enumerate(dict.fromkeys(name for names, _ in part for name in names))}
+        numbers = write_images(out / split, images, dict.fromkeys(name for names, _ in part for name in names), size)
+        part = [(names, turns) for names, turns in part if numbers.keys() >= set(names)]
         index = [[numbers[name] for name in names] for names, _ in part]
         rows = [template.rows(turns, length, len(names)) for names, turns in part]
         write_rows(out / split, [row for some in rows for row in some],
                    np.repeat(np.array(index, np.int32), [len(some) for some in rows], axis=0))
-        pixels = np.lib.format.open_memmap(out / split / 'images.npy', 'w+', np.uint8, (len(numbers), size, size, 3))
-        for name, i in tqdm(numbers.items(), desc=f'{split} images', unit='image'):
-            pixels[i] = read_resized(images / name, size)
         write_questions(out / split / 'questions.jsonl', index, [turns for _, turns in part])
     write_meta(out, template, 'smollm2', length, size, len(conversations[0][0]), 'vqa', settings, 'images')
 

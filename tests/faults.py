@@ -36,7 +36,7 @@ from lab.gpt import Text, read_prompts
 from prepare import arrays, pictures, text, text_tokenizers
 
 SETTINGS = dict(
-    rounds=20,  # runs that are killed, chapter by chapter in rope
+    rounds=20,  # runs that are killed, chapter by chapter in turn
     fuzz=2000,  # damaged files and settings
     seed=0,
 )
@@ -92,6 +92,8 @@ def as_a_program(chapter, out_dir, environment, changes):
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         stopped = train.main(**settings).get('stopped')
+    except UserError:
+        os._exit(2)
     except KeyboardInterrupt:
         os._exit(99)
     os._exit(128 + stopped if stopped else 0)
@@ -183,7 +185,7 @@ def readers():
 
 
 def fuzz(n, draw):
-    """Damaged inputs for each reader in rope; returns the number of those that ended in anything but an answer or a UserError."""
+    """Damaged inputs for each reader in turn; returns the number of those that ended in anything but an answer or a UserError."""
     faults, kinds = 0, readers()
     names = dict(meta='meta.json')
     for i in range(n):
@@ -206,7 +208,7 @@ def fuzz(n, draw):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main(*arguments, **overrides):
-    """Plays the rounds, chapter by chapter in rope; prints a line for each fault and a summary; returns the number of faults."""
+    """Plays the rounds, chapter by chapter in turn; prints a line for each fault and a summary; returns the number of faults."""
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     draw, before, faults, signals, repeated = random.Random(settings['seed']), Path.cwd(), 0, 0, 0
     torch.set_num_threads(1)

@@ -1,4 +1,5 @@
 """A data set on disk: windows, views, index; damaged arrays; the sums of all arrays; a data set made on its first use."""
+import hashlib
 import json
 import os
 import subprocess
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from config import UserError
 from engine import processes
-from prepare import arrays
-from tests.tiny import run, save_data
+from prepare import arrays, text
+from tests.tiny import GPT, losses, run, save_data
 
 
 def test_stream_windows(tmp_path):
@@ -85,7 +87,7 @@ def test_damaged_data(here):
     scenes = Path('data/scenes')
     rgb = np.load(scenes / 'train/rgb.npy')
     np.save(scenes / 'train/rgb.npy', rgb + 70000)
-    with pytest.raises(UserError, match=r'rgb.npy: token ids run from .* outside the vocabulary of 65536'):
+    with pytest.raises(UserError, match=r'rgb.npy: token ids run from .* outside the vocabulary of 4096'):
         run('out/a')
     np.save(scenes / 'train/rgb.npy', rgb[:50])
     with pytest.raises(UserError, match='the fields differ in length'):
@@ -107,6 +109,163 @@ def test_arrays_of_numbers_alone_are_loaded(tmp_path, array):
     np.save(tmp_path / 'a.npy', array, allow_pickle=True)
     with pytest.raises(UserError, match='a.npy: missing or damaged'):
         arrays.load(tmp_path / 'a.npy')
+
+
+def refuse(folder, match, field, value, **meta):
+    """A data set in which one array is replaced has to be refused in one line."""
+    folder.mkdir(exist_ok=True)
+    made = dict(image=np.zeros((9, 8, 8, 3), np.uint8), label=np.arange(9) % 3, tokens=np.zeros((9, 17), int),
+                point=np.zeros((9, 2)), rgb=np.zeros((9, 2, 16), int)) | {field: value}
+    for split in ('train', 'val'):
+        arrays.write(folder / split, made)
+    config = dict(image_size=8, channels=3, block_size=16, modalities='rgb:9:4x4') | ({'channels': 2} if field == 'point' else {})
+    fields = dict(image=256, label=3, tokens=50, point=0, rgb=9)
+    arrays.save_meta(folder, dict(kind='rows', prepare='x', fields=fields, config=config, views=dict(rgb=2)) | meta)
+    with pytest.raises(UserError, match=f'train/{field}.npy: .*{match}'):
+        arrays.open_splits(folder, arrays.read_meta(folder), [field])
+
+
+@pytest.mark.parametrize('field, value, match', [
+    ('image', np.random.default_rng(0).random((9, 8, 8, 3)), r'real numbers, 0 to 0.9.*, where meta.json has 256 ids: write integ'),
+    ('tokens', np.ones((9, 17)), 'real numbers, 0 to 1, where meta.json has 50 ids'),
+    ('label', np.arange(9) % 4 - 1, 'token ids run from -1 to 2, outside the vocabulary of 3'),
+    ('image', np.zeros((9, 8, 8), np.uint8), r'\(9, 8, 8\) is not the shape of 8x8 pixels of 3 channels'),
+    ('image', np.zeros((9, 16, 4, 3), np.uint8), r'\(9, 16, 4, 3\) is not the shape of 8x8 pixels of 3 channels'),
+    ('point', np.zeros((9, 3)), r'\(9, 3\) is not the shape of points of 2 numbers, \(n, 2\)'),
+    ('tokens', np.zeros((9, 18), int), r'\(9, 18\) is not the shape of rows of at most block_size . 1 = 17 tokens'),
+    ('tokens', np.zeros((9, 2, 8), int), 'is not the shape of rows'),
+    ('label', np.zeros((9, 1), int), r'\(9, 1\) is not the shape of labels, \(n,\)'),
+    ('rgb', np.zeros((9, 2, 25), int), r'is not the shape of rgb, 4x4 tokens, \(n, 16\)'),
+    ('rgb', np.zeros((9, 1, 16), int), r'is not the shape of 2 views, \(n, 2, ...\)'),
+    ('point', np.array([[0, 1e300]] * 9), 'holds values that are not finite in float32'),
+])
+def test_types_of_own_data(tmp_path, field, value, match):
+    """Looked at before the first step: each of these was a traceback in the middle of it, or trained on nonsense."""
+    refuse(tmp_path / 'data', match, field, value)
+
+
+def test_what_may_be(tmp_path):
+    """Padding, shorter rows, grey images with and without an axis of channels, integers as real values, unsigned ids."""
+    for field, value, config in (('tokens', np.full((9, 5), -1), dict(block_size=16)), ('label', np.zeros(9, np.uint8), {}),
+                                 ('image', np.zeros((9, 8, 8, 1), bool), dict(image_size=8, channels=1)),
+                                 ('image', np.zeros((9, 8, 8), '>u2'), dict(image_size=8, channels=1)),
+                                 ('tokens', np.zeros((9, 30), int), dict(grid='5x5')), ('point', np.zeros((9, 2), int), {})):
+        folder = tmp_path / f'{field}{value.ndim}{len(config)}'
+        for split in ('train', 'val'):
+            arrays.write(folder / split, {field: value})
+        arrays.save_meta(folder, dict(kind='rows', prepare='x', fields={field: 0 if field == 'point' else 256}, config=config))
+        train, _ = arrays.open_splits(folder, arrays.read_meta(folder), [field])
+        assert train.take(0, 4)[field].dtype == (torch.float32 if field == 'point' else torch.int64)
+    with pytest.raises(UserError, match='is not the shape of a stream'):
+        meta = save_data(tmp_path / 'stream', 'stream', np.zeros((9, 9), int), np.zeros(9, int))
+        arrays.Data(tmp_path / 'stream', 'train', meta, ['tokens'], 4)
+    with pytest.raises(UserError, match='train: holds no samples'):
+        meta = save_data(tmp_path / 'rows', 'rows', np.zeros((0, 9), int), np.zeros((0, 9), int))
+        arrays.Data(tmp_path / 'rows', 'train', meta, ['tokens'], 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other data
+
+def write_text(letters):
+    Path('a.txt').write_text(letters * 300)
+    text.main(input='a.txt', out='data/toy')
+
+
+def test_data_that_are_made_again_under_a_run(tmp_path, monkeypatch, capsys):
+    """The run goes on with what it has opened, says so in a line, and is not resumed on the other data."""
+    monkeypatch.chdir(tmp_path)
+    write_text('abcdefgh')
+    settings = GPT | dict(dataset='toy', eval_interval=2, max_iters=6)
+    whole = train.main(out_dir='out/a', **settings)
+    evaluate, calls = train.evaluate, []
+
+    def evaluate_and_rebuild(*arguments):
+        calls.append(0)
+        if len(calls) == 3:
+            write_text('hgfedcba')  # of the same size and alphabet
+        return evaluate(*arguments)
+    monkeypatch.setattr(train, 'evaluate', evaluate_and_rebuild)
+    capsys.readouterr()
+    assert train.main(out_dir='out/b', **settings) == whole and losses('out/a') == losses('out/b')
+    said = [line for line in capsys.readouterr().out.splitlines() if 'made again' in line]
+    assert said == [f'step {step}: data/toy has been made again: train/tokens.npy has other contents. Training continues with the '
+                    'data that it began with, without samples' for step in (4, 6)]
+    with pytest.raises(UserError, match='data/toy is not the data that this run was trained on .train/tokens.npy has other'):
+        train.main(out_dir='out/b', **settings | dict(max_iters=8))
+    write_text('abcdefgh')  # the same again
+    train.main(out_dir='out/b', **settings | dict(max_iters=8))
+    Path('data/toy/meta.json').unlink()
+    assert arrays.changed('data/toy', {}) == 'data/toy is being made again'
+
+
+def test_data_without_sums_are_not_compared(tmp_path, monkeypatch):
+    """Older data sets and checkpoints have none."""
+    monkeypatch.chdir(tmp_path)
+    write_text('abcdefgh')
+    path = Path('data/toy/meta.json')
+    with_sums = path.read_text()
+    meta = json.loads(with_sums)
+    path.write_text(json.dumps({name: value for name, value in meta.items() if name != 'sums'}))
+    train.main(out_dir='out/a', **GPT)
+    path.write_text(with_sums)
+    train.main(out_dir='out/a', **GPT | dict(max_iters=4))
+    train.main(out_dir='out/c', init_from='out/a', **GPT | dict(max_iters=4))
+
+
+def test_another_version_between_two_arrays(tmp_path, monkeypatch):
+    """A rebuild while a run opens its arrays."""
+    monkeypatch.chdir(tmp_path)
+    write_text('abcdefgh')
+    load, meta = arrays.load, arrays.read_meta('data/toy')
+    monkeypatch.setattr(arrays, 'load', lambda path: load(path) if 'train' in str(path) else write_text('hgfedcba') or load(path))
+    with pytest.raises(UserError, match='data/toy has been made again: .*: run this again'):
+        arrays.open_splits('data/toy', meta, ['tokens'], 8)
+
+
+def test_data_that_refer_to_other_data(tmp_path, monkeypatch):
+    """Questions about images that have been rendered again since are not used."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_images(value):
+        for split in ('train', 'val'):
+            arrays.write(Path('data/images', split), dict(raw=np.full((4, 8, 8), value, np.uint8)))
+        arrays.save_meta('data/images', dict(kind='rows', prepare='x', fields=dict(raw=256), config={}))
+    write_images(1)
+    for split in ('train', 'val'):
+        arrays.write(Path('data/asked', split), dict(tokens=np.zeros((4, 9), int)))
+    meta = dict(kind='rows', prepare='asked', fields=dict(tokens=9, image=256), config={}, files=dict(image='../../images/{split}/raw'))
+    arrays.save_meta('data/asked', meta)
+    folder, meta = Path('data/asked'), arrays.read_meta('data/asked')
+    assert len(meta['sums']) == 4
+    assert arrays.agree(folder, meta, None) == meta and not arrays.changed(folder, meta)
+    write_images(2)
+    with pytest.raises(UserError, match='data/asked was made from other data than data/images holds now: run python -m prepare.asked'):
+        arrays.agree(folder, meta, None)
+    write_images(1)
+    arrays.agree(folder, meta, None)
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """The file is named, and the older one is still there."""
+    arrays.write(tmp_path / 'train', dict(a=np.arange(3)))
+
+    def full(file, array):
+        file.write(b'some')
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(arrays.np, 'save', full)
+    with pytest.raises(UserError, match='train/a.npy: cannot be written .No space left on device.; free disk space, or'):
+        arrays.write(tmp_path / 'train', dict(a=np.arange(4)))
+    assert arrays.load(tmp_path / 'train/a.npy').shape == (3,)
+    assert [path.name for path in (tmp_path / 'train').iterdir()] == ['a.npy']
+
+
+def test_rows_one_by_one(tmp_path):
+    whole = np.random.default_rng(0).integers(0, 99, (1234, 5, 3)).astype(np.int16)
+    arrays.write_rows(tmp_path / 'train', 'a', iter(whole))
+    assert (np.load(tmp_path / 'train/a.npy') == whole).all()
+    with pytest.raises(UserError, match='nothing is left to write as b'):
+        arrays.write_rows(tmp_path / 'train', 'b', iter([]))
 
 
 def test_other_data_than_the_runs_own(here):
@@ -158,10 +317,13 @@ def test_meta_json_comes_last_and_at_once(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['lock', 'train']
     meta = dict(kind='rows', prepare='text', fields={}, config={})
     replaced = []
-    monkeypatch.setattr(Path, 'replace', lambda new, path, replace=Path.replace: replaced.append(
-        ((tmp_path / 'SHA256SUMS').is_file(), path.name, json.loads(new.read_text()))) or replace(new, path))
+    monkeypatch.setattr(arrays.os, 'replace', lambda new, path, replace=os.replace: replaced.append(
+        (path.name, new.read_text())) or replace(new, path))
     arrays.save_meta(tmp_path, meta)
-    assert replaced == [(True, 'meta.json', meta)]
+    digest = hashlib.sha256((tmp_path / 'train/a.npy').read_bytes()).hexdigest()
+    assert [name for name, _ in replaced] == ['SHA256SUMS', 'meta.json']
+    assert json.loads(replaced[1][1]) == meta | dict(sums={'train/a.npy': digest})
+    assert replaced[0][1] == f'{digest}  train/a.npy\n'
     assert sorted(path.name for path in tmp_path.iterdir()) == ['SHA256SUMS', 'lock', 'meta.json', 'train']
     with pytest.raises(UserError, match='meta.json: not the description of a data set'):  # it has no fields
         arrays.read_meta(tmp_path)

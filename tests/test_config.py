@@ -121,6 +121,74 @@ def test_programs_end_with_a_line(monkeypatch, capsys, error, code, line):
     assert end.value.code == code and capsys.readouterr().err == line
 
 
+PRINTS = """
+import config, sys, time
+def main(*arguments):
+    print('one', flush=True)
+    sys.stdin.read()  # until the reader of the output has ended
+    print('two', flush='flush' in arguments)
+    if 'fault' in arguments:
+        raise config.UserError('what, where')
+    return 3
+if __name__ == '__main__':
+    sys.exit(config.run(main))
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    """program(*arguments, ...) starts PRINTS."""
+    Path(tmp_path, 'prints.py').write_text(PRINTS)
+
+    def start(*arguments, unbuffered='', **streams):
+        return subprocess.Popen([sys.executable, tmp_path / 'prints.py', *arguments], text=True, stderr=subprocess.PIPE, **streams,
+                                env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': unbuffered})
+    return start
+
+
+@pytest.mark.parametrize('arguments, unbuffered, code, line', [
+    ([], '', 3, ''), (['flush'], '', 141, ''), (['fault'], '', 1, 'error: what, where'), ([], '1', 141, '')])
+def test_a_reader_that_ends_early(program, arguments, unbuffered, code, line):
+    """program | head -1"""
+    process = program(*arguments, unbuffered=unbuffered, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == 'one\n'
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read().partition(' (start')[0].strip() == line and process.wait(20) == code
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='Linux')
+@pytest.mark.parametrize('arguments', [[], ['flush']])
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_output_that_cannot_be_written(program, arguments, unbuffered):
+    with open('/dev/full', 'w') as full:
+        process = program(*arguments, unbuffered=unbuffered, stdin=subprocess.DEVNULL, stdout=full)
+    printed = process.communicate(timeout=20)[1]
+    assert printed.startswith('error: [Errno 28] No space left') and printed.count('\n') == 1 and process.returncode == 1
+
+
+def test_one_line_for_all_processes(monkeypatch, capsys):
+    """Processes after the first wait before they print theirs: its end ends them."""
+    waited = []
+    monkeypatch.setattr(config, 'time', type('Clock', (), dict(sleep=staticmethod(waited.append))))
+    monkeypatch.setattr(sys, 'argv', ['program'])
+    for rank, error, raised in (('0', UserError('x'), SystemExit), ('1', UserError('x'), SystemExit), ('1', KeyError('x'), KeyError)):
+        monkeypatch.setenv('RANK', rank)
+
+        def main():
+            raise error
+        with pytest.raises(raised):
+            config.run(main)
+    assert waited == [5, 5]
+
+
+@pytest.mark.parametrize('value', ['inf', '-inf', 'nan', '1e999'])
+def test_settings_are_finite(value):
+    for name, kind in (('learning_rate', 'float and finite'), ('max_iters', 'int')):
+        with pytest.raises(UserError, match=f'{name}=.* is not of type {kind}'):
+            settings_of(f'--{name}={value}')
+
+
 PROGRAMS = [path.relative_to(ROOT).as_posix() for folder in ('', 'engine/', 'prepare/', 'lab/', 'tests/')
             for path in sorted(ROOT.glob(f'{folder}*.py'))
             if not path.stem.startswith('test_') and "\nif __name__ == '__main__':" in path.read_text()]
@@ -201,7 +269,7 @@ def test_a_remark_may_go_on_below(tmp_path):
     path.write_text('one, two = 1, 2\none.more = 3\nSETTINGS = dict(\n    # a heading\n    one=1,  # the first,\n'
                     "            # in two lines\n    # another heading\n    two='#',  # with a sharp\n    three=3,\n)\n")
     assert config.remarks(path.read_text()) == {5: 'the first, in two lines', 8: 'with a sharp'}
-    lines = [' '.join(line.split()) for line in config.describe(path, 'SETTINGS', dict(one=7))]
+    lines = [' '.join(line.split()) for line in config.describe(config.explain(path), dict(one=7))]
     assert lines == ['--one=7 the first, in two lines', "--two='#' with a sharp", '--three=3']
 
 

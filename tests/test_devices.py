@@ -43,16 +43,6 @@ def test_one_gpu_a_process(monkeypatch):
     assert asked == ['cuda:3', 'cuda:1']
 
 
-def test_threads_of_a_run_that_continues(monkeypatch):
-    """As many in all as before, spread over the processes of now, at most one a core; the setting counts before that."""
-    monkeypatch.setattr(devices.os, 'sched_getaffinity', lambda process: set(range(8)), raising=False)
-    before = dict(threads=6)
-    assert devices.find_threads(0, None, 1) == 0 and devices.find_threads(3, before, 1) == 3
-    assert [devices.find_threads(0, before, world) for world in (1, 2, 4, 16)] == [6, 3, 1, 1]
-    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
-    assert devices.find_threads(0, dict(threads=64), 4) == 2
-
-
 def test_flops_are_counted_without_numbers():
     """Of a model on the meta device: 6 a weight and token for forward and backward pass, less the gradient of the input."""
     class Model(torch.nn.Linear):

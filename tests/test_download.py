@@ -1,15 +1,18 @@
 """Downloads, from a local server that misbehaves on demand."""
 import hashlib
+import pwd
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from config import UserError
 from prepare import download as module
-from prepare.download import download
+from prepare.download import cache_folder, download
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdigest()
@@ -69,7 +72,7 @@ def test_fetched_once(server, digest):
     for _ in range(2):
         path = download(server.url + 'file.bin', 'folder/file.bin', digest)
         assert path == server.cache / 'folder/file.bin' and path.read_bytes() == CONTENT
-    assert server.ranges == ['bytes=0-'] and [path] == list(path.parent.iterdir())
+    assert server.ranges == ['bytes=0-'] and {one.name for one in path.parent.iterdir()} == {'file.bin', 'file.bin.lock'}
 
 
 def test_goes_on_where_it_stopped(server):
@@ -131,7 +134,7 @@ def test_wrong_content_is_not_kept(server, digest):
     found = hashlib.new('md5' if digest == MD5 else 'sha256', b'damaged').hexdigest()
     with pytest.raises(UserError, match=f'file.bin: .* is {found}, expected {digest or SHA256}; the download has been deleted'):
         download(url, 'file.bin', digest)
-    assert not list(server.cache.iterdir())
+    assert [path.name for path in server.cache.iterdir()] == ['file.bin.lock']
     server.files['file.bin'] = CONTENT
     assert download(url, 'file.bin', digest).read_bytes() == CONTENT
 
@@ -162,3 +165,22 @@ def test_cache_folder_is_a_file(server):
     server.cache.write_text('')
     with pytest.raises(UserError, match='file.bin cannot be written .*; free disk space, or set NANO_CACHE to another folder'):
         download(server.url + 'file.bin', 'file.bin')
+
+
+def test_two_processes_fetch_a_file_once(server):
+    """The second one waits; two that append to one part would both damage it."""
+    server.files['file.bin'] = CONTENT
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: download(server.url + 'file.bin', 'file.bin', SHA256), range(4)))
+    assert len(server.ranges) == 1 and len(set(paths)) == 1 and paths[0].read_bytes() == CONTENT
+
+
+def test_no_home(monkeypatch):
+    """A user id without an entry, as in containers."""
+    for name in ('NANO_CACHE', 'HOME'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, 'getpwuid', lambda uid: {}['nobody'])
+    with pytest.raises(UserError, match='no home folder for downloads: name one in the variable NANO_CACHE'):
+        cache_folder()
+    monkeypatch.setenv('NANO_CACHE', 'cache')
+    assert cache_folder() == Path('cache')

@@ -100,6 +100,23 @@ def test_faults_are_named_and_left_out(work, tmp_path, capsys):
             folder.main(**settings)
 
 
+def test_hidden_copies_and_pictures_of_one_name(tmp_path, capsys):
+    """Copies of editors and systems are nobody's pictures; of p.jpg, p.png and p.webp with one p.txt the first is taken."""
+    for name in ('p.jpg', 'p.png', 'p.webp', 'q.png', 'r.png', '.ipynb_checkpoints/q.png', '__MACOSX/q.png', '._q.png'):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new('RGB', (8, 8)).save(path)
+        path.with_suffix('.txt').write_text(f'caption of {path.stem}')
+    (tmp_path / 'q.txt').rename(tmp_path / 'q.TXT')
+    (tmp_path / 'r.txt').write_text(' \n')
+    (tmp_path / 'folder.png').mkdir()
+    assert folder.read_folder(tmp_path, 8, 1, None)[1] == ['caption of p', 'caption of q']
+    said = capsys.readouterr().out
+    for line in ('p.png: p.jpg has the same name', 'p.webp: p.jpg has the same', 'r.txt: no caption in UTF-8 (empty)'):
+        assert line in said
+    assert said.count('left out') == 3
+
+
 def test_the_folder(work):
     meta = json.loads(Path('data/folder/meta.json').read_text())
     dataset = folder.Dataset('data/folder')

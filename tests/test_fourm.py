@@ -64,7 +64,8 @@ def test_masks(sizes, K, M, full, empty, alpha, seed):
         if text:  # each text has at least its end token
             present[:, section] = torch.arange(size) <= torch.randint(size, (B, 1), generator=generator)
     config = Config(full_modality_prob=full * (1 - empty), unconditional_prob=empty, dirichlet_alphas=alpha)
-    inputs, targets = draw_masks(present, sections, is_text, K, M, config, generator)
+    K_min = 1 + seed % K
+    inputs, targets = draw_masks(present, sections, is_text, K_min, K, M, config, generator)
     assert inputs.shape == (B, K) and targets.shape == (B, M)
     for row, seen, asked in zip(present, inputs.tolist(), targets.tolist()):
         seen, asked = [i for i in seen if i < N], [i for i in asked if i < N]
@@ -76,10 +77,11 @@ def test_masks(sizes, K, M, full, empty, alpha, seed):
     if empty == 1:
         assert (inputs == N).all()
     modality = torch.cat([torch.full((s.stop - s.start,), m) for m, s in enumerate(sections)])
-    if empty == 0 and full == 1:  # one modality as a whole, unless it does not fit, and at most one other
+    if empty == 0 and full == 1:  # complete modalities, at least one if it fits, and one in part
         for row, seen in zip(present, inputs):
             of = modality[seen[seen < N]]
-            assert len(of.unique()) <= 2
+            assert sum(0 < (of == m).sum() < row[s].sum() for m, s in enumerate(sections)) <= 1
+            assert len(of) >= min(K_min, row.sum() - 1)
             assert (len(of) == min(K, row.sum() - 1)
                     or any((of == m).sum() == row[s].sum() for m, s in enumerate(sections)))
     if empty == 0 and full == 0:
@@ -400,3 +402,13 @@ def test_bad_modalities(spec, use, message):
 def test_train_modalities_choose_a_subset():
     model = small(train_modalities='caption rgb')
     assert [m.name for m in model.modalities] == ['rgb', 'caption'] and Modality('a:3:5', 0).max_tokens == 5
+
+
+@pytest.mark.parametrize('arguments', [
+    dict(guidance=math.inf), dict(guidance_end=1e50), dict(guidance=math.nan), dict(condition_weights=dict(caption=math.inf))])
+def test_guidance_and_weights_have_limits(arguments):
+    """Otherwise logits are nan, and each token is silently 0."""
+    with pytest.raises(ValueError, match='keep them from -1000 to 1000'):
+        model = small()
+        caption = torch.zeros(2, model.modality['caption'].max_tokens).long()
+        model.generate(dict(caption=caption), ['rgb'], steps=2, **arguments)

@@ -128,9 +128,11 @@ MUTANTS = dict(
         ('draw_masks', 'generator), M, M)', 'generator), M, budget)', 'target slots'),
         ('draw_masks', '~unconditional & (u < config.unconditional_prob + config.full_modality_prob)',
          'u < config.full_modality_prob\n    unconditional = ~full & unconditional', 'without input'),
+        ('draw_masks', 'weights[0] = config.first_modality_weight', 'pass', 'first_modality_weight'),
+        ('draw_masks', 'torch.where(is_text, config.text_weight, 1.0)', 'torch.ones(n)', 'text_weight'),
         ('draw_masks', 'torch.randint(len(alphas), (2, B), generator=generator)', 'torch.zeros(2, B).long()', 'dirichlet_alphas'),
         ('FourM.encode', 'return rms_norm(x) + pos_embedding', 'return rms_norm(x)', 'position embedding is missing'),
-        ('FourM.encode', ' + self.offset[m]', '', 'before the blocks'),
+        ('FourM.encode', ' % levels + offset', ' % levels', 'before the blocks'),
         ('FourM.encode', '.sum(-2)', '.mean(-2)', 'before the blocks'),
         ('FourM.encode', 'self.rope_at(position_ids)', 'self.rope_at(torch.arange(ids.size(1)).expand_as(ids))', 'encoder'),
         ('FourM.encode', 'rms_norm(self.embedding(rows).sum(-2) + pos_embedding)', 'self.embedding(rows).sum(-2) + pos_embedding',
@@ -285,8 +287,8 @@ OTHERWISE = [
     ('fourm', 'FourM.encode', """
         m, positions = self.modality_of[position_ids], self.pos_embedding(position_ids)
         x = positions.clone()
-        for d in range(self.levels.size(1)):
-            x += self.embedding(ids // self.divisor[m, d] % self.levels[m, d] + self.offset[m, d])
+        for divisor, levels, offset in zip(*self.digit_table[m].permute(3, 2, 0, 1)):
+            x += self.embedding(ids // divisor % levels + offset)
         x = rms_norm(x)
         for block in self.encoder:
             x = block(x, self.rope_at(position_ids))

@@ -7,7 +7,7 @@ import torch
 
 import lab
 import train
-from lab.chains import best_samples, mean_of, read_link, sampling_of
+from lab.chains import best_samples, generate, mean_of, parse_chain, plan_of, read_link, sampling_of
 from lab.fourm import AnyToAny
 from lab.retrieval import decode_modality, log_prob
 from tests.tiny import TINY
@@ -37,11 +37,11 @@ def test_what_a_link_leaves_open_follows_from_its_target(run):
         found = sampling_of(run.model, read_link(entry, AnyToAny(**settings)), known, weighted)
         return [found[name] for name in ('steps', 'temperature', 'temperature_end', 'guidance', 'guidance_end')]
     assert sampling('depth', dict(rgb=rgb)) == sampling('caption', {}) == [1, 0, 0, 1, 1]
-    assert sampling('depth', dict(rgb=patches)) == sampling('rgb', dict(rgb=rgb)) == [8, 0.4, 0.4, 2, 2]
-    assert sampling('rgb', {}, weighted=True) == [8, 0.4, 0.4, 1, 1]
+    assert sampling('depth', dict(rgb=patches)) == sampling('rgb', dict(rgb=rgb)) == [8, 0.2, 0.2, 2, 2]
+    assert sampling('rgb', {}, weighted=True) == [8, 0.2, 0.2, 1, 1]
     assert sampling('depth:mean3', dict(rgb=rgb)) == [1, 1, 1, 1, 1]
     assert sampling('caption:best3', {}) == [1, 0.7, 0.7, 1, 1]
-    assert sampling('rgb:best3', {}) == [8, 0.4, 0.4, 2, 2]
+    assert sampling('rgb:best3', {}) == [8, 0.2, 0.2, 2, 2]
     assert sampling('depth', dict(rgb=rgb), steps=4, temperature='0.9..0.1', guidance='0') == [4, 0.9, 0.1, 0, 0]
     assert sampling('depth:2:t0:g1..3', dict(rgb=rgb), steps=4, temperature='1', guidance='5') == [2, 0, 0, 1, 3]
 
@@ -66,3 +66,21 @@ def test_the_best_sample_makes_its_condition_most_probable(run):
         log_p = [log_prob(model, decode_modality(model, {'depth': row[None]}, 'caption'), 'caption', caption).item()
                  for row in ids[4 * i:4 * i + 4]]
         assert torch.equal(best[i], ids[4 * i + int(np.argmax(log_p))])
+
+
+def test_an_image_from_texts_alone_has_a_plan(run, monkeypatch):
+    """The other texts are generated first and are conditions, but are no output; nothing else has a plan."""
+    monkeypatch.setattr(run.model, 'input_sizes', [32, 128])
+    rgb, caption, scene_desc = (run.ids(name, np.arange(3)) for name in ('rgb', 'caption', 'scene_desc'))
+
+    def plan(entry, known, **settings):
+        return plan_of(run.model, read_link(entry, AnyToAny(**settings)), known)
+    assert plan('rgb', dict(caption=caption)) == plan('depth', dict(caption=caption)) == ['scene_desc']
+    assert not plan('rgb', dict(caption=caption), plan=False)
+    assert not plan('rgb', dict(caption=caption, scene_desc=scene_desc)) and not plan('scene_desc', dict(caption=caption))
+    assert not plan('depth', dict(caption=caption, rgb=rgb)) and not plan('rgb', {})
+    known, raw = generate(run, dict(caption=caption), parse_chain('caption>rgb', AnyToAny(), run.model))
+    assert known.keys() == {'caption', 'scene_desc', 'rgb'} and raw.keys() == {'rgb'}
+    assert (known['scene_desc'] >= 0).any(1).all() and torch.equal(known['caption'], caption)
+    monkeypatch.setattr(run.model, 'input_sizes', [64])  # a caption, a scene_desc and an image do not fit
+    assert not plan('rgb', dict(caption=caption))

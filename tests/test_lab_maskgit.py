@@ -42,7 +42,7 @@ def test_a_schedule_is_written_as_two_ends(digits):
                        for s, t in (('2', '0.9'), ('2..2', '0.9..0.9'), ('1..3', '0.9..0.1')))
     assert (one == two).all() and (one != three).any()
     for wrong in ('1..2..3', 'a', '1..', 'nan', '1..inf'):
-        with pytest.raises(UserError, match='write a number, or the first and the last, as in 0.9..0.3'):
+        with pytest.raises(UserError, match='write a number, or the first and the last, as in 0.9..0.3|guidance=.* must be from -1000 to 1000'):
             draw(digits, f'--guidance={wrong}')
 
 
@@ -111,7 +111,10 @@ def test_images_of_codes(work):
     """Codes of four digits and no classes: no guidance and nothing to swap."""
     train.main(**RUN, dataset='scenes', out_dir='out/masked_scenes')
     assert Image.open('out/masked_scenes/sample_000002.png').size == (6 * 68 - 4, 18 + 10 * 68 - 4)
-    assert draw('out/masked_scenes', '--n=2', '--steps=2', '--complete=0.5').size == (5 * 68 - 4, 18 + 2 * 68 - 4)
+    columns = draw('out/masked_scenes', '--n=2', '--steps=2', '--complete=0.5')
+    assert columns.size == (5 * 68 - 4, 18 + 2 * 68 - 4)
+    truth, given = (np.asarray(columns)[18:18 + 32, x:x + 64] for x in (0, 68))  # the upper half is given
+    assert (truth == given).all()  # the colors beside the hole, too
     assert score.main('--out_dir=out/masked_scenes')['nats/image, at most']['value'] < 64 * np.log(65536) + 1
     for argument, message in (('--guidance=2', 'needs a model trained with classes and label_dropout'),
                               ('--show=swap', 'needs a model with classes')):
@@ -143,8 +146,8 @@ def test_texts(work, capsys):
     (['--shape=round'], 'shape one of half, box, random'),
     (['--show=all'], 'show is one of grid, gif, swap'),
     (['--complete=1'], 'complete=1.0 must be at least 0 and below 1'),
-    (['--choice_temperature=-1'], 'choice_temperature >= 0'),
-    (['--temperature=-1'], 'temperature=-1.0 must be'),
+    (['--choice_temperature=-1'], 'choice_temperature in 0..1000'),
+    (['--temperature=-1'], "temperature='-1': must be 0"),
     (['--prompt=hello'], 'prompt is a setting of'),
     (['--chain=rgb>depth'],
      r'chain is a setting of lab/fourm.py \(AnyToAny\); here are those of lab/maskgit.py \(Images\)'),

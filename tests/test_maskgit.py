@@ -279,12 +279,14 @@ def test_intermediates():
     ({}, dict(classes=torch.tensor([0, 3])), 'each sample needs a class from 0 to 2'),
     ({}, dict(classes=torch.tensor([0, -1])), 'each sample needs a class from 0 to 2'),
     ({}, dict(classes=None), 'each sample needs a class from 0 to 2'),
-    (dict(label_dropout=0.0), dict(guidance=2.0), 'guidance=2.0 needs a model trained with classes and label_dropout'),
+    (dict(label_dropout=0.0), dict(guidance=2.0), 'guidance needs a model trained with classes and label_dropout'),
     (dict(label_dropout=0.0), dict(guidance_end=2.0), 'needs a model trained with classes and label_dropout'),
-    (dict(n_classes=0), dict(guidance=2.0), 'guidance=2.0 needs a model trained with classes and label_dropout'),
+    (dict(n_classes=0), dict(guidance=2.0), 'guidance needs a model trained with classes and label_dropout'),
     ({}, dict(order='spiral'), "order is one of .'confidence', 'random', 'raster', 'halton'"),
     ({}, dict(schedule='square'), "schedule one of .'cosine', 'linear', 'constant'"),
-    ({}, dict(choice_temperature=-1), 'choice_temperature >= 0'),
+    ({}, dict(choice_temperature=-1), 'choice_temperature in 0..1000'), ({}, dict(choice_temperature=math.inf), 'in 0..1000'),
+    ({}, dict(guidance=math.inf), 'keep them from -1000 to 1000'), ({}, dict(guidance_end=1e50), 'keep them from -1000 to 1000'),
+    ({}, dict(guidance=math.nan), 'keep them from -1000 to 1000'),
 ])
 def test_faulty_input(changes, arguments, message):
     model = small(**changes)

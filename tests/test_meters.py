@@ -46,7 +46,7 @@ def test_a_line(monkeypatch):
     flops = devices.count_flops(model, batch)
     assert flops > 2 * 3 * 8 * 3 * 16 * 16 * 4  # more than the MLP's forward pass of 24 tokens
     assert line['mfu'] == pytest.approx(2 * flops / 2.0 / 1e6, abs=1e-4) and line['data_wait'] == 0.25
-    assert line['tokens_per_second'] == 24 and line['grad_norm'] == 'inf' and line['seconds'] == 2.0 and 'skipped' not in line
+    assert line['tokens_per_second'] == 24 and line['grad_norm'] == math.inf and line['seconds'] == 2.0 and 'skipped' not in line
     assert (state.tokens, state.seconds, line['step'], line['tokens']) == (53, 2.0, 7, 53)
     assert line['train_loss'] == pytest.approx(loss.item(), rel=1e-5) and 'loss' not in line
     assert meter.total == {} and meter.work == 0

@@ -1,15 +1,20 @@
 """A run's folder and its life: the lock, the run that continues, room on the disk, signals, the log."""
 import contextlib
+import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import train
 from config import UserError
 from engine import runs
-from tests.tiny import lines, run
+from tests.tiny import TINY, lines, read, run
 
 
 def test_what_a_killed_run_logged_is_done_again(tmp_path):
@@ -19,6 +24,26 @@ def test_what_a_killed_run_logged_is_done_again(tmp_path):
     assert log.read_text() == '{"step": 0}\n{"step": 3}\n'
     runs.trim_log(log, -1)  # it had no checkpoint yet
     assert log.read_text() == ''
+
+
+def test_a_damaged_line_of_the_log_ends_no_run(here):
+    """Blank, or broken by a power cut: it stays where it is, and the run continues."""
+    run('out/a', max_iters=3)
+    log = Path('out/a/log.jsonl')
+    first, *rest = log.read_bytes().splitlines(True)
+    log.write_bytes(b''.join([first, b'\n', b'\0\0\n', *rest, b'{"step": 2}\n{"step": 4}\n\n']))
+    run('out/a', max_iters=4)
+    found = log.read_bytes().splitlines(True)
+    assert found[:-2] == [first, b'\n', b'\0\0\n', *rest, b'{"step": 2}\n'] and b'val_loss' in found[-1]
+
+
+def test_the_log_is_json(tmp_path):
+    """JSON has no nan and no inf: null."""
+    with contextlib.ExitStack() as stack:
+        runs.open_log(tmp_path, dict(wandb_log=False), SimpleNamespace(step=0), stack)(
+            dict(step=1, val_loss=math.nan, grad_norm=-math.inf, lr=0.5, samples=[3]))
+    assert (tmp_path / 'log.jsonl').read_text() == (
+        '{"step": 1, "val_loss": null, "grad_norm": null, "lr": 0.5, "samples": [3]}\n')
 
 
 def test_the_folder_of_a_run():
@@ -44,6 +69,20 @@ def test_what_was_started_again_goes_on(here, monkeypatch):
     assert [line['step'] for line in lines('out/a') if 'train_loss' in line] == [1, 2, 3] and not Path('out/a.1').exists()
 
 
+def test_weights_replace_no_other_run(here):
+    run('out/a', max_iters=1)
+    weights = read('out/a') | dict(step=0)
+    runs.save_weights(Path('out/a'), weights)
+    weights['settings'] = dict(model='vlm', dataset='siglip')
+    with pytest.raises(UserError, match='out/a holds another run: choose another --out='):
+        runs.save_weights(Path('out/a'), weights)
+    Path('out/a/ckpt_last.pt').write_bytes(b'damaged')
+    runs.save_weights(Path('out/a'), weights)
+    assert read('out/a')['settings']['dataset'] == 'siglip'
+    with runs.lock(Path('out/a')), pytest.raises(UserError, match='out/a: another process'):
+        runs.save_weights(Path('out/a'), weights)
+
+
 def test_the_newest_are_kept(tmp_path):
     names = ['ckpt_999999.pt', 'ckpt_1000000.pt', 'ckpt_1000001.pt', 'ckpt_last.pt', 'ckpt_best.pt']
     for name in names:
@@ -65,9 +104,38 @@ def test_nothing_left_to_do():
         state = type('State', (), dict(step=3, best=2.0) | {k: v for k, v in changes.items() if k in ('step', 'best')})
         return runs.finished(Path('out/a'), dict(max_iters=6, target_loss=0.0) | changes, state)
     assert not left() and not left(target_loss=1.0)
-    assert 'out/a: finished at step 6, best val_loss 2.0000; raise max_iters to continue' in left(step=6)
+    assert left(step=6) == ('out/a: finished at step 6, best val_loss 2.0000; raise max_iters to continue (learning rates then rise '
+                            'again: the schedule becomes longer), or --init_from=scratch to start again')
     assert 'lower target_loss to continue' in left(target_loss=2.5)
     assert 'raise max_iters and lower target_loss to continue' in left(step=6, target_loss=2.5)
+
+
+def test_another_number_of_steps_changes_the_learning_rates(here, capsys):
+    """decay=0.6: at the last of 6 steps 1 is left of the 3.6 in which they fall; of 12 steps, 6 of 7.2."""
+    run('out/a', warmup_iters=1)
+    run('out/a', warmup_iters=1)  # finished
+    assert 'changes the schedule' not in capsys.readouterr().out
+    run('out/a', warmup_iters=1, max_iters=12)
+    assert ('max_iters=12, not 6 as before, changes the schedule: the learning rates, 28% of their '
+            'peak at the last step, continue at 83%\n'
+            in capsys.readouterr().out)
+    run('out/b', warmup_iters=1, decay=1e-9, max_iters=3)  # no decay, no change
+    run('out/b', warmup_iters=1, decay=1e-9, max_iters=3, eval_iters=1)
+    run('out/b', warmup_iters=1, decay=1e-9, max_iters=4)
+    assert 'changes the schedule' not in capsys.readouterr().out
+
+
+def test_offline_parts_of_a_run(here, monkeypatch, capsys):
+    """Offline, Weights & Biases knows the last part of a run that was killed and resumed; the command names all."""
+    def init(project, name, config, id, resume):
+        folder = Path(f'wandb/offline-run-{len(list(Path("wandb").glob("*")))}-{id or "abc"}/files')
+        folder.mkdir(parents=True)
+        return SimpleNamespace(id=id or 'abc', dir=str(folder))
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init, log=lambda line, step: 0, finish=lambda: print('finished')))
+    run('out/a', max_iters=2, wandb_log=True)
+    assert 'parts of this run' not in capsys.readouterr().out
+    run('out/a', max_iters=3, wandb_log=True)
+    assert 'finished\nall 2 parts of this run: wandb sync wandb/offline-run-0-abc wandb/offline-run-1-abc\n' in capsys.readouterr().out
 
 
 def test_two_signals_end_it_at_once(monkeypatch):
@@ -80,3 +148,32 @@ def test_two_signals_end_it_at_once(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def start(name, *arguments, **more):
+    """A tiny run without end and without a checkpoint, in a process of its own."""
+    settings = TINY | dict(out_dir=f'out/{name}', max_iters=10 ** 6, eval_interval=10 ** 6, log_interval=2)
+    command = [sys.executable, train.__file__, *(f'--{name}={value}' for name, value in settings.items())]
+    return subprocess.Popen([*arguments, *command], env=os.environ | {'OMP_NUM_THREADS': '1'}, **more)
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='Windows')
+def test_terminals_and_pipes_that_are_closed(here):
+    """SIGHUP saves and stops, though nothing can be printed any more. Under nohup it does not. Ctrl-C saves, though in
+    `train.py 2>&1 | tee log.txt` it ends tee first."""
+    import pty
+    terminal, end = pty.openpty()
+    null = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    closed = start('closed', stdin=end, stdout=end, stderr=end, start_new_session=True)
+    nohup, tee = start('nohup', 'nohup', **null), start('tee', stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    processes = dict(closed=closed, nohup=nohup, tee=tee)
+    while any(not Path(f'out/{name}/log.jsonl').exists() or len(lines(f'out/{name}')) < 3 for name in processes):
+        assert not any(process.poll() for process in processes.values())
+        time.sleep(0.02)
+    os.close(end), os.close(terminal), tee.stdout.close()  # from here on each output fails
+    nohup.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert [process.poll() for process in processes.values()] == [None] * 3
+    closed.send_signal(signal.SIGHUP), nohup.terminate(), tee.send_signal(signal.SIGINT)
+    assert [process.wait(60) for process in processes.values()] == [128 + 1, 128 + 15, 128 + 2]
+    assert all(read(f'out/{name}')['step'] > 2 for name in processes)

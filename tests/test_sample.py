@@ -1,4 +1,5 @@
 """sample.py: the run that is opened, its settings and their help, a model of one's own, faults in one line."""
+import re
 import shutil
 import subprocess
 import sys
@@ -75,10 +76,11 @@ def test_each_setting_has_a_remark():
     for kind in kinds:
         for line in options.help_of(kind())[2:]:
             assert len(line) > 34 or line.startswith('  --'), (kind, line)
-        source, settings = config.definition(f'{kind.__module__.replace(".", "/")}.py', kind.__name__)
-        missing = [name for name, node in settings if not config.remarks(source).get(node.end_lineno)]
-        assert not missing, (kind, missing)
-        assert [name for name, _ in settings] == list(kind.__dataclass_fields__)
+        for each in kind.__mro__[:-1]:
+            source, settings = config.definition(sys.modules[each.__module__].__file__, each.__name__)
+            missing = [name for name, node in settings if not config.remarks(source).get(node.end_lineno)]
+            assert settings and not missing, (each, missing)
+        assert sorted(re.findall('^  --(.*?)=', '\n'.join(options.help_of(kind())), re.M)) == sorted(kind.__dataclass_fields__)
 
 
 def test_help(runs):
@@ -206,3 +208,13 @@ def test_names_of_samples_never_collide(tmp_path, monkeypatch):
         paths.append(sample.new_path(tmp_path))
         paths[-1].with_suffix(suffix).touch()
     assert len(set(paths)) == 4 and paths[0].name == 'sample_20260102_030405_000006.png'
+
+
+def test_commas_in_names(tmp_path, monkeypatch):
+    """A comma separates files, unless it is part of a name that exists."""
+    monkeypatch.chdir(tmp_path)
+    for name in ('a, b.png', 'a', 'c.png', 'd,e,f.png', 'e'):
+        (tmp_path / name).touch()
+    assert options.paths('a, b.png,c.png,d,e,f.png') == ['a, b.png', 'c.png', 'd,e,f.png']
+    assert options.paths('a,c.png,none,e') == ['a', 'c.png', 'none', 'e'] and options.paths('') == ['']
+    assert options.paths(','.join(['c.png'] * 500)) == ['c.png'] * 500  # longer than a name may be

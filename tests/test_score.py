@@ -3,6 +3,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lab
@@ -66,7 +67,7 @@ def test_an_interruption_keeps_what_is_finished(out_dir, monkeypatch):
 
 def test_the_record_has_recalls(out_dir, monkeypatch):
     """With 1,000 scenes. An index of other weights, as of ckpt_best.pt after ckpt_last.pt, is made again: nothing is lost."""
-    monkeypatch.setattr(fourm, 'score_chain', lambda *_: ({}, 0.0))
+    monkeypatch.setattr(fourm, 'score_chain', lambda *_: ({}, {}, 0.0))
     monkeypatch.setattr(retrieval.train_towers, '__defaults__', ('cpu', 20, 32, 0))
     for checkpoint in ('ckpt_last.pt', 'ckpt_best.pt'):
         scores = score.main(f'--out_dir={out_dir}', '--n_score=1000', f'--checkpoint={checkpoint}')
@@ -103,3 +104,17 @@ def test_a_chapter_without_scores(out_dir, monkeypatch):
     monkeypatch.delattr(sys.modules['lab.fourm'], 'score')
     with pytest.raises(UserError, match='lab/fourm.py has no scores: it needs `scores_of` and `score`'):
         score.main(f'--out_dir={out_dir}')
+
+
+def test_a_shuffled_condition(out_dir, monkeypatch):
+    """A perfect generator scores 1, and less against other scenes; one that ignores its condition scores the same with both."""
+    def constant(run, ids, chain, generator):
+        return ids, {'scene_desc': [run.dataset.truth('val', 'scene_desc', np.arange(1))[0]] * len(ids['rgb'])}
+
+    def perfect(run, ids, chain, generator):
+        return ids, {'scene_desc': run.dataset.truth('val', 'scene_desc', np.arange(len(ids['rgb'])))}
+    for generate, check in (perfect, lambda one: one['shuffled'] < 0.9 < one['value'] == 1), (
+            constant, lambda one: abs(one['shuffled'] - one['value']) < 1e-9):
+        monkeypatch.setattr(fourm, 'generate', generate)
+        found = score.main(f'--out_dir={out_dir}', '--n_score=8', '--chain=rgb>scene_desc')
+        assert check(found['rgb>scene_desc/attributes']), found

@@ -140,13 +140,54 @@ def test_characters(folder):
     (['--input=in', '--vocabsize=9'], "unknown setting 'vocabsize'; did you mean 'vocab_size'"),
     (['--input=empty.txt'], 'empty.txt: holds no text; leave it out'),
     (['--input=latin.txt'], 'latin.txt: not UTF-8 text .*0xe9.*; convert it, or leave it out'),
+    (['--input=wide.txt'], 'wide.txt: holds zero bytes: not text, or UTF-16; convert it to UTF-8'),
 ])
 def test_bad_input(folder, arguments, message):
     (folder / 'empty.txt').write_text(' \n')
     (folder / 'latin.txt').write_bytes('élan'.encode('latin-1'))
+    (folder / 'wide.txt').write_bytes('without a mark'.encode('utf-16-le'))
     with pytest.raises(UserError, match=message):
         text.main(*arguments)
     assert not (folder / 'data/text/meta.json').exists()
+
+
+def test_hidden_copies_are_no_texts(folder):
+    for name in ('.ipynb_checkpoints/b-checkpoint.txt', '._b.txt', '__MACOSX/b.txt'):
+        (folder / 'in' / name).parent.mkdir(exist_ok=True)
+        (folder / 'in' / name).write_bytes(b'\xff\xfe')
+    text.main(input='in')
+    assert stored(folder / 'data/text')[1].decode(stored(folder / 'data/text')[0].tolist()) == 'firstsecond onethird\n'
+
+
+@pytest.mark.parametrize('document', ['x' * 400_000, ' ' * 1_100_000, 'ab ' * 9 + '\n' * 230_000 + 'a' * 99_999 + ' b'])
+def test_long_runs(document):
+    """tiktoken panics at a million spaces, and takes hours for words of millions of characters."""
+    parts = list(pieces(document, 300_000))
+    assert ''.join(parts) == document and max(map(len, regex.findall(r'\s+|\S+', max(parts, key=len)))) <= text.LONGEST_RUN
+    assert ''.join(map(BPE.decode, map(BPE.encode_ordinary, parts))) == document
+
+
+def test_a_prompt_of_a_million_spaces(tmp_path):
+    save_encoding(tmp_path / 'encoding.json', BPE)
+    assert Dataset(tmp_path).decode(Dataset(tmp_path).encode('a' + ' ' * 1_000_001).tolist()) == 'a' + ' ' * 1_000_001
+
+
+def test_bpe_of_words_without_end(monkeypatch):
+    """DNA, base64: the pairs are those of the parts of LONGEST characters."""
+    monkeypatch.setattr(text_tokenizers, 'LONGEST', 4)
+    assert train_bpe(['abcdefabcd xy'], 270)._mergeable_ranks == train_bpe(['abcd', 'efab', 'cd', ' xy'], 270)._mergeable_ranks
+
+
+def test_what_fails_keeps_the_older_data(folder):
+    """A file that cannot be read is found before anything is replaced."""
+    text.main(input='in')
+    before = (folder / 'data/text/meta.json').read_text()
+    (folder / 'in/c.txt').write_bytes(b'\xff')
+    for encoding in ('characters', 'gpt2'):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match='c.txt: not UTF-8'):
+            patch.setattr(text, 'gpt2_encoding', lambda: BPE)
+            text.main(input='in', encoding=encoding)
+    assert (folder / 'data/text/meta.json').read_text() == before and not list(folder.rglob('data/text/*.tmp'))
 
 
 def test_shakespeare(folder, server, monkeypatch):  # noqa: F811

@@ -116,7 +116,7 @@ def test_patch_labels_are_predicted_at_their_image_token():
     log_p = model.language_model.logits(x)[0].log_softmax(-1)
     pairs = [(0, 1), (0, 2), (1, 3), (3, 4), (3, 5), (4, 7)]
     torch.testing.assert_close(loss, -torch.stack([log_p[i, word] for i, word in pairs]).mean())
-    with pytest.raises(AssertionError, match='4 tokens per image, 9 patch labels: change patch_size or pixel_shuffle'):
+    with pytest.raises(AssertionError, match='4 embeddings an image, 9 patch labels: change patch_size or pixel_shuffle'):
         small(max_label_tokens=2, n_patch_labels=9)
 
 
@@ -204,6 +204,7 @@ def here(tmp_path_factory):
     for split, n, seed in (('train', 60, 0), ('val', 30, 1)):
         arrays = scenes.raw_arrays(make(n, seed, 64, 5, workers=1))
         scenes.write(Path('data/scenes', split), {name: arrays[name] for name in ('raw_rgb', 'raw_objects')})
+    scenes.save_meta(Path('data/scenes'), dict(kind='rows', prepare='scenes', fields=dict(image=256), config={}))
     scenes_align.main()
     scenes_qa.main(n_turns=4, length=60)
     yield folder
@@ -278,10 +279,12 @@ def test_index_beyond_the_images(run, here):
 def test_answers(run, capsys):
     Image.new('RGBA', (300, 200), (200, 30, 30, 120)).save('own.png')
     Path('asked.txt').write_text('How many red cubes are there?\nwhat color is the large sphere\n')
-    for extra in (['--text=How many red cubes are there?'], ['--prompts=asked.txt', '--image=own.png,own.png']):
+    Image.new('L', (9, 9)).save('red, blue.png')
+    for extra, n in ((['--text=How many red cubes are there?'], 1), (['--prompts=asked.txt', '--image=own.png,own.png'], 4),
+                     (['--prompts=asked.txt', '--image=own.png,red, blue.png,own.png'], 6)):
         capsys.readouterr()
         sample.main(f'--out_dir={run}', '--image=own.png', *extra, '--max_new_tokens=3')
-        assert capsys.readouterr().out.count('\n') == (4 if 'own.png,own' in str(extra) else 1)
+        assert capsys.readouterr().out.count('\n') == n
 
 
 def test_chat(run, capsys, monkeypatch):

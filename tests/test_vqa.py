@@ -70,8 +70,17 @@ def test_images_of_all_modes(tmp_path):
     assert (vqa.read_resized(path, 8) == 255).all()  # transparent: white
     Image.new('LA', (9, 9), (0, 255)).save(path)
     assert (vqa.read_resized(path, 8) == 0).all()
-    Image.fromarray(np.full((9, 9), 60000, np.uint16)).save(path)
-    assert (vqa.read_resized(path, 8) == 255).all()  # 16 bits: by its brightest
+    for value, grey in ((65535, 255), (300, 1), (0, 0)):
+        Image.fromarray(np.full((9, 9), value, np.uint16)).save(path)
+        assert (vqa.read_resized(path, 8) == grey).all()  # 16 bits: a dark picture stays dark
+    for value, grey in ((0.5, 128), (100, 100), (6e4, 233)):
+        Image.fromarray(np.full((9, 9), value, np.float32)).save(tmp_path / 'real.tiff')
+        assert (vqa.read_resized(tmp_path / 'real.tiff', 8) == grey).all()
+    values = np.full((9, 9), 0.5, np.float32)
+    values[3, 3] = np.nan
+    Image.fromarray(values).save(tmp_path / 'real.tiff')
+    with pytest.raises(UserError, match='real.tiff: .*holds values that are not finite'):
+        vqa.read_resized(tmp_path / 'real.tiff', 8)
     upright = Image.fromarray(np.repeat(np.arange(0, 250, 10, dtype=np.uint8)[:, None, None], 25, 1).repeat(3, 2))
     exif = Image.Exif()
     exif[0x112] = 6  # to be turned by a quarter
@@ -174,6 +183,33 @@ def test_two_images_per_conversation(tmp_path, monkeypatch):
     assert len(np.load('data/vqa/train/images.npy')) == 3 and len(np.load('data/vqa/val/images.npy')) == 2
     assert ((batch['tokens'] == meta['config']['image_token']).sum(1) == 2).all()
     assert (batch['image'][:, 0, 0, 0, 0] - batch['image'][:, 1, 0, 0, 0] != 0).all()
+
+
+def test_pictures_that_cannot_be_read_are_left_out(tmp_path, monkeypatch, capsys):
+    """One of many ends nothing: it is named, and its conversations are in neither rows nor questions."""
+    monkeypatch.setattr(smollm2, 'download', lambda *_: tmp_path / 'tokenizer.json')
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(TOKENIZER).replace('<special 5>', '<filename>'))
+    monkeypatch.chdir(tmp_path)
+    for i in range(9):
+        Image.new('RGB', (9, 9), (20 * i, 0, 0)).save(f'{i}.png')
+    Path('3.png').write_bytes(b'no picture')
+    lines = [dict(image=f'{i}.png', turns=[['Red?', 'Yes.' * (i + 1)]]) for i in range(9)] + [
+        dict(image='./0.png', turns=[['Red?', 'No.']]), dict(image='gone.png', turns=[['Red?', 'No.']])]
+    Path('some.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    vqa.main(input='some.jsonl', size=16, length=90, val_share=0.3)
+    said = capsys.readouterr().out
+    assert 'left out: 3.png: truncated' in said and 'left out: gone.png: no such image' in said
+    found = {}
+    for split in ('train', 'val'):
+        dataset, pixels = vqa.Dataset('data/vqa'), np.load(f'data/vqa/{split}/images.npy')
+        tokens, scene = (np.load(f'data/vqa/{split}/{name}.npy') for name in ('tokens', 'scene'))
+        found[split] = dataset.questions(split)
+        assert len(tokens) == len(scene) == len(found[split])
+        for row, number, line in zip(tokens, scene[:, 0], found[split]):
+            assert line['image'] == [number] and dataset.decode(row).endswith(line['turns'][0][1])
+            assert line['turns'][0][1] == 'No.' or pixels[number, 0, 0, 0] == 20 * (line['turns'][0][1].count('Yes') - 1)
+    assert len(found['train']) + len(found['val']) == 9 and not list(Path('data/vqa').rglob('*.tmp'))
+    assert sum(len(np.load(f'data/vqa/{split}/images.npy')) for split in found) == 8  # 0.png and ./0.png are one
 
 
 def test_splits_share_no_image():

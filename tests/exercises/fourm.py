@@ -60,8 +60,8 @@ def draw_masks(fourm):
     """Masking: the position ids of inputs (B, K) and of targets (B, M), a mixture of three kinds of samples.
     unconditional: with probability config.unconditional_prob a sample has no input;
     full: with probability config.full_modality_prob log proportions and budget are those of
-    full_modality_budget(count, is_text, K, config.first_modality_prob, generator), count (B, n) being the
-    number of tokens of each modality;
+    complete_first(count, weights, K_min, K, generator), count (B, n) being the number of tokens of each modality,
+    weights (n,) config.first_modality_weight for modality 0, config.text_weight for other texts, 1 for other images;
     others: K tokens by the proportions of `log_dirichlet`, whose alpha is sampled for each sample from the list
     config.dirichlet_alphas.
     Inputs: `take_budget` of the `budget_sort_keys`, K slots, within the budget, which leaves at least one token
@@ -75,7 +75,7 @@ def draw_masks(fourm):
 
     def draw(M=M, seed=0, **changes):
         config = fourm.Config(**(dict(full_modality_prob=0.0, unconditional_prob=0.0, dirichlet_alphas='10') | changes))
-        inputs, targets = fourm.draw_masks(present, sections, is_text, K, M, config, generator(seed))
+        inputs, targets = fourm.draw_masks(present, sections, is_text, 1, K, M, config, generator(seed))
         assert inputs.shape == (B, K) and targets.shape == (B, M), (
             f'inputs and targets are {tuple(inputs.shape)}, {tuple(targets.shape)}; should be {(B, K)}, {(B, M)}')
         seen, asked = ([[i for i in row if i < N] for row in rows.tolist()] for rows in (inputs, targets))
@@ -114,8 +114,14 @@ def draw_masks(fourm):
         counts, there = [len(of(seen[row], s)) for s in sections], [int(present[row, s].sum()) for s in sections]
         assert any(count == all_of_it for count, all_of_it in zip(counts, there)), (
             f'with full_modality_prob=1 the input should have a complete modality: {counts} tokens')
-        assert sum(count > 0 for count in counts) <= 2, (
-            f'with full_modality_prob=1 the input should have two modalities at most: {counts} tokens')
+        assert sum(0 < count < all_of_it for count, all_of_it in zip(counts, there)) <= 1, (
+            f'with full_modality_prob=1 one modality at most should be input in part: {counts} of {there} tokens')
+    heavy, _ = draw(full_modality_prob=1.0, first_modality_weight=1e6)
+    assert all(len(of(row, sections[0])) == 12 for row in heavy), (
+        'with a large first_modality_weight modality 0 should be the complete one')
+    heavy, _ = draw(full_modality_prob=1.0, text_weight=1e6)
+    assert all(len(of(row, sections[2])) == int(there) for row, there in zip(heavy, present[:, 24:].sum(1))), (
+        'with a large text_weight the text should be the complete modality')
     for what, rows in zip(('inputs', 'targets'), draw(M=8, dirichlet_alphas='1e-3,1000')):
         single = sum(max(len(of(row, s)) for s in sections[:2]) > 7 for row in rows) / B
         both = sum(abs(len(of(row, sections[0])) - len(of(row, sections[1]))) < 4 for row in rows) / B
@@ -159,8 +165,8 @@ def FourM_encode(fourm):
     """The encoder: token ids (B, K) and their position ids (B, K) -> the decoder's context (B, K, D).
     1. A token's embedding is the sum of its digits' embeddings, rows of self.embedding, and of
        self.pos_embedding of its position. With m = self.modality_of[position_ids], digit d of an id is the row
-       id // self.divisor[m, d] % self.levels[m, d] + self.offset[m, d] (row 0, zero, for digits that a modality
-       lacks).
+       id // divisor % levels + offset, these three from self.digit_table[m, d] (row 0, zero, for digits that a
+       modality lacks).
     2. `rms_norm`, the blocks with self.rope_at(position_ids), `rms_norm`.
     3. The position embeddings are added again, as in 4M."""
     model = small(fourm)
