@@ -42,6 +42,7 @@ DATA = {
     'vqa': (dict(tokens=(49151, (256,)), loss_mask=(2, (256,)), image=(256, (224, 224, 3))),
             TALK | dict(vocab_size=49152, image_token=49151, image_size=224, channels=3, block_size=256)),
 }
+DATA['scenes_large'] = DATA['scenes']
 WEIGHTS = dict(
     smollm2=dict(vocab_size=49152, block_size=8192, n_layer=30, n_head=9, n_embd=576, n_kv_head=3, activation='swiglu',
                  mlp_hidden_dim=1536, qk_norm=False, rope_base=1e5, norm_eps=1e-5, token_shift=False),
