@@ -120,7 +120,7 @@ def test_intervals_of_other_ratios():
 def test_tables():
     score = dict(value=1.25, low=1.0, high=1.5, n=9, ceiling=4.0)
     head, row = statistics.table({'nats/token': score}).splitlines()
-    assert row.split() == ['nats/token', '1.25', '1', '..', '1.5', '4'] and len(head) == len(row) == 101
+    assert row.split() == ['nats/token', '1.25', '1', '..', '1.5', '4'] and len(head) == len(row) == 111
     assert row.index('4') == head.index('ceiling') + len('ceiling') - 1
     assert statistics.markdown_table([]) == ''
     rows = [dict(name='a|b', speed=1234.5, n=3), dict(name='c', share=0.1234, none=None)]
