@@ -182,6 +182,15 @@ def test_one_line_for_all_processes(monkeypatch, capsys):
     assert waited == [5, 5]
 
 
+def test_the_home_folder(monkeypatch):
+    """bash leaves ~ in --out_dir=~/runs as it is; a text that begins with ~ is a text."""
+    monkeypatch.setenv('HOME', '/home/me')
+    monkeypatch.setenv('USERPROFILE', '/home/me')
+    assert settings_of('--out_dir=~/runs')['out_dir'] == '/home/me/runs' and settings_of('--out_dir=a~')['out_dir'] == 'a~'
+    assert config.convert('compare', '~/a,~/b', 'call', '') == '/home/me/a,/home/me/b'
+    assert config.convert('prompt', '~/a', 'call', '') == '~/a'
+
+
 @pytest.mark.parametrize('value', ['inf', '-inf', 'nan', '1e999'])
 def test_settings_are_finite(value):
     for name, kind in (('learning_rate', 'float and finite'), ('max_iters', 'int')):

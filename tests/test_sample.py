@@ -95,7 +95,8 @@ def test_help(runs):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--n=0'], 'n=0: must be at least 1'),
+    (['--n=0'], 'n=0: must be at least 1'), (['--n=1e9'], 'n=1000000000: must be at most 100000'),
+    (['--max_new_tokens=-5'], 'max_new_tokens=-5: must be at least 0'),
     (['--seed=-1'], 'seed=-1: must be at least 0'),
     (['--split=test'], "split='test': data/story has train, val"),
     (['--device=abacus'], "device='abacus' does not work here"),
