@@ -139,7 +139,7 @@ def resolve(assigned, known, sources={}):
             raise UserError(f'init_from names a run of model={source["settings"]["model"]!r}, not {name!r}')
         own |= {key: value for key, value in source['model_config'].items() if key in own}
     settings = apply(assigned, known | own)
-    for key in known:
+    for key in settings:
         if not isinstance(settings[key], str) and settings[key] < 0:
             raise UserError(f'{key}={settings[key]}: must be at least 0')
     for key in ('beta1', 'beta2', 'momentum', 'ema'):

@@ -64,6 +64,7 @@ def test_model_fields_are_settings():
     (['--max_iters'], '--name=value'),
     (['-n=3'], '--name=value'),
     (['--max_iters=0'], 'at least 1'),
+    (['--n_layer=-1'], 'n_layer=-1: must be at least 0'),
     (['--model=gtp'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
     (['--model=os'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
     (['--model=train'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
