@@ -39,7 +39,11 @@ class UserError(Exception):
 
 RANGES = dict(  # smallest and largest value, in every program
     seed=(0, 2 ** 63 - 1), threads=(0, 1024), batch_size=(1, 2 ** 24), micro_batch_size=(1, 2 ** 24),
-    max_iters=(1, 10 ** 12), eval_interval=(1, 10 ** 12), log_interval=(1, 10 ** 12))
+    max_iters=(1, 10 ** 12), eval_interval=(1, 10 ** 12), log_interval=(1, 10 ** 12),
+    n=(1, 10 ** 5), n_score=(1, 10 ** 6), max_new_tokens=(0, 10 ** 9))
+PATHS = {  # settings that are files or folders: ~ is the home folder, which shells do not expand in --out_dir=~/runs
+    'out_dir', 'out', 'init_from', 'input', 'images', 'image', 'source', 'prompts', 'draft', 'against', 'compare',
+    'text_only_run', 'save', 'trace', 'plot', 'decoder'}
 
 
 def read(arguments, overrides=None):
@@ -85,7 +89,7 @@ def convert(name, value, where, default):
     try:
         if kind is str:
             if isinstance(value, (str, Path)):
-                return str(value)
+                return ','.join(map(os.path.expanduser, str(value).split(','))) if name in PATHS else str(value)
         elif kind is bool:
             if str(value) in ('True', 'False'):
                 return str(value) == 'True'
@@ -135,7 +139,7 @@ def resolve(assigned, known, sources={}):
             raise UserError(f'init_from names a run of model={source["settings"]["model"]!r}, not {name!r}')
         own |= {key: value for key, value in source['model_config'].items() if key in own}
     settings = apply(assigned, known | own)
-    for key in known:
+    for key in settings:
         if not isinstance(settings[key], str) and settings[key] < 0:
             raise UserError(f'{key}={settings[key]}: must be at least 0')
     for key in ('beta1', 'beta2', 'momentum', 'ema'):

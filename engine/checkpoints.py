@@ -69,7 +69,7 @@ def read(path):
                 raise zipfile.BadZipFile(damaged)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         assert {'settings', 'model_config', 'meta', 'step', 'weights'} <= checkpoint.keys()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         existing = {str(file) for file in (*Path('out').glob('*/ckpt_*.pt'), *path.parent.glob('ckpt_*.pt'))}
         near = ', '.join(difflib.get_close_matches(str(path), existing, 5, 0))
         raise UserError(f'{path}: no such checkpoint; ' + (f'the nearest are {near}' if near else
@@ -120,8 +120,10 @@ def digest(path):
 
 
 def find(name):
-    """The path of ckpt_last.pt of the run with this name or folder. Weights that prepare/NAME.py downloads are
-    downloaded on their first use."""
+    """The path of ckpt_last.pt of the run with this name or folder, or of the checkpoint with this file. Weights that
+    prepare/NAME.py downloads are downloaded on their first use."""
+    if Path(name).is_file():
+        return Path(name)
     path = Path(name if Path(name).is_dir() else f'out/{name}', 'ckpt_last.pt')
     if not path.is_file() and name in processes.scripts('out'):
         processes.make_once(name, path)
@@ -212,10 +214,12 @@ def same_code(path):
 def read_sources(assigned):
     """{part of the model: checkpoint that it starts from} from the setting init_from; the part '' is the whole
     model."""
-    init_from = str(assigned.get('init_from', ('resume',))[0])
+    init_from, where = assigned.get('init_from', ('resume', 'default'))
+    init_from = config.convert('init_from', init_from, where, '')
     if init_from in ('resume', 'scratch'):
         return {}
-    names = [entry.rpartition(':') for entry in init_from.split(',')]
+    names = [('', '', entry) if Path(entry).exists() else entry.rpartition(':')  # C:\runs\a: no part C
+             for entry in init_from.split(',')]
     return {part: read(find(name)) for part, _, name in names}
 
 

@@ -27,7 +27,13 @@ def join(device, stack):
         if missing := [name for name in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]:
             raise UserError(f"RANK={os.environ['RANK']} is set, but not {', '.join(missing)}: unset RANK, or start "
                             'with torchrun')
-        gpu, (store, rank, world) = device.type == 'cuda', next(dist.rendezvous('env://'))
+        gpu = device.type == 'cuda'
+        try:
+            store, rank, world = next(dist.rendezvous('env://'))
+        except (ValueError, RuntimeError) as error:
+            names = 'RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
+            found, (reason, *_) = ', '.join(f'{name}={os.environ[name]}' for name in names), str(error).split('\n')
+            raise UserError(f'the processes cannot meet with {found}: {reason}')
         # the prefix: after a restart, no addresses of the processes that died
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         dist.init_process_group('nccl' if gpu else 'gloo', store=store, rank=rank, world_size=world,

@@ -35,7 +35,9 @@ def lock(out_dir):
     try:
         return held.acquire(timeout=0)
     except Timeout:
-        raise UserError(f'{out_dir}: another process is training there; wait for it, or choose another --out_dir=')
+        srun = 'RANK' not in os.environ and os.environ.get('SLURM_NTASKS', '1') != '1'
+        raise UserError(f'{out_dir}: another process is training there; wait for it, or choose another --out_dir='
+                        + '. Under srun each process needs RANK, LOCAL_RANK, WORLD_SIZE: config/scitas.sbatch' * srun)
 
 
 def enter(out_dir, settings, free, stack):
@@ -206,8 +208,13 @@ def open_log(out_dir, settings, state, stack):
     path = out_dir / 'log.jsonl'
     trim_log(path, state.step or -1)
     if settings['wandb_log'] and is_main():
-        import wandb
-        wandb_run = wandb.init(project='nanofm', name=out_dir.name, config=settings, id=state.wandb_id, resume='allow')
+        try:
+            import wandb
+            wandb_run = wandb.init(project='nanofm', name=out_dir.name, config=settings, id=state.wandb_id,
+                                   resume='allow')
+        except Exception as error:  # not installed, not logged in, no connection
+            raise UserError('wandb_log=True: Weights & Biases does not start (' + str(error).partition('\n')[0] + '): '
+                            'pip install wandb, then wandb login, or set WANDB_MODE=offline, or leave wandb_log out')
         state.wandb_id = wandb_run.id
         stack.callback(name_offline_parts, Path(wandb_run.dir).parent.parent, wandb_run.id)
         stack.callback(wandb.finish)  # before it: offline, prints how to upload the last part later

@@ -42,9 +42,6 @@ def apply(assigned, settings, defaults):
         if isinstance(known.get(name), str) and isinstance(value, (int, float)):  # in a call: temperature=0.7
             assigned = assigned | {name: (str(value), where)}
     values = config.apply(assigned, known)
-    for name in ('n', 'n_score'):
-        if values.get(name, 1) < 1:
-            raise UserError(f'{name}={values[name]}: must be at least 1')
     own = {name: values[name] for name in types if name in assigned}
     return {name: values[name] for name in settings}, dataclasses.replace(defaults, **own)
 

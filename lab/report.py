@@ -243,8 +243,6 @@ def write_page(runs, path, more=''):
 
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
-    if settings['n_score'] < 1:
-        raise UserError('n_score must be at least 1')
     if not settings['compare']:
         folder = Path(settings['out_dir'])
         return write_page({folder.name: read_record(folder / settings['checkpoint'])}, folder / 'report.md')

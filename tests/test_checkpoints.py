@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, read without executing anything, refused in one line if they do not fit."""
 import hashlib
 import os
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -212,3 +213,14 @@ def test_fetched_weights_are_fetched_by_their_own_script(here, monkeypatch):
         with pytest.raises(UserError, match=f'out/{name}/ckpt_last.pt: no such checkpoint'):
             run('out/a', init_from=name)
     assert asked == [(name, Path(f'out/{name}/ckpt_last.pt')) for name in ('siglip', 'smollm2')]
+
+
+def test_a_run_by_its_file(here, monkeypatch):
+    """init_from takes a name, a folder or a checkpoint's file, whose path may hold a colon, as on Windows."""
+    run('out/a', max_iters=1)
+    shutil.copytree('out/a', 'C:runs')
+    for name in ('a', 'out/a', 'out/a/', 'out/a/ckpt_last.pt', 'out/a/ckpt_best.pt', 'C:runs', 'C:runs/ckpt_last.pt'):
+        sources = checkpoints.read_sources(dict(init_from=(name, 'call')))
+        assert list(sources) == [''] and sources['']['step'] == 1
+    with pytest.raises(UserError, match='no such checkpoint; the nearest are out/a/ckpt_'):
+        checkpoints.read(Path('out/a/ckpt_last.pt/ckpt_last.pt'))

@@ -64,6 +64,7 @@ def test_model_fields_are_settings():
     (['--max_iters'], '--name=value'),
     (['-n=3'], '--name=value'),
     (['--max_iters=0'], 'at least 1'),
+    (['--n_layer=-1'], 'n_layer=-1: must be at least 0'),
     (['--model=gtp'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
     (['--model=os'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
     (['--model=train'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
@@ -180,6 +181,15 @@ def test_one_line_for_all_processes(monkeypatch, capsys):
         with pytest.raises(raised):
             config.run(main)
     assert waited == [5, 5]
+
+
+def test_the_home_folder(monkeypatch):
+    """bash leaves ~ in --out_dir=~/runs as it is; a text that begins with ~ is a text."""
+    monkeypatch.setenv('HOME', '/home/me')
+    monkeypatch.setenv('USERPROFILE', '/home/me')
+    assert settings_of('--out_dir=~/runs')['out_dir'] == '/home/me/runs' and settings_of('--out_dir=a~')['out_dir'] == 'a~'
+    assert config.convert('compare', '~/a,~/b', 'call', '') == '/home/me/a,/home/me/b'
+    assert config.convert('prompt', '~/a', 'call', '') == '~/a'
 
 
 @pytest.mark.parametrize('value', ['inf', '-inf', 'nan', '1e999'])

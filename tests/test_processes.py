@@ -205,3 +205,18 @@ def test_alone():
     assert processes.is_main() and processes.any_of([1], torch.device('cpu')) and not processes.any_of([], torch.device('cpu'))
     model = torch.nn.Linear(1, 1)
     assert processes.replicate(model, sharded=False) is model and processes.barrier() is None
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(RANK='abc'), "RANK=abc, .*: invalid literal"), (dict(MASTER_PORT='99999'), 'MASTER_PORT=99999: port must have value'),
+    (dict(), 'the processes cannot meet with RANK=0, .*address already in use')])
+def test_processes_that_cannot_meet(monkeypatch, changes, message):
+    with socket.socket() as other:
+        other.bind(('localhost', 0))
+        other.listen()
+        environment = dict(RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT=str(other.getsockname()[1]))
+        for name, value in (environment | changes).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=message) as error:
+            processes.join(torch.device('cpu'), None)
+    assert '\n' not in str(error.value)

@@ -126,7 +126,7 @@ def test_which_generator(work, monkeypatch, capsys):
     assert Image.open('out/compare.png').size[0] == 4 * 302 - 4
     found = Path('out/compare.md').read_text()
     assert '## Which generator?' in found and '![digits](compare.png)' in found
-    for arguments, message in ((['--n_score=0'], 'at least 1'), (['--n_score=4'], 'too few to score')):
+    for arguments, message in ((['--n_score=0'], 'must be at least 1'), (['--n_score=4'], 'too few to score')):
         with pytest.raises(UserError, match=message):
             report.main(f'--compare=out/{names[0]},out/{names[1]}', *arguments)
 

@@ -53,9 +53,12 @@ def test_the_folder_of_a_run():
     assert runs.folder_of(settings | dict(out_dir='there'), ('config/mine.py',)) == Path('there')
 
 
-def test_one_run_a_folder(here):
+def test_one_run_a_folder(here, monkeypatch):
     with runs.lock(Path('out/a')):
-        with pytest.raises(UserError, match='out/a: another process is training there'):
+        with pytest.raises(UserError, match='out/a: another process is training there.*choose another --out_dir=$'):
+            run('out/a')
+        monkeypatch.setenv('SLURM_NTASKS', '2')
+        with pytest.raises(UserError, match='Under srun each process needs RANK'):
             run('out/a')
     run('out/a', max_iters=1)
     assert not runs.lock(Path('out/a')).lock.release()  # released at the end of the run
@@ -123,6 +126,17 @@ def test_another_number_of_steps_changes_the_learning_rates(here, capsys):
     run('out/b', warmup_iters=1, decay=1e-9, max_iters=3, eval_iters=1)
     run('out/b', warmup_iters=1, decay=1e-9, max_iters=4)
     assert 'changes the schedule' not in capsys.readouterr().out
+
+
+def test_weights_and_biases_that_does_not_start(here, monkeypatch):
+    """Not installed, or not logged in."""
+    def init(**arguments):
+        raise RuntimeError('No API key configured.\nMore lines')
+    for module, message in ((None, 'import of wandb halted'), (SimpleNamespace(init=init), 'No API key configured.')):
+        monkeypatch.setitem(sys.modules, 'wandb', module)
+        with pytest.raises(UserError, match=f'does not start .{message}.*pip install wandb, then wandb login') as error:
+            run('out/a', max_iters=2, wandb_log=True)
+        assert '\n' not in str(error.value)
 
 
 def test_offline_parts_of_a_run(here, monkeypatch, capsys):

@@ -95,7 +95,8 @@ def test_help(runs):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--n=0'], 'n=0: must be at least 1'),
+    (['--n=0'], 'n=0: must be at least 1'), (['--n=1e9'], 'n=1000000000: must be at most 100000'),
+    (['--max_new_tokens=-5'], 'max_new_tokens=-5: must be at least 0'),
     (['--seed=-1'], 'seed=-1: must be at least 0'),
     (['--split=test'], "split='test': data/story has train, val"),
     (['--device=abacus'], "device='abacus' does not work here"),
@@ -127,7 +128,7 @@ def test_the_data_have_to_be_those_of_the_run(runs, tmp_path, monkeypatch, capsy
     for arguments in (['--out_dir=out/told'], ['--init_from=told'], ['--init_from=out/told']):
         assert 'data/story is not the data that this run was trained on' in says(*arguments)
     shutil.rmtree('data/story')
-    assert 'data/story/meta.json: not the description of a data set' in says('--init_from=told')
+    assert 'data/story is missing, the data of this run' in says('--init_from=told')
 
 
 def test_weights_without_data(runs, tmp_path, monkeypatch, capsys):
