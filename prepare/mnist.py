@@ -12,6 +12,7 @@ image itself, the others are cropped and resized at random. Beside the tokens th
 1998) are downloaded once into the cache folder.
 """
 import gzip
+import hashlib
 import json
 import math
 import zlib
@@ -36,15 +37,15 @@ SETTINGS = dict(
 )
 MNIST = 'https://ossci-datasets.s3.amazonaws.com/mnist/'
 FASHION = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/'
-DIGESTS = {
-    'train-images-idx3-ubyte.gz': '440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609',
-    'train-labels-idx1-ubyte.gz': '3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c',
-    't10k-images-idx3-ubyte.gz': '8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6',
-    't10k-labels-idx1-ubyte.gz': 'f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6',
-    'fashion/train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
-    'fashion/train-labels-idx1-ubyte.gz': '25c81989df183df01b3e8a0aad5dffbe',
-    'fashion/t10k-images-idx3-ubyte.gz': 'bef4ecab320f06d8554ea6380940ec79',
-    'fashion/t10k-labels-idx1-ubyte.gz': 'bb300cfdad3c16e7a12a480ee83cd310'}
+MD5 = {  # of the decompressed contents: mirrors compress anew
+    'train-images-idx3-ubyte.gz': '6bbc9ace898e44ae57da46a324031adb',
+    'train-labels-idx1-ubyte.gz': 'a25bea736e30d166cdddb491f175f624',
+    't10k-images-idx3-ubyte.gz': '2646ac647ad5339dbf082846283269ea',
+    't10k-labels-idx1-ubyte.gz': '27ae3e4e09519cfbb04c329615203637',
+    'fashion/train-images-idx3-ubyte.gz': 'f4a8712d7a061bf5bd6d2ca38dc4d50a',
+    'fashion/train-labels-idx1-ubyte.gz': '9018921c3c673c538a1fc5bad174d6f9',
+    'fashion/t10k-images-idx3-ubyte.gz': '8181f5470baa50b63fa0f6fddb340f0a',
+    'fashion/t10k-labels-idx1-ubyte.gz': '15d484375f8d13e6eb1aabb0c3f46965'}
 CLASSES = dict(mnist=list('0123456789'),
                fashion_mnist='t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot'.split())
 JUDGES = {28: 'grey', 14: 'binary'}  # the two representations, by pixels per side
@@ -53,29 +54,25 @@ JUDGES = {28: 'grey', 14: 'binary'}  # the two representations, by pixels per si
 # ---------------------------------------------------------------------------------------------------------------------
 # The files
 
-def read_idx(path):
+def read_idx(path, md5):
     """A gzipped idx file of bytes: two zeros, the type (8), the number of axes, their lengths as big-endian int32, the
-    values."""
+    values. Raises UserError if its contents have another md5."""
     try:
         data = gzip.decompress(path.read_bytes())
-        assert data[:3] == b'\0\0\x08'
-        shape = np.frombuffer(data, '>u4', data[3], 4)
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
-    except (OSError, EOFError, zlib.error, AssertionError, IndexError, ValueError) as error:
-        raise UserError(f'{path}: truncated or not a gzipped idx file ({type(error).__name__}); delete it and run this '
-                        'again')
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f'{path}: truncated or not a gzip file ({type(error).__name__}); delete it and run this again')
+    if (found := hashlib.md5(data).hexdigest()) != md5:
+        raise UserError(f'{path}: the md5 of its decompressed contents is {found}, expected {md5}; delete it and run '
+                        'this again, or copy the right file there')
+    shape = np.frombuffer(data, '>u4', data[3], 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
 def read_part(part, fashion):
     """Images (n, 28, 28) and labels (n,) of 'train' or 't10k'; FashionMNIST's files have the names of MNIST's."""
     url, prefix = (FASHION, 'fashion/') if fashion else (MNIST, '')
     names = f'{part}-images-idx3-ubyte.gz', f'{part}-labels-idx1-ubyte.gz'
-    paths = [download(url + name, prefix + name, DIGESTS[prefix + name]) for name in names]
-    images, labels = map(read_idx, paths)
-    if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
-        raise UserError(f'{paths[0]}: images {images.shape} do not belong to labels {labels.shape}; delete both files '
-                        'and run this again')
-    return images, labels
+    return [read_idx(download(url + name, prefix + name), MD5[prefix + name]) for name in names]
 
 
 def read_splits(settings):
