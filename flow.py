@@ -7,9 +7,8 @@ field: solving dz/dt = v_theta(z, t) from noise, t = 1, to t = 0 samples from th
 
     loss = mean over x, e, t and values of (v - v_theta(z_t, t))^2,    z_t = (1 - t) x + t e,    v = e - x
 
-A batch is {'image': (B, H, W) or (B, H, W, C) integers 0..255, 'label': (B,)} or {'point': (B, d)}. How it is trained:
-prepare_batch samples noise (B, C, H, W) or (B, d) for the data, t (B,), and which labels to drop (B,); forward computes
-z_t, the network and the loss; train.py does the rest: backward, optimizer step, average of the weights (EMA).
+A batch is {'image': (B, H, W) or (B, H, W, C) integers 0..255, 'label': (B,)} or {'point': (B, d)}. prepare_batch
+samples noise, shaped like the data, t (B,), and which labels to drop (B,); forward computes z_t and the loss.
 
     python train.py config/flow_mnist.py
     python sample.py --out_dir=out/flow_mnist --steps=20
@@ -17,8 +16,7 @@ z_t, the network and the loss; train.py does the rest: backward, optimizer step,
 Papers: flow matching (2210.02747), rectified flow (2209.03003), DiT (2212.09748), logit-normal t (2403.03206), guidance
 (2207.12598) in an interval (2404.07724), minibatch OT (2302.00482), likelihood (1810.01367), x-prediction (2511.13720).
 What differs: time runs from data (t = 0) to noise (t = 1), in the first two papers the reverse; timesteps are
-stratified; OT pairs are approximate; pixels, not DiT's latents; no predicted variances; RMSNorm without gains, SwiGLU,
-RoPE and QK-norm in place of LayerNorm, GELU and added positions; gates start at 1 with zero output matrices, not at 0.
+stratified; OT pairs are approximate; pixels, not DiT's latents, in gpt.py's layers, whose gates start at 1, not at 0.
 """
 import math
 from dataclasses import dataclass
@@ -28,6 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gpt import MLP, Attention, rms_norm, rope_cos_sin
+
+MARGIN, SCALE = 1e-6, 6  # of pixels' logits: they end at ln(1e-6) / 6 = -2.3 and 2.3
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Config:
     n_head: int = 4               # nh, attention heads per block
     n_embd: int = 128             # D, the width
     mlp_hidden_dim: int = 256     # hidden units of SwiGLU
+    logits: bool = False          # the data are logits of pixels' grey levels: digits' likelihood needs it
     prediction: str = 'velocity'  # what the network outputs: velocity, or x, the data (if a patch has > D values)
     label_dropout: float = 0.1    # fraction of training samples without their label; guidance needs some
     timestep_sampling: str = 'logit_normal'  # logit_normal (good samples in few steps), uniform (good likelihood)
@@ -91,10 +92,9 @@ def sample_timesteps(n, timestep_sampling, timestep_shift, generator):
 
 
 def ot_pairing(data, noise, label, ot_rounds, generator):
-    """Indices (B,) of the noise (B, d) for data (B, d): approximate minibatch optimal transport (2302.00482). Lines
-    cross less, the network averages less, and few steps suffice. In a round, random pairs within a label swap noise if
-    that lowers the summed squared lengths, if (x_i - x_j) . (e_i - e_j) < 0: data 0, 1, noise 5, 3: -1 * 2 < 0, so get
-    noise 3, 5, as 9 + 16 < 25 + 4. A local optimum: 27 to 37 % above the best assignment for 256 points of toy2d."""
+    """Indices (B,) of the noise (B, d) for data (B, d): approximate minibatch optimal transport (2302.00482), so that
+    lines cross less. In a round, random pairs within a label swap noise if that lowers the summed squared lengths, if
+    (x_i - x_j) . (e_i - e_j) < 0: data 0, 1, noise 5, 3: -1 * 2 < 0, so get noise 3, 5, as 9 + 16 < 25 + 4."""
     order = torch.arange(len(data))
     pairs = (label + torch.rand(ot_rounds, len(data), generator=generator)).argsort()[:, :len(data) // 2 * 2]
     first, second = pairs.view(ot_rounds, -1, 2).unbind(2)  # (ot_rounds, B / 2): neighbours, sorted by label
@@ -166,7 +166,6 @@ def divergence(velocity_fn, z, t, probes=None):
     return v.detach(), sum(product.flatten(1).sum(1) for product in products)
 
 
-@torch.no_grad()
 def log_likelihood(velocity_fn, x, probes=None, tolerance=1e-4, max_nfe=1000):
     """ln p(x) in nats (B,), and nfe: ln N(z_1; 0, I) + integral of div v over t in 0..1 on the trajectory from z_0 = x,
     as d ln p / dt = -div v (1806.07366, theorem 1). Raises ValueError as `dopri5`."""
@@ -179,14 +178,15 @@ def log_likelihood(velocity_fn, x, probes=None, tolerance=1e-4, max_nfe=1000):
 
 
 # ----- Networks and model ---------------------------------------------------------------------------------------------
-def dequantize(image, generator):
-    """Integers (B, H, W) or (B, H, W, C) -> (integer + U(0, 1)) / 128 - 1, (B, C, H, W) in [-1, 1] (1511.01844)."""
+def dequantize(image, generator, logits=False):
+    """Integers (B, H, W) or (B, H, W, C) -> x = (integer + U(0, 1)) / 128 - 1, (B, C, H, W) in [-1, 1] (1511.01844), or
+    the logits of (x + 1) / 2 (1605.08803, section 4.1): black is 0.008 wide in x, too thin for a network, here 1.4."""
     x = torch.rand(image.shape, generator=generator).add_(image).div_(128).sub_(1)  # in place: half the time
+    x = torch.logit(0.5 + (0.5 - MARGIN) * x) / SCALE if logits else x
     return x[:, None] if x.ndim == 3 else x.movedim(-1, 1)
 
 
 class ConditionEmbedder(nn.Module):
-    """Embedding of timestep and label: (B, D)."""
     def __init__(self, config):
         super().__init__()
         D = config.n_embd
@@ -195,7 +195,7 @@ class ConditionEmbedder(nn.Module):
 
     def forward(self, t, label):
         sinusoids = torch.cat(rope_cos_sin(100 * t[:, None], self.label_embedding.embedding_dim, rope_base=1000), -1)
-        return self.timestep_mlp(sinusoids) + self.label_embedding(label)  # (B, D)
+        return self.timestep_mlp(sinusoids) + self.label_embedding(label)  # (B, D): timestep and label
 
 
 class Block(nn.Module):
@@ -272,7 +272,7 @@ class Flow(nn.Module):
     def prepare_batch(self, batch, generator, step_generator):
         """Dequantize; sample noise, its pairs with data, labels to drop, and timesteps."""
         config, B = self.config, len(batch[self.batch_keys[0]])
-        data = dequantize(batch['image'], generator) if config.image_size else batch['point']
+        data = dequantize(batch['image'], generator, config.logits) if config.image_size else batch['point']
         label = batch['label'] if config.n_classes else torch.zeros(B, dtype=torch.long)
         noise = torch.randn(data.shape, generator=generator)
         if config.ot_rounds:

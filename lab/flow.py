@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import flow
 from config import UserError
@@ -72,7 +73,8 @@ def default_guidance(config):
 
 
 def trajectories(run, settings, labels):
-    """model.generate with these settings, for labels (n,): the trajectory (steps + 1, n, ...). Raises UserError."""
+    """model.generate with these settings, for labels (n,): the trajectory (steps + 1, n, ...), of images as pixels in
+    [-1, 1]. Raises UserError."""
     try:
         start, end = map(float, settings.guidance_interval.split(','))
     except ValueError:
@@ -82,13 +84,19 @@ def trajectories(run, settings, labels):
     labels = torch.as_tensor(labels, device=run.device)
     arguments = labels, settings.steps, settings.method, settings.guidance, (start, end), generator
     with run.exact():
-        return run.model.generate(*arguments)[0].cpu()
+        trajectory = run.model.generate(*arguments)[0].cpu()
+    return from_logits(trajectory) if run.model.config.logits else trajectory
 
 
 def nfe(settings):
     """The number of function evaluations as text: 'NFE 20', under guidance 'NFE 20x2'."""
     _, evaluations = flow.SOLVERS.get(settings.method, (None, 1))  # generate refuses an unknown method
     return f'NFE {settings.steps * evaluations}' + 'x2' * (settings.guidance != 1)
+
+
+def from_logits(y):
+    """Logits as flow.dequantize makes them -> pixels in [-1, 1]."""
+    return ((flow.SCALE * y).sigmoid() - 0.5) / (0.5 - flow.MARGIN)
 
 
 def to_uint8(x):
@@ -202,12 +210,19 @@ def rademacher_probes(z, n_probes, generator):
 
 
 def likelihoods(run, x, labels, tolerance=1e-4, size=2500):
-    """ln p in nats (n,) of x (n, ...): with the exact divergence for points, with one random probe for images."""
+    """ln p in nats (n,) of x (n, ...): with the exact divergence for points, with one random probe for images. Of images
+    as logits y: the density of the pixels, ln p(y) + ln |dy/dx|."""
     found, generator = [], torch.Generator().manual_seed(0)
     for part, label in zip(x.to(run.device).split(size), labels.to(run.device).split(size)):
         probes = None if part[0].numel() <= 8 else rademacher_probes(part, 1, generator)
         found.append(flow.log_likelihood(run.model.velocity_fn(label), part, probes, tolerance)[0].cpu())
-    return torch.cat(found).double()
+    nats = torch.cat(found).double()
+    return nats + log_slopes(x.double()).flatten(1).sum(1).cpu() if run.model.config.logits else nats
+
+
+def log_slopes(y):
+    """ln dy/dx of logits y of pixels x: g = sigmoid(SCALE y) = 0.5 + (0.5 - MARGIN) x, dg/dy = SCALE g (1 - g)."""
+    return math.log((0.5 - flow.MARGIN) / flow.SCALE) - F.logsigmoid(flow.SCALE * y) - F.logsigmoid(-flow.SCALE * y)
 
 
 def score(run, settings):
@@ -251,7 +266,7 @@ def score_images(run, settings, sampling, data):
     """Bits per dimension by Hutchinson's estimate; with classes, the evaluation classifier's scores by steps."""
     n_classes, n = run.model.config.n_classes, min(data.n, max(8, settings.n_score // 16))
     batch = data.rows(np.arange(n))
-    x = flow.dequantize(batch['image'], torch.Generator().manual_seed(0))
+    x = flow.dequantize(batch['image'], torch.Generator().manual_seed(0), run.model.config.logits)
     labels = batch.get('label', torch.zeros(n, dtype=torch.long))
     nats = likelihoods(run, x, labels, tolerance=1e-3, size=32).numpy() / x[0].numel()
     bits = np.stack((7 - nats / math.log(2), np.ones(n)), -1)[:, None]  # 7: one of 256 levels is 2 / 256 wide

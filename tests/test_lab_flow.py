@@ -1,16 +1,22 @@
-"""lab/flow.py on tiny runs: digits, points, sweeps, scores, faults in one line."""
+"""lab/flow.py on tiny runs: digits, points, sweeps, scores, logits, faults in one line."""
+import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+import flow
 import lab
 import sample
 import train
 from config import UserError
+from lab import flow as lab_flow
 from lab import score
 from prepare import toy2d
-from tests.test_flow import RUN
+from tests.test_flow import RUN, gaussian_velocity
 from tests.toys import draw, make_digits
 
 
@@ -86,6 +92,41 @@ def test_points(points):
 def test_scenes(work):
     train.main(**RUN | dict(pictures=True), dataset='scenes', out_dir='out/flow_scenes_test', patch_size=8)
     assert Path('out/flow_scenes_test/sample_000002.png').exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images as logits
+
+def logit_run(**model):
+    """A run whose model sees one pixel as a logit."""
+    return SimpleNamespace(device='cpu', exact=nullcontext,
+                           model=SimpleNamespace(config=flow.Config(image_size=1, patch_size=1, logits=True), **model))
+
+
+def test_all_grey_levels_survive_as_logits():
+    image = torch.arange(256).repeat(400).view(1, 320, 320)
+    y = flow.dequantize(image, torch.Generator().manual_seed(0), True)
+    assert y.isfinite().all() and y.abs().max() < 2.31 and y[:, image == 0].std() > 0.15  # of pixels: 0.0023
+    assert torch.equal(lab_flow.to_uint8(lab_flow.from_logits(y))[..., 0].long(), image)
+    run = logit_run(generate=lambda label, *settings: (y[None], 1))
+    assert torch.equal(lab_flow.to_uint8(lab_flow.trajectories(run, lab_flow.Images(), [0]))[0, ..., 0].long(), image)
+
+
+def test_the_density_of_pixels_is_that_of_their_logits_times_the_slope():
+    run = logit_run(velocity_fn=lambda label: gaussian_velocity(-0.3, 0.4))
+    x = torch.linspace(-1, 1, 20_001, dtype=torch.double)[:-1, None, None, None] + 5e-5  # middles of intervals
+    y = torch.logit(0.5 + (0.5 - flow.MARGIN) * x) / flow.SCALE
+    found = lab_flow.likelihoods(run, y, torch.zeros(len(y)).long(), 1e-6, len(y))
+    truth = -((y + 0.3) / 0.4).square() / 2 - math.log(0.4 * math.sqrt(2 * math.pi)) + y.diff(dim=0, append=2 * y[-1:] - y[-2:-1]).log() - math.log(1e-4)
+    assert (found - truth.flatten())[1000:-1000].abs().max() < 1e-2  # the slope by differences
+    assert found.exp().mean().item() * 2 == pytest.approx(1, abs=1e-3)  # a density of x in -1..1
+
+
+def test_a_run_on_logits(work):
+    make_digits()
+    train.main(**RUN, dataset='toy_mnist', out_dir='out/flow_logits', patch_size=14, logits=True)
+    assert draw('out/flow_logits', '--n=2', '--steps=2').size[0] == 10 * 60 - 4
+    assert score.main('--out_dir=out/flow_logits', '--n_score=20', '--steps=1')['bits/dim given the class']['value'] < 8
 
 
 @pytest.mark.parametrize('arguments, message', [

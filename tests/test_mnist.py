@@ -18,6 +18,8 @@ from engine import processes
 from prepare import arrays, judge, mnist
 from prepare.download import cache_folder
 
+REAL = cache_folder() / 't10k-images-idx3-ubyte.gz'
+
 
 def idx(array):
     """An array of bytes in the files' format."""
