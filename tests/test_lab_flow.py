@@ -117,7 +117,8 @@ def test_the_density_of_pixels_is_that_of_their_logits_times_the_slope():
     x = torch.linspace(-1, 1, 20_001, dtype=torch.double)[:-1, None, None, None] + 5e-5  # middles of intervals
     y = torch.logit(0.5 + (0.5 - flow.MARGIN) * x) / flow.SCALE
     found = lab_flow.likelihoods(run, y, torch.zeros(len(y)).long(), 1e-6, len(y))
-    truth = -((y + 0.3) / 0.4).square() / 2 - math.log(0.4 * math.sqrt(2 * math.pi)) + y.diff(dim=0, append=2 * y[-1:] - y[-2:-1]).log() - math.log(1e-4)
+    slope = (y.diff(dim=0, append=2 * y[-1:] - y[-2:-1]) / 1e-4).log()
+    truth = slope - ((y + 0.3) / 0.4).square() / 2 - math.log(0.4 * math.sqrt(2 * math.pi))
     assert (found - truth.flatten())[1000:-1000].abs().max() < 1e-2  # the slope by differences
     assert found.exp().mean().item() * 2 == pytest.approx(1, abs=1e-3)  # a density of x in -1..1
 
