@@ -7,8 +7,8 @@ field: solving dz/dt = v_theta(z, t) from noise, t = 1, to t = 0 samples from th
 
     loss = mean over x, e, t and values of (v - v_theta(z_t, t))^2,    z_t = (1 - t) x + t e,    v = e - x
 
-A batch is {'image': (B, H, W) or (B, H, W, C) integers 0..255, 'label': (B,)} or {'point': (B, d)}. prepare_batch
-samples noise, shaped like the data, t (B,), and which labels to drop (B,); forward computes z_t and the loss.
+A batch is {'image': (B, H, W) or (B, H, W, C) integers 0..255, 'label': (B,)} or {'point': (B, d)}. In training
+prepare_batch samples noise, t (B,) and labels to drop (B,); forward: z_t, the loss; train.py: backward, a step, EMA.
 
     python train.py config/flow_mnist.py
     python sample.py --out_dir=out/flow_mnist --steps=20
