@@ -140,11 +140,7 @@ def draw(run, settings, path):
 
 def read_labels(run, settings):
     """The classes to sample; eight zeros for a model without classes. Raises UserError."""
-    n_classes = run.model.config.n_classes
-    known = {str(c): c for c in range(n_classes)}
-    if unknown := [c for c in settings.labels.split(',') if c and c not in known]:
-        raise UserError(f'labels: there is no class {unknown[0]!r} (classes are 0 to {n_classes - 1})')
-    return [known[c] for c in settings.labels.split(',') if c] or list(range(n_classes)) or [0] * 8
+    return options.labels(settings.labels, run.model.config.n_classes) or [0] * 8
 
 
 def states_of(run, settings, labels):
