@@ -107,6 +107,11 @@ def held_out(run, settings):
     return np.arange(settings.scene, min(settings.scene + settings.n, n))
 
 
+def scene_image(run, i):
+    """The rgb image (H, W, 3) of a held-out scene."""
+    return run.dataset.picture('rgb', run.dataset.truth(run.split, 'rgb', [i])[0])
+
+
 def names_in(text):
     """'a, b' -> ['a', 'b']"""
     return [name.strip() for name in text.split(',') if name.strip()]

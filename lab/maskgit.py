@@ -116,8 +116,7 @@ def draw(run, settings, path):
         raise UserError(f'complete={settings.complete} must be at least 0 and below 1')
     scale = max(1, 60 // to_images(run, masked_tokens(run, 1)).shape[1])
     if settings.show == 'gif':
-        frames = [tile(to_images(run, tokens), settings.n) for tokens in decoding_steps(run, settings)]
-        return save_gif(frames, path.with_suffix('.gif'), scale)  # a row for each class, or of held-out images
+        return save_gif([image for _, (image,) in frames_of(run, settings)], path.with_suffix('.gif'), scale)
     columns = swapped if settings.show == 'swap' else completed if settings.complete else generated
     save_grid(columns(run, settings), path, scale)
 
@@ -233,10 +232,11 @@ def swapped(run, settings):
     return {title: to_images(run, tokens) for title, tokens in columns.items()}
 
 
-def decoding_steps(run, settings):
-    """Tokens (steps + 1, n, N) at the start and after each step."""
+def frames_of(run, settings):
+    """At the start and after each step: its title and one image, with a row for each class or of held-out images."""
     start = held_out(run, settings)[1:] if settings.complete else all_masked(run, settings, settings.n)
-    return generate(run, settings, *start, return_intermediates=True)
+    states = generate(run, settings, *start, return_intermediates=True)  # (steps + 1, n, N)
+    return [(f'step {i}', [tile(to_images(run, tokens), settings.n)]) for i, tokens in enumerate(states)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
