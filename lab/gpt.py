@@ -220,13 +220,16 @@ def top_tokens(model, tokens, k=6):
 def token_rows(run, ids):
     """A text's tokens, each with the probabilities in its place: [(token, [(token, p), (other, p), ...]), ...], of the
     token itself and of the five most probable others."""
-    words = [run.dataset.decode([i]) for i in ids]
-    rows = [(words[0], [])]
+    decode, rows, shown = run.dataset.decode, [], ''
     with run.exact():
         p, top, top_p = (x.tolist() for x in top_tokens(run.model, torch.tensor(ids, device=run.device)))
-    for i, word in enumerate(words[1:]):
-        others = [(run.dataset.decode([j]), q) for j, q in zip(top[i], top_p[i]) if j != ids[i + 1]][:5]
-        rows.append((word, [(word, p[i]), *others]))
+    for i, token in enumerate(ids):
+        text = decode(ids[:i + 1])
+        if text.endswith('\ufffd') and i + 1 < len(ids):  # the token ends within a character, which the next one shows
+            text = shown
+        others = [(decode([j]), q) for j, q in zip(top[i - 1], top_p[i - 1]) if j != token][:5] if i else []
+        rows.append((text[len(shown):], [(decode([token]), p[i - 1]), *others] if i else []))
+        shown = text
     return rows
 
 
