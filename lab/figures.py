@@ -183,8 +183,8 @@ CSS = """
 .card p, figcaption {font-size: 12px; color: #71717a}
 .states input {width: 100%} .states > figure:not(.on) {display: none}
 .tokens {font: 14px/1.75 ui-monospace, monospace; white-space: pre-wrap; padding-bottom: 130px}
-.tokens span {position: relative} .tokens span:hover {background: #bfdbfe !important} .prompt {color: #71717a}
-.tokens span:hover::after {content: attr(data-tip); position: absolute; left: 0; top: 1.7em; z-index: 9;
+.tokens span {position: relative} [data-tip]:hover {background: #bfdbfe !important} .prompt {color: #71717a}
+[data-tip]:hover::after {content: attr(data-tip); position: absolute; left: 0; top: 1.7em; z-index: 9;
   padding: 6px 10px; border-radius: 6px; background: #18181b; color: white; white-space: pre; font-size: 12px}
 .gradio-container {max-width: 1320px !important; margin: auto} .note {min-height: 1.6em}
 .question {background: #f4f4f5; border-radius: 8px; padding: 6px 10px; width: fit-content} .thought {color: #a1a1aa}
@@ -249,9 +249,10 @@ def tokens_html(rows, n_prompt):
     spans = []
     for i, (token, probs) in enumerate(rows):
         tip = html.escape('\n'.join(f'{p:6.1%}  {other!r}' for other, p in probs))
+        tip = f' data-tip="{tip}"' * bool(probs)
         red = 0.25 * (1 - probs[0][1]) ** 3 if probs else 0
         look = 'class="prompt"' if i < n_prompt else f'style="background: rgba(220, 38, 38, {red:.2f})"'
-        spans.append(f'<span {look} data-tip="{tip}">{html.escape(token)}</span>')
+        spans.append(f'<span {look}{tip}>{html.escape(token)}</span>')
     return f'<div class="tokens">{"".join(spans)}</div>'
 
 
