@@ -116,6 +116,17 @@ def exact(device, name='auto'):
     return devices.autocast(device, exact_dtype(device, name))
 
 
+def in_exact(run, stream):
+    """The items of a generator, each computed within run.exact(). Autocast must not be held around a yield: the next
+    item may be asked for from another thread."""
+    while True:
+        with run.exact():
+            item = next(stream, None)
+        if item is None:
+            return
+        yield item
+
+
 def compile_passes(model, dtype='auto'):
     """Compiles the blocks of a model permanently; returns whether a compiler works. `update`, which has a dictionary of
     layers, is not compiled: otherwise each layer would be compiled separately. Raises UserError for a model without

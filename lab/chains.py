@@ -26,7 +26,7 @@ from config import UserError
 from engine import devices
 from lab import options
 from lab.retrieval import decode_modality, log_prob
-from maskgit import ORDERS, SCHEDULES
+from maskgit import ORDERS, SCHEDULES, iterative_decode, lerp
 
 NUMBER = r'-?\d+(?:\.\d+)?'
 RANGE = rf'{NUMBER}(?:\.\.{NUMBER})?'
@@ -163,19 +163,59 @@ def plan_of(model, link, known):
 def generate(run, given, chain, generator=None):
     """Runs a chain from ids given, {name: (B, max_tokens)}: the ids of all modalities known in the end, and the raw
     values of those that were generated. Raises UserError."""
+    for known, raw in stream(run, given, chain, generator):
+        pass
+    return known, raw
+
+
+def autocast(run):
+    return devices.autocast(run.device, devices.find_dtype(run.dtype, run.device))
+
+
+@torch.no_grad()
+def image_steps(run, known, name, steps, temperature, temperature_end, top_k, top_p, order, schedule, guidance,
+                guidance_end, condition_weights, generator):
+    """Yields the ids (B, max_tokens) of an image, -1 if unknown, before and after each step of model.generate with the
+    same arguments."""
+    model, ids = run.model, run.model.pack_modalities(known)
+    m = model.modality[name]
+    position_ids = torch.arange(model.N, device=ids.device)[m.token_slice].expand(len(ids), -1)
+
+    def predict(tokens, progress):
+        ids[:, m.token_slice] = tokens
+        scale, T = lerp(guidance, guidance_end, progress), lerp(temperature, temperature_end, progress)
+        with autocast(run):  # not around a yield
+            return model.sample_tokens(ids, m, position_ids, scale, condition_weights, T, top_k, top_p, generator)
+    start = ids[:, m.token_slice].clone()
+    yield start.cpu()
+    if n_unknown := int((start < 0).sum(1).max()):
+        for tokens in iterative_decode(start, predict, m.grid, min(steps, n_unknown), order, schedule,
+                                       generator=generator):
+            yield tokens.cpu()
+
+
+def stream(run, given, chain, generator=None, every_step=False):
+    """Yields what `generate` returns at the start and after each target; with every_step also after each step of an
+    image."""
     known, raw, weights = dict(given), {}, {link.name: link.weight for link in chain[0]}
+    yield dict(known), dict(raw)
     for link in chain[1]:
         if plan := plan_of(run.model, link, known):
-            with devices.autocast(run.device, devices.find_dtype(run.dtype, run.device)):
+            with autocast(run):
                 known |= run.model.generate(known, plan, temperature=PLAN_TEMPERATURE, generator=generator)
         name, n = link.name, max(link.mean, link.best)
         others = {other: weight for other, weight in weights.items() if weight != 1 and other != name}
         repeated = {other: ids.repeat_interleave(n, 0) for other, ids in known.items()}
-        with devices.autocast(run.device, devices.find_dtype(run.dtype, run.device)):
-            sampling = sampling_of(run.model, link, known, bool(others))
-            ids = run.model.generate(repeated, [name], **sampling, condition_weights=others, generator=generator)
+        sampling = sampling_of(run.model, link, known, bool(others))
+        if every_step and n == 1 and not run.model.modality[name].is_text:
+            for ids in image_steps(run, known, name, **sampling, condition_weights=others, generator=generator):
+                yield known | {name: ids}, raw
+        else:
+            with autocast(run):
+                ids = run.model.generate(repeated, [name], **sampling, condition_weights=others, generator=generator)
             ids = ids[name].cpu()
-            if link.best > 1:
+        if link.best > 1:
+            with autocast(run):
                 ids = best_samples(run.model, known, name, ids, n)
         raw[name] = run.dataset.decode(name, ids)
         if link.mean > 1:
@@ -184,4 +224,4 @@ def generate(run, given, chain, generator=None):
             raw[name] = mean_of(name, raw[name].reshape(-1, n, *raw[name].shape[1:]))
             ids = run.dataset.encode(name, raw[name])  # what the next links see
         known[name], weights[name] = ids, link.weight
-    return known, raw
+        yield dict(known), dict(raw)

@@ -1,6 +1,10 @@
 """
-Figures: image grids, animations and answers with Pillow, curves of losses and scores with matplotlib.
+Figures: image grids, animations and answers with Pillow, curves of losses and scores with matplotlib; in HTML the
+modalities of a scene, states of a generation, texts with the probabilities of their tokens.
 """
+import base64
+import html
+import io
 import math
 import textwrap
 from itertools import cycle
@@ -167,3 +171,96 @@ def save_curves(curves, path, title, x_label, baseline):
     axes.yaxis.set_major_formatter('{x:.0%}')
     figure.legend(loc='outside lower center', frameon=False, ncols=3)
     save_plot(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HTML (lab/playground.py)
+
+CSS = """
+.cards {display: grid; grid-template-columns: repeat(auto-fill, 262px); gap: 12px} figure {margin: 0}
+.card {border: 1px solid #e4e4e7; border-radius: 8px; padding: 8px 10px} .card h4 {margin: 0 0 6px; font-weight: 600}
+.card div, .states div {display: flex; gap: 6px} .card img, .states img {image-rendering: pixelated; border-radius: 4px}
+.card p, figcaption {font-size: 12px; color: #71717a}
+.states input {width: 100%} .states > figure:not(.on) {display: none}
+.tokens {font: 14px/1.75 ui-monospace, monospace; white-space: pre-wrap; padding-bottom: 130px}
+.tokens span {position: relative} [data-tip]:hover {background: #bfdbfe !important} .prompt {color: #71717a}
+[data-tip]:hover::after {content: attr(data-tip); position: absolute; left: 0; top: 1.7em; z-index: 9;
+  padding: 6px 10px; border-radius: 6px; background: #18181b; color: white; white-space: pre; font-size: 12px}
+.gradio-container {max-width: 1320px !important; margin: auto} .note {min-height: 1.6em}
+.question {background: #f4f4f5; border-radius: 8px; padding: 6px 10px; width: fit-content} .thought {color: #a1a1aa}
+.cells {display: grid; max-width: 300px; aspect-ratio: 1; background: black 0 0 / cover; image-rendering: pixelated;
+  border-radius: 6px; overflow: hidden; touch-action: none; user-select: none; cursor: crosshair}
+.cells i {box-shadow: inset 0 0 0 .5px #ffffff30} .cells i.on {background: #ffffffd0}
+"""
+CELLS = """<div class="cells" style="grid-template-columns: repeat(${side}, 1fr); background-image: url(${image})">
+${[...value].map((bit, i) => `<i data-i="${i}" class="${bit == 1 ? 'on' : ''}"></i>`).join('')}</div>"""
+PAINT = """
+let cells = null, ink = 1;
+const paint = event => {
+  const cell = document.elementFromPoint(event.clientX, event.clientY);
+  if (cells && cell && element.contains(cell) && cell.dataset.i) {
+    cells[cell.dataset.i] = ink; cell.classList.toggle('on', ink == 1); } };
+element.addEventListener('pointerdown', event => {
+  cells = [...element.querySelectorAll('i')].map(cell => +cell.classList.contains('on'));
+  ink = event.target.classList.contains('on') ? 0 : 1; event.preventDefault(); paint(event); });
+element.addEventListener('pointermove', paint);
+window.addEventListener('pointerup', () => {
+  if (cells) { props.value = cells.join(''); cells = null; trigger('input'); } });
+"""  # of gradio's HTML component: `value`, '0110...', says which cells over the image are painted
+SLIDE = "this.parentNode.querySelectorAll('.state').forEach((one, i) => one.classList.toggle('on', i == this.value))"
+
+
+def address(image):
+    """The address of an image (H, W, 3) uint8 that contains the image itself."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, 'PNG')
+    return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode()
+
+
+def figure_html(image, caption='', width=117):
+    return (f'<figure><img src="{address(image)}" width="{width}"><figcaption>{html.escape(caption)}</figcaption>'
+            '</figure>')
+
+
+def cards_html(columns, texts={}):
+    """Columns {'depth (truth)': images, 'depth': images} of a scene: a card for each modality, with its text."""
+    found = {}
+    for title, images in columns.items():
+        name, _, kind = title.rstrip(')').partition(' (')
+        found.setdefault(name, []).insert(0, figure_html(images[0], kind or 'generated' * (not name.isdecimal())))
+    texts = {name: f'<p>{html.escape(rows[0])}</p>' for name, rows in texts.items()}
+    return '<div class="cards">' + ''.join(
+        f'<div class="card" data-name="{name}" style="grid-column: span {1 + (len(figures) > 2)}"><h4>{name}</h4><div>'
+        f'{"".join(figures)}</div>{texts.get(name, "")}</div>' for name, figures in found.items()) + '</div>'
+
+
+def states_html(states, width=720):
+    """A slider through [(title, images)], at the last one."""
+    last = len(states) - 1
+    return f'<div class="states"><input type="range" max="{last}" value="{last}" oninput="{SLIDE}">' + ''.join(
+        f'<figure class="state {"on" * (i == last)}"><div>'
+        + ''.join(figure_html(image, '', width // len(images)) for image in images)
+        + f'</div><figcaption>{title}</figcaption></figure>' for i, (title, images) in enumerate(states)) + '</div>'
+
+
+def tokens_html(rows, n_prompt):
+    """A text as rows (token, [(token, p), ...]): hovering over a token shows the list, its own probability first. The
+    first n_prompt are grey, of the others improbable ones red."""
+    spans = []
+    for i, (token, probs) in enumerate(rows):
+        tip = html.escape('\n'.join(f'{p:6.1%}  {other!r}' for other, p in probs))
+        tip = f' data-tip="{tip}"' * bool(probs)
+        red = 0.25 * (1 - probs[0][1]) ** 3 if probs else 0
+        look = 'class="prompt"' if i < n_prompt else f'style="background: rgba(220, 38, 38, {red:.2f})"'
+        spans.append(f'<span {look}{tip}>{html.escape(token)}</span>')
+    return f'<div class="tokens">{"".join(spans)}</div>'
+
+
+def talk_html(turns):
+    """Questions and replies, a chain of thought in grey."""
+    rows = []
+    for question, reply in turns:
+        thought, mark, answer = reply.rpartition('Answer:')
+        rows.append(f'<p class="question">{html.escape(question)}</p><p><span class="thought">'
+                    f'{html.escape(thought + mark)}</span> <b>{html.escape(answer)}</b></p>')
+    return ''.join(rows)

@@ -128,7 +128,7 @@ def draw(run, settings, path):
         columns = columns_of_classes(run, settings, labels)
     elif settings.show == 'path':
         states = states_of(run, settings, shown)
-        save_gif([tile(state, -(-len(shown) // 2)) for state in states], path.with_suffix('.gif'), scale)
+        save_gif([sheet(state) for state in states], path.with_suffix('.gif'), scale)
         shown_steps = np.linspace(0, len(states) - 1, min(11, len(states))).round().astype(int)
         columns = {f'step {i}': states[i] for i in shown_steps}
     elif settings.show == 'steps':
@@ -144,17 +144,33 @@ def draw(run, settings, path):
 
 def read_labels(run, settings):
     """The classes to sample; eight zeros for a model without classes. Raises UserError."""
-    n_classes = run.model.config.n_classes
-    known = {str(c): c for c in range(n_classes)}
-    if unknown := [c for c in settings.labels.split(',') if c and c not in known]:
-        raise UserError(f'labels: there is no class {unknown[0]!r} (classes are 0 to {n_classes - 1})')
-    return [known[c] for c in settings.labels.split(',') if c] or list(range(n_classes)) or [0] * 8
+    return options.labels(settings.labels, run.model.config.n_classes) or [0] * 8
 
 
 def states_of(run, settings, labels):
     """The states of trajectories as images (steps + 1, n, H, W, 3)."""
     pixels = to_uint8(trajectories(run, settings, labels)).numpy()
     return np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels
+
+
+def sheet(images):
+    """Images (n, H, W, 3) in two rows."""
+    return tile(images, -(-len(images) // 2))
+
+
+def frames_of(run, settings):
+    """The start and at most 20 steps: the time, and an image of all images; or of points, and of their velocities."""
+    if isinstance(settings, Points):
+        states = trajectories(run, settings, np.zeros(settings.n, int))
+    else:
+        states = states_of(run, settings, np.resize(read_labels(run, settings), settings.n))
+    last, frames = len(states) - 1, []
+    for step in np.linspace(0, last, min(21, last + 1)).round().astype(int):
+        t, state = time_after(run, step, last), states[step]
+        points = isinstance(settings, Points)
+        frames.append((f't = {t:.2f}', [run.dataset.scatter(state.numpy(), 360), velocities(run, t, 360)] if points
+                       else [sheet(state)]))
+    return frames
 
 
 def columns_of_classes(run, settings, labels):
@@ -174,11 +190,16 @@ def draw_points(run, settings, path, side=200):
     last, columns = len(trajectory) - 1, {}
     for fraction in (0, 0.25, 0.5, 0.75, 1):
         step = round(fraction * last)
-        t = flow.shift_timesteps(1 - step / last, run.model.config.timestep_shift)  # as in model.generate
+        t = time_after(run, step, last)
         points = run.dataset.scatter(trajectory[step].numpy(), side)
         columns[f't = {t:.2f}: points, -v'] = [points, velocities(run, t, side)]
     columns['learned density, true'] = densities(run, side // 2)
     save_grid(columns, path, 1)
+
+
+def time_after(run, step, steps):
+    """The time t after this step of model.generate."""
+    return flow.shift_timesteps(1 - step / steps, run.model.config.timestep_shift)
 
 
 def velocities(run, t, side):

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 import lab
 from config import UserError
 from lab import options, retrieval
-from lab.chains import generate, parse_chain
+from lab.chains import generate, parse_chain, stream
 from lab.figures import save_grid
 from lab.statistics import alone, bootstrap, judged
+from prepare.pictures import read_picture
 
 
 @dataclass
@@ -44,14 +46,15 @@ class AnyToAny(Decoding):
     chain: str = ''            # both at once, with settings for each target: 'caption>depth:8,rgb:25:halton:t0.7'
                                # (lab/chains.py); several with semicolons between
     hide: str = ''             # a part of what is given that is generated again: 'rgb=16,16,48,48' (x0,y0,x1,y1 in
-                               # pixels), 'rgb=outside 16,16,48,48', 'rgb=red cube', 'caption=red'; 'caption=7' keeps
-                               # seven tokens
+                               # pixels), 'rgb=outside 16,16,48,48', 'rgb=red cube', 'rgb=FILE.png' (where the file
+                               # is white), 'caption=red'; 'caption=7' keeps seven tokens
     replace: str = ''          # a word of the given texts and its replacement: 'red=blue'
     text: str = ''             # your text for the given text modality; it may go on if it ends in '...'
     image: str = ''            # your image file for the given rgb
     retrieve: str = ''         # a modality: shows the held-out scenes that are nearest to what is given
     by: str = 'likelihood'     # how nearness is measured: likelihood, embedding
     n: int = 6                 # scenes, a row each
+    scene: int = 0             # the number of the first one
 
 
 @dataclass
@@ -77,7 +80,7 @@ def draw(run, settings, path):
     caption."""
     options.apart(settings, 'chain', 'given', 'target')
     options.apart(settings, 'retrieve', 'chain', 'target', 'hide', 'replace')
-    index = np.arange(min(settings.n, len(run.dataset.load(run.split, run.model.batch_keys[0]))))
+    index = held_out(run, settings)
     if settings.retrieve:
         return save_grid(nearest_scenes(run, settings, index), path)
     columns = {}
@@ -86,6 +89,19 @@ def draw(run, settings, path):
             generated = not title.endswith(')')  # given and true columns are shown once, generated ones for each chain
             columns[f'{title}, chain {i + 1}' if generated and title in columns else title] = images
     save_grid(columns, path)
+
+
+def held_out(run, settings):
+    """The numbers of the scenes that are shown. Raises UserError."""
+    n = len(run.dataset.load(run.split, run.model.batch_keys[0]))
+    if not 0 <= settings.scene < n:
+        raise UserError(f'scene={settings.scene}: this split has the scenes 0 to {n - 1}')
+    return np.arange(settings.scene, min(settings.scene + settings.n, n))
+
+
+def scene_image(run, i):
+    """The rgb image (H, W, 3) of a held-out scene."""
+    return run.dataset.picture('rgb', run.dataset.truth(run.split, 'rgb', [i])[0])
 
 
 def names_in(text):
@@ -160,8 +176,8 @@ def hidden_words(run, m, ids, what):
 
 
 def hidden_pixels(run, settings, ids, m, what, generator):
-    """Which pixels (B, H, W) of an image modality m are hidden: a box x0,y0,x1,y1, all 'outside' it, or objects, 'red
-    cube', by the segmentation that is given or predicted."""
+    """Which pixels (B, H, W) of an image modality m are hidden: a box x0,y0,x1,y1, all 'outside' it, a file's white
+    pixels, or objects, 'red cube', by the segmentation that is given or predicted."""
     height, width = run.dataset.picture(m.name, run.dataset.decode(m.name, ids[m.name][:1])[0]).shape[:2]
     if box := re.fullmatch(r'(outside )?(\d+),(\d+),(\d+),(\d+)', what):
         x0, y0, x1, y1 = map(int, box.groups()[1:])
@@ -171,6 +187,11 @@ def hidden_pixels(run, settings, ids, m, what, generator):
         pixels = np.full((len(ids[m.name]), height, width), bool(box[1]))
         pixels[:, y0:y1, x0:x1] ^= True
         return pixels
+    if what.endswith('.png'):
+        mask = np.asarray(read_picture(what).convert('L').resize((width, height), Image.BOX)) > 127
+        if not mask.any():
+            raise UserError(f'hide={settings.hide!r}: the mask is empty: paint white what is generated again')
+        return np.broadcast_to(mask, (len(ids[m.name]), height, width))
     if 'segmentation' not in run.model.batch_keys or not hasattr(run.dataset, 'classes_named'):
         raise UserError(f'hide={settings.hide!r}: this model has no segmentation that could find objects: give a box')
     if 'segmentation' in ids:
@@ -193,7 +214,7 @@ def hide(run, settings, ids, generator):
         hidden = hidden_words(run, m, ids[name], what)
     else:
         pixels = hidden_pixels(run, settings, ids, m, what, generator)
-        pixels = torch.from_numpy(pixels)[:, None].float()  # (B, 1, H, W)
+        pixels = torch.from_numpy(pixels.astype(np.float32))[:, None]  # (B, 1, H, W)
         hidden = F.adaptive_max_pool2d(pixels, m.grid).flatten(1) > 0  # (B, max_tokens)
     return ids | {name: ids[name].masked_fill(hidden, -1)}
 
@@ -235,14 +256,30 @@ def given_images(run, name, ids, whole):
 
 def columns_of(run, settings, chain, index):
     """Columns {title: images} of one chain: what is given, then the truth of each target beside what was generated."""
-    generator, columns = torch.Generator(run.device).manual_seed(settings.seed), {}
-    names, changed = [link.name for link in chain[0]], settings.replace or settings.hide
-    own = own_ids(run, settings, names)
+    for columns, texts in stream_columns(run, settings, chain, index):
+        pass
+    if len(index) <= 2 or settings.text or settings.image:
+        print('\n'.join(f'{name}: {text}' for name, rows in texts.items() for text in dict.fromkeys(rows)))
+    return columns
+
+
+def stream_columns(run, settings, chain, index, every_step=False):
+    """Yields the columns of a chain and its texts, {name: list}, while it runs: see lab.chains.stream."""
+    generator = torch.Generator(run.device).manual_seed(settings.seed)
+    own = own_ids(run, settings, [link.name for link in chain[0]])
     ids = given_ids(run, settings, chain, index, generator, own)
-    found, raw = generate(run, ids, chain, generator)
-    for name in dict.fromkeys([*names, *raw]):
+    for found, raw in stream(run, ids, chain, generator, every_step):
+        yield arrange(run, settings, chain, index, bool(own), ids, found, raw)
+
+
+def arrange(run, settings, chain, index, own, ids, found, raw):
+    """Columns and texts of a chain that has come to the ids `found` and the values `raw`, from ids given."""
+    columns, texts = {}, {}
+    names, changed = [link.name for link in chain[0]], settings.replace or settings.hide
+    targets = [link.name for link in chain[1]]
+    for name in dict.fromkeys([*names, *found]):
         truth = [] if own else [run.dataset.picture(name, one) for one in run.dataset.truth(run.split, name, index)]
-        if truth and names and (name in raw or changed):
+        if truth and names and (name in targets or changed):
             columns[f'{name} (truth)'] = truth
         if name in names:
             whole = truth or to_images(run, name, own[name])
@@ -250,10 +287,11 @@ def columns_of(run, settings, chain, index):
             columns[f'{name} (given)'] = truth if plain else given_images(run, name, ids[name], whole)
         if name in raw:
             columns[name] = [run.dataset.picture(name, one) for one in raw[name]]
-        if run.model.modality[name].is_text and (own or len(index) <= 2):
-            texts = raw[name] if name in raw else run.dataset.decode(name, found[name])
-            print('\n'.join(dict.fromkeys(f'{name}: {text}' for text in texts)))  # equal ones once
-    return columns
+        elif name in targets:  # unfinished
+            columns[name] = to_images(run, name, found[name], found[name].clamp(min=0))
+        if run.model.modality[name].is_text:
+            texts[name] = raw[name] if name in raw else run.dataset.decode(name, found[name])
+    return columns, texts
 
 
 def open_index(run, *names):

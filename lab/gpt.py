@@ -108,19 +108,27 @@ def read_draft(run, settings):
     return draft.model
 
 
-def write_texts(run, settings):
-    """Continue the prompts, print the texts and return them; a single text is printed while it is generated."""
+def stream_rows(run, settings):
+    """Yield the ids of all texts, lists that grow, before and after each token. Raises UserError."""
     tokens, stream = read_prompts(run, settings).to(run.device), run.model.stream
-    single, rows, shown = len(tokens) == 1, tokens.tolist(), 0
     if settings.draft:
-        if not single:
+        if len(tokens) > 1:
             raise UserError('draft makes a single text faster: leave it out, or give one prompt and no n')
         stream = partial(generate_speculative, run.model, read_draft(run, settings))
-    eos_id = -1 if run.dataset.end is None else run.dataset.end
-    with run.exact():
-        for new_tokens in stream(tokens, settings.max_new_tokens, *sampling(run, settings, eos_id)):
-            for row, token in zip(rows, new_tokens.tolist()):
-                row.append(token)
+    eos_id, rows = -1 if run.dataset.end is None else run.dataset.end, tokens.tolist()
+    yield rows
+    for new_tokens in lab.in_exact(run, stream(tokens, settings.max_new_tokens, *sampling(run, settings, eos_id))):
+        for row, token in zip(rows, new_tokens.tolist()):
+            row.append(token)
+        yield rows
+
+
+def write_texts(run, settings):
+    """Continue the prompts, print the texts and return them; a single text is printed while it is generated."""
+    shown = 0
+    with run.exact():  # weights are cast once
+        for rows in stream_rows(run, settings):
+            single = len(rows) == 1
             text = run.dataset.decode(rows[0][shown:]) if single else ''
             if not text.endswith('\ufffd'):  # otherwise the last character is incomplete in UTF-8
                 print(text, end='', flush=True)
@@ -185,6 +193,36 @@ def log_prob(model, tokens):
     """ln p in nats of tokens[:, 1:], each given all tokens before it: (B, T + 1) -> (B,)."""
     x, targets = model.backbone(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
     return -chunked_cross_entropy(x, model.lm_head.weight, targets).view(len(tokens), -1).sum(1)
+
+
+@torch.no_grad()
+def top_tokens(model, tokens, k=6):
+    """For all tokens (T0,) but the first: p (T0 - 1,), and the k most probable tokens in its place and their p, both
+    (T0 - 1, k). Each is predicted from all tokens before it, or from the last T / 2 of them or more."""
+    half, p, top = model.config.block_size // 2 or 1, [], []
+    for start in range(0, len(tokens) - 1, half):
+        first, targets = max(0, start - half), tokens[start + 1:start + half + 1]
+        x = model.backbone(tokens[None, first:start + len(targets)])[0, start - first:]
+        probs = model.logits(x).softmax(-1)  # (at most T / 2, V)
+        p.append(probs.gather(1, targets[:, None])[:, 0])
+        top.append(probs.topk(min(k, probs.size(1))))
+    return torch.cat(p), torch.cat([one.indices for one in top]), torch.cat([one.values for one in top])
+
+
+def token_rows(run, ids):
+    """A text's tokens, each with the probabilities in its place: [(token, [(token, p), (other, p), ...]), ...], of the
+    token itself and of the five most probable others."""
+    decode, rows, shown = run.dataset.decode, [], ''
+    with run.exact():
+        p, top, top_p = (x.tolist() for x in top_tokens(run.model, torch.tensor(ids, device=run.device)))
+    for i, token in enumerate(ids):
+        text = decode(ids[:i + 1])
+        if text.endswith('\ufffd') and i + 1 < len(ids):  # the token ends within a character, which the next one shows
+            text = shown
+        others = [(decode([j]), q) for j, q in zip(top[i - 1], top_p[i - 1]) if j != token][:5] if i else []
+        rows.append((text[len(shown):], [(decode([token]), p[i - 1]), *others] if i else []))
+        shown = text
+    return rows
 
 
 def score(run, settings):

@@ -44,7 +44,9 @@ class Text(Decoding):
 @dataclass
 class Images(Decoding):
     n: int = 10                # images of each class, or held-out ones
+    labels: str = ''           # classes to generate, '3,5'; '': all
     complete: float = 0.0      # fraction of tokens of held-out images that are given; 0: generate all (show=swap: 0.3)
+    image: str = ''            # your image file in place of held-out images, n for each class
     shape: str = 'half'        # of the given part: half (the upper one), box (all around a box), random (tokens)
     show: str = 'grid'         # grid, gif (the steps of decoding), swap (held-out images with other classes)
     steps: int = 16            # decoding steps; at most one for each masked token
@@ -102,9 +104,7 @@ def draw(run, settings, path):
         raise UserError(f'complete={settings.complete} must be at least 0 and below 1')
     scale = max(1, 60 // to_images(run, masked_tokens(run, 1)).shape[1])
     if settings.show == 'gif':
-        states = decoding_steps(run, settings)
-        frames = [tile(to_images(run, tokens, states[-1]), settings.n) for tokens in states]
-        return save_gif(frames, path.with_suffix('.gif'), scale)  # a row for each class, or of held-out images
+        return save_gif([image for _, (image,) in frames_of(run, settings)], path.with_suffix('.gif'), scale)
     columns = swapped if settings.show == 'swap' else completed if settings.complete else generated
     save_grid(columns(run, settings), path, scale)
 
@@ -149,16 +149,26 @@ def digits(run, labels, seed=0):
     return run.dataset.decode(generate(run, settings, masked_tokens(run, len(labels)), torch.as_tensor(labels)))
 
 
-def all_masked(run, n, groups):
+def read_labels(run, settings):
+    return options.labels(settings.labels, run.model.config.n_classes)
+
+
+def classes_of(run, settings):
+    """Classes of n images each, or None if there are no classes."""
+    labels = read_labels(run, settings)
+    return torch.tensor(labels).repeat_interleave(settings.n) if labels else None
+
+
+def all_masked(run, settings, groups):
     """Masked tokens and classes of n images for each class, or for each of `groups` groups if there are no classes."""
-    C = run.model.config.n_classes
-    return masked_tokens(run, n * (C or groups)), torch.arange(C).repeat_interleave(n) if C else None
+    classes = classes_of(run, settings)
+    return masked_tokens(run, settings.n * groups if classes is None else len(classes)), classes
 
 
 def generated(run, settings):
     """Columns of images, one for each class, or six."""
-    images = to_images(run, generate(run, settings, *all_masked(run, settings.n, 6)))
-    names = run.dataset.classes if run.model.config.n_classes else [f'sample {i + 1}' for i in range(6)]
+    images = to_images(run, generate(run, settings, *all_masked(run, settings, 6)))
+    names = [run.dataset.classes[c] for c in read_labels(run, settings)] or [f'sample {i + 1}' for i in range(6)]
     return dict(zip(names, images.reshape(-1, settings.n, *images.shape[1:])))
 
 
@@ -174,8 +184,15 @@ def masked_positions(grid, fraction, shape, seed):
 
 
 def held_out(run, settings):
-    """n held-out images: their tokens (n, N), the same with -1 if masked, classes (n,) or None."""
-    if run.model.config.n_classes:
+    """n held-out images: their tokens (n, N), the same with -1 if masked, classes (n,) or None; or the user's image, n
+    times for each class. Raises UserError."""
+    if settings.image and not settings.complete:
+        raise UserError('image needs complete, the fraction of it that is given, as in --complete=0.5')
+    if settings.image:
+        classes = classes_of(run, settings)
+        own = run.dataset.read_image(*['rgb'] * (classes is None), settings.image)
+        truth = own.repeat(settings.n if classes is None else len(classes), 1)
+    elif run.model.config.n_classes:
         tokens = run.ids('tokens', slice(settings.n))[:, 0]
         truth, classes = tokens[:, 1:], tokens[:, 0]
     else:
@@ -199,15 +216,16 @@ def swapped(run, settings):
     if classes is None:
         raise UserError('show=swap needs a model with classes: choose grid or gif')
     columns = dict(truth=truth, given=given)
-    for i, name in enumerate(run.dataset.classes):
-        columns[name] = generate(run, settings, given, classes * 0 + i)
+    for c in read_labels(run, settings):
+        columns[run.dataset.classes[c]] = generate(run, settings, given, classes * 0 + c)
     return {title: to_images(run, tokens, truth) for title, tokens in columns.items()}
 
 
-def decoding_steps(run, settings):
-    """Tokens (steps + 1, n, N) at the start and after each step."""
-    start = held_out(run, settings)[1:] if settings.complete else all_masked(run, settings.n, settings.n)
-    return generate(run, settings, *start, return_intermediates=True)
+def frames_of(run, settings):
+    """At the start and after each step: its title and one image, with a row for each class or of held-out images."""
+    start = held_out(run, settings)[1:] if settings.complete else all_masked(run, settings, settings.n)
+    states = generate(run, settings, *start, return_intermediates=True)  # (steps + 1, n, N)
+    return [(f'step {i}', [tile(to_images(run, tokens, states[-1]), settings.n)]) for i, tokens in enumerate(states)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -118,6 +118,14 @@ def scales(text):
     return values
 
 
+def labels(text, n_classes):
+    """Classes as text, '3,5' -> [3, 5]; '' -> all of them. Raises UserError."""
+    known = {str(c): c for c in range(n_classes)}
+    if unknown := [c for c in text.split(',') if c and c not in known]:
+        raise UserError(f'labels: there is no class {unknown[0]!r} (classes are 0 to {n_classes - 1})')
+    return [known[c] for c in text.split(',') if c] or list(range(n_classes))
+
+
 def counts(text):
     """'1,4,8' -> [1, 4, 8]. Raises UserError."""
     found = [int(count) if count.strip().isdecimal() else 0 for count in text.split(',')]

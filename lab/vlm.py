@@ -85,6 +85,22 @@ def answers(run, images, questions, settings):
     return [texts[i:i + n] for i in range(0, len(texts), n)]
 
 
+def stream_reply(run, images, turns, question, settings):
+    """Yield the growing ids of a reply about images (1, m, H, W, C), after earlier turns [(question, ids), ...], which
+    are left out if the context cannot hold them. Raises UserError."""
+    template, ids = run.dataset.template, []
+    first = [i for earlier, reply in turns for i in (*template.encode_question(earlier), *reply)]
+    with run.exact():
+        cache = prefill_images(run, images)
+    try:
+        stream = answer_stream(run, cache, [question], settings, first)
+    except UserError:
+        stream = answer_stream(run, cache, [question], settings)
+    for token in lab.in_exact(run, stream):
+        ids.append(int(token))
+        yield ids
+
+
 def final_answer(reply):
     """Return the answer of a reply, without its chain of thought if there is one."""
     return reply.rpartition('Answer:')[2].strip()

@@ -21,11 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import config
 from config import UserError
 from prepare import arrays, judge
 from prepare.download import download
+from prepare.pictures import read_square
 
 MAKES = 'data/mnist'
 SETTINGS = dict(
@@ -150,6 +152,12 @@ class Dataset:
     def decode(self, tokens):
         """Tokens (n, 50) or (n, 49), on the CPU -> binary images (n, 14, 14), see to_images."""
         return to_images(tokens)
+
+    @staticmethod
+    def read_image(path):
+        """A user's image file of a white digit on black -> tokens (1, 49). Raises UserError."""
+        image = read_square(path, 28).convert('L').resize((28, 28), Image.BOX)
+        return torch.from_numpy(to_tokens(halve(np.asarray(image)[None]), [0])[:, 1:]).long()
 
     @staticmethod
     def binary(images):

@@ -35,7 +35,7 @@ from prepare.scenes_numbers import NUMBERS
 from prepare.scenes_render import COLORS, MATERIALS, SHAPES, SIZES, make
 from prepare.scenes_scores import score_boxes, score_depth, score_normal
 from prepare.scenes_scores import score_numbers, score_objects, score_segmentation
-from prepare.text_tokenizers import decode_row, encode_rows, load_words, save_words
+from prepare.text_tokenizers import decode_row, encode_rows, known_words, load_words, save_words
 
 COLOR_NAMES = tuple(COLORS)
 NAMES = dict(shape=SHAPES, color=COLOR_NAMES, material=MATERIALS, size=SIZES)  # columns of raw_objects, before x and y
@@ -196,8 +196,8 @@ class Dataset:
         return self.tokenizers[name].encode(image_tokenizers.to_network(name, raw))
 
     def read_text(self, name, text):
-        """A user's text -> token ids (1, size)."""
-        return self.encode(name, [spell_out(text) if name == 'caption' else text])
+        """A user's text, in words of the vocabulary -> token ids (1, size). Raises UserError."""
+        return self.encode(name, [known_words(self.encodings[name], spell_out(text) if name == 'caption' else text)])
 
     def read_image(self, name, path):
         """A user's image file -> token ids (1, size); any mode and any square size are converted."""

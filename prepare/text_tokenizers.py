@@ -7,6 +7,7 @@ adjacent tokens into a new token. `train_bpe` trains one on any text; `gpt2_enco
 A closed vocabulary is a list of words, spaces included (' red', ' Shape: cube'); each is one token. Other text is
 encoded as single bytes, so that every input can be encoded. Ids: 0..255 the bytes, then the words, then the end token.
 """
+import difflib
 import heapq
 import itertools
 import json
@@ -186,6 +187,16 @@ def load_words(path):
         return word_encoding(Path(path).stem, json.loads(Path(path).read_text(encoding='utf-8')))
     except (OSError, ValueError) as error:
         raise UserError(f'{path}: missing or not a vocabulary ({error}); delete {Path(path).parent} to make it again')
+
+
+def known_words(encoding, text):
+    """The text, if all its words occur in this closed vocabulary: a model has seen no others. Raises UserError."""
+    known = re.findall(r'\w+', ' '.join(encoding.decode([i]) for i in range(256, encoding.n_vocab - 1)))
+    if unknown := [word for word in re.findall(r'\w+', text) if word not in known]:
+        near, words = difflib.get_close_matches(unknown[0], known, 1), [word for word in known if word.isalpha()]
+        raise UserError(f'{unknown[0][:40]!r} is not in the vocabulary of this data set: '
+                        + (f'did you mean {near[0]!r}?' if near else f'it has {", ".join(dict.fromkeys(words))}'))
+    return text
 
 
 def encode_rows(encoding, texts, length):

@@ -154,7 +154,12 @@ def test_same_seed_same_image(out_dir):
     (['--retrieve=rgb', '--given=caption', '--hide=caption=red'], 'retrieve and hide do not go together'),
     (['--text=hello'], 'need --given=NAME'),
     (['--given=caption', '--image=x.png'], '--given=caption needs --text'),
-    (['--given=caption', '--text=' + 'x' * 100], 'has 101 tokens with its end token, the modality holds 26'),
+    (['--given=caption', '--text=' + 'red ' * 30], 'has 33 tokens with its end token, the modality holds 26'),
+    (['--given=caption', '--text=a large purpel cube'], "'purpel' is not in the vocabulary of this data set: did you mean 'purple'?"),
+    (['--given=caption', '--text=a unicorn'], "'unicorn' is not in the vocabulary of this data set: it has a, and, large, small, "),
+    (['--scene=32'], 'scene=32: this split has the scenes 0 to 31'),
+    (['--given=rgb', '--hide=rgb=nothing.png'], 'nothing.png: no such image'),
+    (['--given=rgb', '--hide=rgb=black.png'], 'the mask is empty: paint white what is generated again'),
     (['--given=depth', '--image=own.png'], '--image gives the modality rgb'),
     (['--target=rgb', '--order=fast'], 'order is one of'),
     (['--chain=rgb>depth', '--given=caption'], 'chain and given do not go together'),
@@ -165,6 +170,7 @@ def test_same_seed_same_image(out_dir):
 ])
 def test_faults(out_dir, arguments, message):
     Image.new('L', (32, 32)).save('own.png')
+    Image.new('L', (32, 32)).save('black.png')
     with pytest.raises(UserError, match=message) as error:
         sample.main(f'--out_dir={out_dir}', *arguments)
     assert '\n' not in str(error.value)
