@@ -94,7 +94,7 @@ def test_scenes(work):
     (['--guidance_interval=0,1,2'], 'write two times from 0 to 1'),
     (['--guidance_interval=0.8,0.1'], 'guidance_interval=.0.8, 0.1. in 0..1'),
     (['--method=rk4'], "method='rk4' in ..euler', 'midpoint', 'heun'"),
-    (['--guidance=inf'], 'guidance=inf'), (['--guidance=1e50'], 'guidance=1e.50 must be from -1000 to 1000'),
+    (['--guidance=inf'], "guidance='inf' is not of type float and finite"), (['--guidance=1e50'], 'guidance=1e.50 must be from -1000 to 1000'),
     (['--show=all'], 'show is one of grid'), (['--labels=x'], 'labels'), (['--labels=10'], 'labels'),
     (['--order=raster'],
      'order is a setting of lab/fourm.py .AnyToAny., lab/maskgit.py .Text., lab/maskgit.py .Images.; here'),
