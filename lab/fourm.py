@@ -247,6 +247,13 @@ def to_images(run, name, ids):
     return [run.dataset.picture(name, one) for one in run.dataset.decode(name, ids)]
 
 
+def unfinished(run, name, ids):
+    """Images of a modality of which not all ids (B, max_tokens) are known, grey where they are unknown."""
+    m = run.model.modality[name]
+    images = to_images(run, name, ids if m.is_text else ids.clamp(min=0))
+    return images if m.is_text else list(lab.grey_out(np.stack(images), ids, m.grid))
+
+
 def given_images(run, name, ids, whole):
     """What is given of a modality as images: a text of the given ids (B, max_tokens), an image of the list `whole` with
     its hidden part grey."""
@@ -269,7 +276,7 @@ def stream_columns(run, settings, chain, index, every_step=False):
     own = own_ids(run, settings, [link.name for link in chain[0]])
     ids = given_ids(run, settings, chain, index, generator, own)
     for found, raw in stream(run, ids, chain, generator, every_step):
-        yield arrange(run, settings, chain, index, bool(own), ids, found, raw)
+        yield arrange(run, settings, chain, index, own, ids, found, raw)
 
 
 def arrange(run, settings, chain, index, own, ids, found, raw):
@@ -288,7 +295,7 @@ def arrange(run, settings, chain, index, own, ids, found, raw):
         if name in raw:
             columns[name] = [run.dataset.picture(name, one) for one in raw[name]]
         elif name in targets:  # unfinished
-            columns[name] = to_images(run, name, found[name], found[name].clamp(min=0))
+            columns[name] = unfinished(run, name, found[name])
         if run.model.modality[name].is_text:
             texts[name] = raw[name] if name in raw else run.dataset.decode(name, found[name])
     return columns, texts

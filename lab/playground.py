@@ -56,8 +56,7 @@ def settings_of(run):
 def widget(defaults, name):
     """A widget for one setting, with its comment and its default."""
     kind, value = type(defaults), getattr(defaults, name)
-    source, nodes = config.definition(options.source_of(kind), kind.__name__)
-    look = dict(label=name, info=config.remarks(source).get(dict(nodes)[name].end_lineno), min_width=220)
+    look = dict(label=name, info=config.explain_class(kind)[name][1], min_width=220)
     if name in CHOICES:
         return gr.Dropdown([*CHOICES[name]], value=value, **look)
     if type(value) is int:

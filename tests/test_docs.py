@@ -171,7 +171,7 @@ def toys(work):
     Path('toy.txt').write_text('ROMEO: JULIET, my lord! KING RICHARD: My lady? ' * 60)
     text.main(input='toy.txt', out='data/shakespeare')
     toy2d.main(n_train=200, n_val=50)
-    Image.new('RGB', (64, 64)).save('FILE.png')
+    Image.new('RGB', (64, 64)).save('FILE.png'), Image.new('L', (64, 64), 255).save('MASK.png')
     Path('FILE').write_text('ROMEO:\nJULIET\n')
 
 
