@@ -82,7 +82,7 @@ def convert(name, value, where, default):
     try:
         if kind is str:
             if isinstance(value, (str, Path)):
-                return str(value)
+                return os.path.expanduser(value) if str(value).startswith('~/') else str(value)  # no shell does it
         elif kind is bool:
             if str(value) in ('True', 'False'):
                 return str(value) == 'True'
