@@ -1,9 +1,9 @@
 """
 Chapter 3. nano4M: an encoder-decoder Transformer that generates any modality from any others.
 
-A scene has several modalities: RGB image, depth, surface normals, caption. All are tokenized: a sample is N tokens. In
-training K random ones are the input and M others the targets: depth from the image, the image from the caption and some
-patches, half of a caption from the rest. To generate a modality, predict a few of its unknown tokens at a time.
+A scene has several modalities: image, depth, surface normals, caption. All are tokenized: a sample is N tokens. In
+training up to K are the input and up to M others the targets: depth from the image, the image from the caption and
+some patches, half of a caption from the rest. To generate a modality, predict a few of its unknown tokens at a time.
 
     loss = mean over samples of mean over modalities of mean over the modality's targets i of -ln p(x_i | input tokens)
 
@@ -46,8 +46,8 @@ class Config:
     num_target_tokens: str = '256'  # M, one of these a step; a target costs half as much as an input token
     dirichlet_alphas: str = '0.1,1,10'  # one for a sample's input, one for its targets; small: few modalities
     full_modality_prob: float = 0.8  # fraction of samples whose input is complete modalities and a part of one
-    first_modality_weight: float = 12.0  # of modality 0 in the random order of these; of other images 1
-    text_weight: float = 4.0        # of texts
+    first_modality_weight: float = 12.0  # weight of modality 0 in their random order; of other images 1
+    text_weight: float = 4.0        # weight of texts
     unconditional_prob: float = 0.05  # fraction of samples without input
     dropout: float = 0.0            # of channels of each residual branch
 
@@ -83,17 +83,19 @@ def parse_modalities(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # The idea (4M, section 2.3 and appendix): which tokens are input, which are targets, how the loss weighs them
 
+PREFIX_PROB = 0.75  # fraction of texts of which a prefix is the input, not random tokens
+
+
 def log_dirichlet(alpha, n, generator):
-    """ln p of symmetric Dirichlet samples: alpha (B,) -> (B, n). Gamma(a) = Gamma(a + 1) U^(1 / a): no underflow."""
-    alpha = alpha[:, None].expand(-1, n)
-    uniform = torch.rand(alpha.shape, generator=generator).clamp(min=1e-30)
+    """Logarithms (B, n) of Dirichlet samples, parameter alpha (B,). Gamma(a) = Gamma(a + 1) U^(1 / a): no underflow."""
+    alpha, uniform = alpha[:, None].expand(-1, n), torch.rand(len(alpha), n, generator=generator).clamp(min=1e-30)
     return (torch._standard_gamma(alpha + 1, generator).log() + uniform.log() / alpha).log_softmax(-1)
 
 
 def budget_sort_keys(available, token_slices, log_proportions, prefix_order, generator):
     """Sort keys (B, N) whose K smallest split a budget of K by proportions p, for every K (Sainte-Lague): token number
-    r = 0, 1, ... of a modality has (r + 1/2) / p, here its logarithm. Numbers are random, or ascending if prefix_order
-    (B, n). Unavailable tokens have infinity: unused budget is redistributed to the other modalities.
+    r = 0, 1, ... of a modality has (r + 1/2) / p, here its logarithm. r is a random order, or the text's if
+    prefix_order (B, n). Unavailable tokens have infinity: unused budget is redistributed to the other modalities.
     Example: p = 0.75, 0.25 -> keys 0.67, 2, 3.3, 4.7 ... and 2, 6 ...: a budget of 4 is split 3 + 1."""
     position, start = torch.arange(available.size(1)), torch.tensor([s.start for s in token_slices])
     m = torch.bucketize(position, start, right=True) - 1  # (N,): modality of each position
@@ -113,10 +115,6 @@ def take_budget(sort_keys, n_slots, budget):
     return F.pad(position_ids.masked_fill(empty, N), (0, n_slots - keys.size(1)), value=N).sort(-1).values
 
 
-LOG_RATIO = 20      # e^20 > N: all tokens of one modality come before those of the next
-PREFIX_PROB = 0.75  # fraction of texts of which a prefix is the input, not random tokens
-
-
 def complete_first(count, weights, K_min, K, generator):
     """Inputs as in generation, complete modalities in a random order, the last one in part: count (B, n) tokens of each
     modality, weights (n,) -> log proportions (B, n), budget (B, 1). The order is sampled by weights, what does not fit
@@ -126,7 +124,7 @@ def complete_first(count, weights, K_min, K, generator):
     order = (race + 1000 * (count > K)).argsort(1)  # (B, n)
     budget = torch.randint(K_min, K + 1, (len(count), 1), generator=generator)
     budget = budget.maximum(count.gather(1, order[:, :1])).clamp(max=K)
-    return -LOG_RATIO * order.argsort(1).float(), budget  # argsort of the order: the rank of each modality
+    return -20 * order.argsort(1).float(), budget  # times ranks; e^20 > N: a modality comes wholly before the next
 
 
 def draw_masks(is_token, token_slices, is_text, K_min, K, M, config, generator):
@@ -160,16 +158,13 @@ def target_weights(is_target):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model. How it is trained (train.py), for each micro-batch of a step; K and M are those of the whole step:
-#     batch = model.prepare_batch(batch, generator, step_generator)  # on the CPU: sample inputs and targets
-#     loss, logs = model(batch)  # compiled, on the device; nothing is random but dropout
-#     loss.backward()  # the mean over micro-batches; then a step of Muon and AdamW
+# The model. For each micro-batch train.py calls `prepare_batch` on the CPU (K and M are the same in all of a step) and
+# `forward`, compiled, on the device (nothing is random but dropout), then loss.backward(); per step Muon and AdamW.
 # Shapes, B = 16, K = 64, M = 256, D = 128: ids (16, 64) -> encoder (16, 64, 128), the context; queries (16, 256, 128)
 # -> decoder (16, 256, 128) -> each modality's R targets (R, 128) -> its head: -ln p (R,) -> times weights (R,), summed.
 
 class DecoderBlock(nn.Module):
-    """Cross-attention and an MLP. Queries do not attend to each other: faster, no worse scores, and an output does not
-    depend on which other tokens are queried."""
+    """Cross-attention and an MLP. Queries do not attend to each other: an output does not depend on the others."""
     def __init__(self, config):
         super().__init__()
         self.cross = Attention(config.n_embd, config.n_head, cross=True)
@@ -187,8 +182,7 @@ class FourM(nn.Module):
         self.config, D = config, config.n_embd
         self.modalities = parse_modalities(config)
         self.modality = {m.name: m for m in self.modalities}
-        self.batch_keys = tuple(self.modality)  # what a batch holds
-        self.token_slices = [m.token_slice for m in self.modalities]
+        self.batch_keys, self.token_slices = tuple(self.modality), [m.token_slice for m in self.modalities]
         self.N, n = self.token_slices[-1].stop, len(self.modalities)  # N tokens; position id N is the null token
         self.is_text = torch.tensor([m.is_text for m in self.modalities])
         self.input_sizes, self.target_sizes = ([int(size) for size in sizes.split(',')] for sizes in (
@@ -196,13 +190,11 @@ class FourM(nn.Module):
         modality_of = torch.repeat_interleave(torch.tensor([m.max_tokens for m in self.modalities] + [1]))  # (N + 1,)
         positions = F.pad(torch.cat([m.positions for m in self.modalities]), (0, 0, 0, 1))  # (N + 1, 3)
         rope = torch.stack(rope_cos_sin(positions, D // config.n_head, rope_base=100))  # (2, N + 1, hd / 2)
-
         # digit d of id i of modality m is row i // divisor % levels + offset, from digit_table[m, d], of the embedding;
         # row 0 is zero: missing digits, null token. Example 'rgb:4*3:2x3 caption:12:8': rgb has rows 1-4, 5-7, caption
         # 8-19; rgb's id 7 = 2 * 3 + 1 is rows 3 and 6, caption's id 7 rows 15 and 0
         self.embedding = nn.Embedding(1 + sum(sum(m.levels) for m in self.modalities), D, padding_idx=0)
-        digit_table = torch.tensor([1, 1, 0]).repeat(n + 1, max(len(m.levels) for m in self.modalities), 1)
-        row = 1
+        digit_table, row = torch.tensor([1, 1, 0]).repeat(n + 1, max(len(m.levels) for m in self.modalities), 1), 1
         for m, digits in zip(self.modalities, digit_table):
             for d, level in enumerate(m.levels):
                 digits[d] = torch.tensor([math.prod(m.levels[d + 1:]), level, row])
@@ -211,7 +203,7 @@ class FourM(nn.Module):
                 row += level
         for name, x in dict(digit_table=digit_table, modality_of=modality_of, rope=rope).items():
             self.register_buffer(name, x, persistent=False)
-        # of modality and position, for tokens and for queries: learned, at first similar for neighbours
+        # embeddings of modality and position for tokens, for queries: learned, at first similar for neighbours
         sinusoids = torch.cat(rope_cos_sin(positions, D, rope_base=100), -1)  # (N + 1, D)
         self.pos_embedding, self.query_embedding = (nn.Embedding.from_pretrained(
             sinusoids + torch.randn(n + 1, D)[modality_of], freeze=False) for _ in range(2))
@@ -246,9 +238,8 @@ class FourM(nn.Module):
         token_idx_NAME, indices into all B * M, ids_NAME, weight_NAME, (R,) each, padded with weight 0. K and M are from
         step_generator, the rest from generator. On the CPU, R needs no host-device sync."""
         ids = torch.cat([batch[m.name].flatten(1) for m in self.modalities], 1)  # (B, N)
-        K, M = (sizes[torch.randint(len(sizes), (1,), generator=step_generator)]
-                for sizes in (self.input_sizes, self.target_sizes))
-        K_min = 1 + max((size for size in self.input_sizes if size < K), default=0)  # generation uses K from K_min on
+        K, M = (s[torch.randint(len(s), (1,), generator=step_generator)] for s in (self.input_sizes, self.target_sizes))
+        K_min = 1 + max((size for size in self.input_sizes if size < K), default=0)  # K slots hold K_min..K tokens
         inputs, targets = draw_masks(ids >= 0, self.token_slices, self.is_text, K_min, K, M, self.config, generator)
         ids = F.pad(ids, (0, 1))  # (B, N + 1): the null token has id 0
         prepared = dict(input_ids=ids.gather(1, inputs), input_position_ids=inputs, target_position_ids=targets)
@@ -278,7 +269,6 @@ class FourM(nn.Module):
         return loss, logs | dict(null_fraction=torch.stack((n_null, n_inputs)), tokens=torch.stack((n_tokens, one)))
 
     # Generation (4M-21, section 3.1)
-
     def pack_modalities(self, known):
         """{name: (B, max_tokens) ids, -1 if unknown} -> (B, N) ids, -1 if unknown."""
         ids = torch.full((len(next(iter(known.values()))), self.N), -1, device=self.rope.device)
@@ -301,11 +291,10 @@ class FourM(nn.Module):
         has this form, with -1 for unknown; parts of targets may be known. Images: `steps` steps of `iterative_decode`;
         texts: from left to right, -1 after the end. temperature and guidance go linearly to *_end; for guidance and
         condition_weights {name: w} see `sample_tokens`. KeyError: unknown modality; ValueError: bad setting."""
-        ids = self.pack_modalities(known)  # (B, N)
-
         def sample(m, position_ids, progress):
             scale, T = lerp(guidance, guidance_end, progress), lerp(temperature, temperature_end, progress)
             return self.sample_tokens(ids, m, position_ids, scale, condition_weights or {}, T, top_k, top_p, generator)
+        ids = self.pack_modalities(known)  # (B, N), which `sample` reads
         for m in [self.modality[name] for name in targets]:
             position_ids = torch.arange(self.N, device=ids.device)[m.token_slice].expand(len(ids), -1)
             if m.is_text:
@@ -314,18 +303,17 @@ class FourM(nn.Module):
                 self.generate_image(ids, m, position_ids, sample, steps, order, schedule, generator)
         return {name: ids[:, self.modality[name].token_slice] for name in targets}
 
-    def sample_tokens(self, ids, m, position_ids, guidance_scale, condition_weights, temperature, top_k, top_p,
-                      generator):
+    def sample_tokens(self, ids, m, position_ids, guidance, condition_weights, temperature, top_k, top_p, generator):
         """Sample tokens of modality m at position_ids (B, Q) given the known tokens of ids (B, N): tokens, their ln p.
-        Logits: cond + (guidance_scale - 1) (cond - uncond) + sum_i (w_i - 1) (cond - dropped_i). cond: given all known
-        tokens; uncond: m's alone; dropped_i: all but modality i's; w_i = 0 drops i; guidance_scale: s (2207.12598)."""
+        Logits: cond + (guidance - 1) (cond - uncond) + sum_i (w_i - 1) (cond - dropped_i). cond: given all known
+        tokens; uncond: m's alone; dropped_i: all but modality i's; w_i = 0 drops i; guidance: 1 + w of 2207.12598."""
         def decode_without(dropped):
             kept = ids.clone()
             for name in dropped:
                 kept[:, self.modality[name].token_slice] = -1
             return self.decode(*self.encode_known(kept), position_ids)  # (B, Q, D)
         others = [other.name for other in self.modalities if other is not m]
-        deltas = [(guidance_scale - 1, others), *((w - 1, [name]) for name, w in condition_weights.items())]
+        deltas = [(guidance - 1, others), *((w - 1, [name]) for name, w in condition_weights.items())]
         deltas = [(scale, dropped) for scale, dropped in deltas if scale != 0]
         outs = [decode_without([]), *(decode_without(dropped) for _, dropped in deltas)]
         scales = [1 + sum(scale for scale, _ in deltas), *(-scale for scale, _ in deltas)]  # of the outs
@@ -347,8 +335,6 @@ class FourM(nn.Module):
                 sampled, _ = sample(m, position_ids[:, i:i + 1], i / max(1, m.max_tokens - 1))  # (B, 1)
                 token.copy_(torch.where(unknown, sampled[:, 0], token))
             finished |= token == m.vocab_size - 1
-            if finished.all():
-                break
 
 
 Model = FourM

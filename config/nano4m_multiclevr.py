@@ -1,7 +1,7 @@
 # nano4M on the course's data (prepare/multiclevr.py): rgb, depth, normal as 256 tokens of 64,000 codes each,
 # scene_desc, caption. The course's sizes: 6 + 6 layers of width 512, 128 + 128 tokens per sample, 512 samples per step;
-# 38,146 steps x 131,072 tokens = 5,000 M. Here every slot holds a real token. In the course's padded batches
-# 64.5 + 64.5 of them were real on average, so half the steps, --max_iters=19000, process as many. 40 M parameters
+# 38,146 steps x 131,072 tokens = 5,000 M. In the course's padded batches 64.5 + 64.5 of the slots held real
+# tokens on average; here about 77 + 128 do, so --max_iters=24000 processes as many. 40 M parameters
 # instead of 110 M: codes are embedded and predicted by their digits.
 #     python -m prepare.multiclevr --source=.../datasets/clevr_com_304
 #     sbatch config/scitas.sbatch config/nano4m_multiclevr.py

@@ -12,7 +12,7 @@ The parts after a target's name replace the settings of sample.py for this targe
     g2, g1..3             scale of guidance by all other modalities; from the first to the last step
     w2, w0, w-1           weight as a condition of what follows; 1 if left out
     mean8                 the mean of 8 samples
-    best8                 of 8 samples the one that makes the given modalities most probable
+    best8                 of 8 samples the one that makes all known modalities most probable
 
 An image that is generated from texts alone has a plan (`plan_of`): the model's other texts are generated first.
 """
@@ -82,8 +82,8 @@ def read_link(entry, settings):
 
 def parse_chain(chain, settings, model, hidden=(), begun=()):
     """'caption,depth:w2>rgb:25' -> links given, links to generate. If it has no targets, these are the modalities
-    `hidden`, which are given in part, or else all others. Those in `hidden` and `begun` may stand on both sides. Raises
-    UserError."""
+    `hidden`, which are given in part, or else all others. Those in `hidden` and `begun` (texts to be continued) may
+    stand on both sides. Raises UserError."""
     if chain.count('>') != 1:
         raise UserError(f'chain={chain!r}: write given>target,target:steps:order, as in "rgb>depth:8,scene_desc"')
     given, targets = ([entry.strip() for entry in side.split(',') if entry.strip()] for side in chain.split('>'))
@@ -117,14 +117,14 @@ def check_chain(chain, given, targets, both_sides, model):
 # Generation along a chain
 
 def sampling_of(model, link, known, weighted):
-    """The arguments of model.generate for a link. If the rgb image is known, hardly more than one output is right: the
-    most probable one, in one step. Otherwise many are, and the tokens of an image have to fit each other: a few are
+    """The arguments of model.generate for a link. Of a text, or if the rgb image is known, the most probable output, in
+    one step. Otherwise many outputs are right, and the tokens of an image have to fit each other: a few are
     sampled at a time. known: ids {name: (B, max_tokens)}; weighted: whether a condition has a weight of its own, which
     takes the place of guidance."""
     is_text = model.modality[link.name].is_text
     certain = is_text or link.name != 'rgb' and (known.get('rgb', -torch.ones(1)) >= 0).all()
     steps, temperature, guidance = (1, '0', '1') if certain else (8, '0.2', '1' if weighted else '2')
-    if link.mean > 1:  # of all that may be, not of the most probable
+    if link.mean > 1:  # the mean of the whole distribution
         temperature, guidance = '1', '1'
     elif link.best > 1 and certain:
         temperature = '0.7'
@@ -151,8 +151,8 @@ def mean_of(name, raw):
 
 
 def plan_of(model, link, known):
-    """The texts that are generated before an image that is known from texts alone: the model's others, if all fit into
-    the input. Scenes: a caption does not say where objects are; tokens of an image that are sampled in one step fit
+    """The texts that are generated before an image if only texts are known: the model's others, if all fit into the
+    input. Scenes: a caption does not say where objects are; tokens of an image that are sampled in one step fit
     each other only if that is known."""
     texts = {m.name: m for m in model.modalities if m.is_text}
     fits = sum(m.max_tokens for m in (*texts.values(), model.modality[link.name])) <= max(model.input_sizes)

@@ -355,7 +355,7 @@ def FourM_generate(fourm):
     texts by self.generate_text(ids, m, position_ids, sample), images by self.generate_image(ids, m,
     position_ids, sample, steps, order, schedule, generator), where position_ids (B, max_tokens) are those of
     m's tokens. Write sample(m, position_ids, progress): what self.sample_tokens(ids, m, position_ids,
-    guidance_scale, condition_weights, temperature, top_k, top_p, generator) returns. Guidance and temperature
+    guidance, condition_weights, temperature, top_k, top_p, generator) returns. Guidance and temperature
     are `lerp` from guidance to guidance_end and from temperature to temperature_end; condition_weights None is
     {}. Return {name: (B, max_tokens)} of the targets alone."""
     model, calls, g = small(fourm), [], generator()
