@@ -1,7 +1,7 @@
 # nano4M on rendered scenes: any of rgb, depth, normal, segmentation, scene_desc, caption -> any other.
-# 1.8 M parameters; 2,800 steps x 16 scenes x (60 input + 230 target tokens) = 13 M tokens, 2.2 epochs of 20,000 scenes.
-# Expect a val_loss of 2.12 after 6 to 8 minutes on two cores; from rgb: depth error 3.2 %, normals 12 degrees,
-# mIoU 0.73, 67 % of objects.
+# 1.7 M parameters; 5,000 steps x 16 scenes x 290 input and target tokens = 23 M tokens, 4 epochs of 20,000 scenes.
+# Expect a val_loss of 1.68 after 9 to 13 minutes; from rgb: depth error 3.3 %, normals 11 degrees, mIoU 0.79, 75 % of
+# objects; from a caption: 74 % of its attributes, 49 % of its objects.
 model = 'fourm'
 dataset = 'scenes'
 batch_size = 16

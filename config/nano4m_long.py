@@ -1,6 +1,6 @@
 # nano4M as in nano4m.py, wider, deeper and trained for longer: 4.0 M parameters, 6,000 steps, 27.8 M tokens.
-# Expect a val_loss of 1.78 after 33 minutes on two idle cores; from rgb: depth error 2.7 %, normals 9.6 degrees,
-# mIoU 0.87, 86 % of objects.
+# Expect a val_loss of 1.54 after 36 minutes on one core with AVX512-BF16; from rgb: depth error 3.1 %, normals 10.2
+# degrees, mIoU 0.83, 79 % of objects; from a caption: 86 % of its attributes, 70 % of its objects.
 model = 'fourm'
 dataset = 'scenes'
 n_layer_decoder = 4
