@@ -33,6 +33,12 @@ def visible(folder):
                   and not any(part.startswith(('.', '__MACOSX')) for part in path.relative_to(folder).parts))
 
 
+def tell(faults, most=20):
+    """Prints the first of a list of faults of a user's files, and the number of the others."""
+    more = [f'and {len(faults) - most} more'] * (len(faults) > most)
+    print(''.join(f'left out: {fault}\n' for fault in [*faults[:most], *more]), end='')
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing: `begin`, then `write` for each split, then `save_meta`. meta.json exists only while the data set is complete.
 
@@ -144,7 +150,9 @@ def read_meta(folder):
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
         assert meta['kind'] in ('rows', 'stream') and meta['prepare'] and meta['fields'] and meta['config'] is not None
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        for name, kind, least in (('fields', int, 0), ('views', int, 1), ('files', str, ''), ('index', str, '')):
+            assert all(isinstance(value, kind) and value >= least for value in meta.get(name, {}).values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f'{path}: not the description of a data set ({type(error).__name__}); delete {folder} and run '
                         f'python -m prepare.{Path(folder).name}')
     return meta
@@ -155,7 +163,8 @@ def find(dataset):
     folder, known = Path('data', dataset), processes.scripts('data')
     if dataset not in known and not (folder / 'meta.json').is_file():
         raise UserError(f'dataset={dataset!r}: there is neither {folder}/meta.json nor a script prepare/{dataset}.py '
-                        f'that makes it (there are {", ".join(known)})')
+                        f'that makes it (there are {", ".join(known)})'
+                        + '; leave out the data/ before the name' * dataset.startswith('data/'))
     processes.make_once(dataset, folder / 'meta.json')
     return folder, read_meta(folder)
 
@@ -258,13 +267,16 @@ class Data:
         def path(name):
             return Path(folder, split, meta.get('files', {}).get(name, name).format(split=split) + '.npy')
         axes = {name: 1 + (name in meta.get('views', {})) for name in names}  # before those of tokens or pixels
-        self.arrays = {name: self.read(path(name), meta['fields'][name], meta['kind'] == 'rows' and axes[name])
+        self.arrays = {name: self.read(path(name), self.vocabulary(name), meta['kind'] == 'rows' and axes[name])
                        for name in names}
         self.index = {name: self.read(path(index), len(self.arrays[name]), math.inf)
                       for name, index in meta.get('index', {}).items() if name in names}
         for name, array in self.arrays.items():
             if fault := self.misfit(name, array.shape, axes[name], split):
                 raise UserError(f'{path(name)}: {array.shape} is not the shape of {fault}')
+        image_token, n_images = meta['config'].get('image_token', -1), meta['config'].get('n_images', 1)
+        if 'image' in names and image_token >= 0 and ((self.arrays['tokens'] == image_token).sum(1) != n_images).any():
+            raise UserError(f'{path("tokens")}: each row must have {n_images} tokens {image_token}, for its images')
         sizes = {name: len(self.index.get(name, array)) for name, array in self.arrays.items()}
         if len(set(sizes.values())) > 1:
             raise UserError(f'{Path(folder, split)}: the fields differ in length ({sizes}); delete {folder} to make it '
@@ -279,6 +291,14 @@ class Data:
         if self.n < 1:
             raise UserError(f'{Path(folder, split)}: {self.length} tokens are too few for a context of {block_size}: '
                             'training takes twice as many; lower block_size, or give more text')
+
+    def vocabulary(self, name):
+        """The number of ids of a field, by meta's fields and by its config, with which the model is built."""
+        config = self.meta['config']
+        levels = {entry.split(':')[0]: entry.split(':')[1] for entry in config.get('modalities', '').split()}
+        limits = dict(tokens=config.get('vocab_size'), label=config.get('n_classes')) | {
+            key: math.prod(map(int, value.split('*'))) for key, value in levels.items()}
+        return min(self.meta['fields'][name], limits.get(name) or math.inf)
 
     @staticmethod
     def read(path, vocabulary, axes=0):
@@ -309,9 +329,11 @@ class Data:
         sample = (*self.index[name].shape[1:], *shape[1:]) if name in self.index else shape[axes:]
         H, C, n = (config.get(key, default) for key, default in (('image_size', 0), ('channels', 0), ('n_images', 1)))
         sizes = dict(entry.split(':')[::2] for entry in config.get('modalities', '').split())  # {modality: '8x8'}
+        tokens = self.arrays.get('tokens')
         if name == 'image' and H and C:
             picture = f'{H}x{H} pixels of {C} channels' + f', {n} a sample' * (n > 1)
-            return '' if math.prod(sample) == n * H * H * C and H in sample else picture
+            right = sample[-3:] == (H, H, C) or C == 1 and sample[-2:] == (H, H)
+            return '' if right and math.prod(sample) == n * H * H * C else picture
         if name == 'point' and C:
             return '' if sample == (C,) else f'points of {C} numbers, (n, {C})'
         if name == 'label':
@@ -319,8 +341,14 @@ class Data:
         if name in sizes:
             N = math.prod(map(int, sizes[name].split('x')))
             return '' if math.prod(sample) == N else f'{name}, {sizes[name]} tokens, (n, {N})'
-        if name == 'tokens' and 'grid' not in config and (T := config.get('block_size', self.block_size)):
-            return '' if len(sample) == 1 and sample[0] <= T + 1 else f'rows of at most block_size + 1 = {T + 1} tokens'
+        if name == 'loss_mask' and tokens is not None:
+            return '' if shape == tokens.shape else f'the tokens, {tokens.shape}'
+        if name == 'tokens':
+            grid = math.prod(map(int, config.get('grid', '2').split('x')))
+            least = grid + ('grid' in config and config.get('n_classes', 0) > 0)  # the class comes before the grid
+            most = 1 + (config.get('block_size') or ('grid' not in config and self.block_size) or math.inf)
+            right = len(sample) == 1 and least <= sample[0] <= most
+            return '' if right else f'rows of {least} to {most} (block_size + 1) tokens'
         return ''
 
     def rows(self, ids, shift=0, view=0):

@@ -101,6 +101,8 @@ def stream(url, part):
                 raise requests.ConnectionError('the partial download does not belong to this file')
             return server_digest(response)
         response.raise_for_status()
+        if response.headers.get('Content-Type', '').startswith('text/html'):
+            raise UserError(f'{url}: a web page instead of the file; does the network ask for a login?')
         size *= response.status_code == 206  # 200: the server has no ranges and sends the whole file
         left = int(response.headers.get('Content-Length', 0))
         with (open(part, 'ab' if size else 'wb') as file,

@@ -16,6 +16,7 @@ crops, as augmentation. All modalities but captions are functions of images (n, 
 sets can use them. Files that cannot be read are reported and left out. All images are held in memory: tens of
 thousands, not millions.
 """
+import hashlib
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -55,7 +56,7 @@ SETTINGS = dict(
     caption_tokens=64,  # of the longest caption, with its end token
     seed=0,
 )
-ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff')
+ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif', '.jfif')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,18 +91,21 @@ def read_folder(source, size, views, random):
     stems, texts = ({path.with_suffix(''): path for path in reversed(some)}  # the first one of each name
                     for some in (paths, [path for path in files if path.suffix.lower() == '.txt']))
     faults = [f'{path}: no image beside it' for stem, path in texts.items() if stem not in stems]
+    first = {}  # contents -> its path
     for path in tqdm(paths, 'read', unit='image'):
         stem = path.with_suffix('')
         try:
             if stems[stem] != path:
                 raise UserError(f'{path}: {stems[stem].name} has the same name, and the same caption')
             caption, image = read_caption(texts.get(stem, path.with_suffix('.txt'))), read_picture(path)
+            if (other := first.setdefault(hashlib.sha256(image.tobytes()).digest(), path)) != path:
+                raise UserError(f'{path}: the same picture as {other}')
         except UserError as error:
-            faults.append(str(error))
+            faults.append(error)
             continue
         pictures.append(squares(image, size, views, random))
         captions.append(caption)
-    print(''.join(f'left out: {fault}\n' for fault in faults), end='')
+    arrays.tell(faults)
     if len(pictures) < 2:
         raise UserError(f'{source}: {len(pictures)} images with captions, at least 2 are needed: NAME{ENDINGS[0]} and '
                         'NAME.txt')
@@ -194,6 +198,8 @@ def make(folder, splits, settings):
     encoding = train_bpe(texts, settings['vocab_size'])
     texts = {split: [shorten(text, encoding, settings['caption_tokens']) for text in some]
              for split, (_, some) in splits.items()}
+    if cut := sum(len(a) > len(b) for split, some in texts.items() for a, b in zip(splits[split][1], some)):
+        print(f'{cut} captions are cut to --caption_tokens={settings["caption_tokens"]}')
     L = 1 + max(len(encoding.encode_ordinary(text)) for some in texts.values() for text in some)
     tokenizers = {name: train_tokenizer(name, train, settings['steps'], settings['seed']) for name in TOKENIZED}
     for split, (images, _) in splits.items():

@@ -277,7 +277,8 @@ def encoding_name(out):
 
 def link(scenes, out):
     """Return the path of one folder's images relative to a split of another folder."""
-    return f'../../{os.path.relpath(scenes.resolve(), out.resolve().parent)}/{{split}}/raw_rgb'
+    scenes = Path(os.path.relpath(scenes.resolve(), out.resolve().parent)).as_posix()  # on Windows, too
+    return f'../../{scenes}/{{split}}/raw_rgb'
 
 
 def first_rows(template, talks, length):

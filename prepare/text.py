@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError
+from engine.checkpoints import digest
 from prepare import arrays
 from prepare.arrays import visible
 from prepare.text_tokenizers import Characters, gpt2_encoding, load_encoding, save_encoding, train_bpe
@@ -160,7 +161,17 @@ def find_files(path):
     if not files:
         raise UserError(f'{path}: neither a file nor a folder with text files '
                         f'({", ".join("*" + suffix for suffix in SUFFIXES)})')
-    return files
+    return without_copies(files)
+
+
+def without_copies(files):
+    """The files without those that have the contents of an earlier one: a copy would be in both splits."""
+    first, faults = {}, []
+    for path in files:
+        if (other := first.setdefault(digest(path), path)) != path:
+            faults.append(f'{path}: the same text as {other}')
+    arrays.tell(faults)
+    return list(first.values())
 
 
 def read_files(files):

@@ -39,7 +39,9 @@ class Characters:
 
     def encode_ordinary(self, text):
         if unknown := sorted(set(text) - set(self.ids)):
-            raise UserError(f'the character {unknown[0]!r} is not in the alphabet {"".join(self.ids)!r}')
+            alphabet = ''.join(self.ids)
+            raise UserError(f'the character {unknown[0]!r} is not in the alphabet {alphabet[:100]!r}'
+                            + f' ... of {len(alphabet)} characters' * (len(alphabet) > 100))
         return [self.ids[c] for c in text]
 
     def decode(self, ids):

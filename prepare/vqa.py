@@ -150,7 +150,8 @@ def check_line(line):
         texts = turn if isinstance(turn, list) else []
         if len(texts) != 2 or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(f'the turn {str(turn)[:60]} is not [question, answer], two texts that are not empty')
-    return [os.path.normpath(name) for name in names], line['turns']  # a.png and ./a.png are one image
+    names = [os.path.normpath(name.replace('\\', '/')) for name in names]  # a.png and .\\a.png are one image
+    return names, line['turns']
 
 
 def from_llava(entry):
@@ -170,15 +171,18 @@ def read_conversations(path):
     conversations, place = [], path
     try:
         text = path.read_text(encoding='utf-8-sig')
-        if path.suffix == '.json':
+        array = text.lstrip().startswith('[')  # one JSON array, or a JSON object per line
+        if array:
             entries = [(f'{path}, entry {i}', entry) for i, entry in enumerate(json.loads(text), 1)]
         else:
             entries = [(f'{path}, line {i}', line) for i, line in enumerate(text.split('\n'), 1) if line.strip()]
         for place, entry in entries:
-            line = from_llava(entry) if path.suffix == '.json' else json.loads(entry)
+            line = entry if array else json.loads(entry)
+            if isinstance(line, dict) and 'conversations' in line:
+                line = from_llava(line)
             if line:
                 conversations.append(check_line(line))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f'{place}: {error}')
     if not conversations:
         raise UserError(f'{path}: holds no conversations')
@@ -223,7 +227,7 @@ def write_rows(folder, rows, image_index):
 
 def write_images(folder, images, names, size):
     """Write the pictures with these names in the folder `images`; return {name: number} of those that can be read."""
-    numbers = {}
+    numbers, faults = {}, []
 
     def pixels():
         for name in tqdm(names, desc=f'{folder.name} images', unit='image'):
@@ -231,8 +235,11 @@ def write_images(folder, images, names, size):
                 yield read_resized(images / name, size)
                 numbers[name] = len(numbers)
             except UserError as error:
-                tqdm.write(f'left out: {error}')
-    arrays.write_rows(folder, 'images', pixels())
+                faults.append(error)
+    try:
+        arrays.write_rows(folder, 'images', pixels())
+    finally:
+        arrays.tell(faults)
     return numbers
 
 
@@ -249,8 +256,8 @@ def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     if not settings['input']:
         raise UserError('which conversations? python -m prepare.vqa --input=FILE.jsonl --images=FOLDER')
-    if settings['size'] < 1:
-        raise UserError(f'size={settings["size"]}: must be at least 1')
+    if settings['size'] < 1 or not 0 < settings['val_share'] < 1:
+        raise UserError(f'size={settings["size"]} must be at least 1, val_share={settings["val_share"]} in 0..1')
     path, out, length, size = Path(settings['input']), Path(settings['out']), settings['length'], settings['size']
     images, conversations = Path(settings['images'] or path.parent), read_conversations(path)
     template = load_template('smollm2')

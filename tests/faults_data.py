@@ -238,7 +238,7 @@ def rounds(n, draw):
     number of faults."""
     simplify()
     make_sources()
-    known, ended, seconds, wrong, kinds = {}, {}, {}, 0, ('killed', 'two at once', 'training')
+    known, ended, seconds, counts, wrong, kinds = {}, {}, {}, {}, 0, ('killed', 'two at once', 'training')
     for name in READERS:
         known[name], ended[name] = [], []
         for version in (0, 1):
@@ -262,10 +262,11 @@ def rounds(n, draw):
         name, kind = list(READERS)[i % len(READERS)], kinds[i // len(READERS) % 3]
         fault = play(name, kind, f'out/round{i}', known[name], ended[name], seconds[name], draw)
         wrong += bool(fault)
+        counts[kind] = counts.get(kind, 0) + 1
         if fault:
             print(f'round {i}, {name}, {kind}: {fault}', flush=True)
         shutil.rmtree(f'out/round{i}', ignore_errors=True)
-    print(f'{n} rounds of {", ".join(READERS)}: killed, two at once, made again under a training run; {wrong} wrong')
+    print(f'{n} rounds of {", ".join(READERS)}: {", ".join(f"{count} {kind}" for kind, count in counts.items())}; {wrong} wrong')
     return wrong
 
 

@@ -103,6 +103,34 @@ def test_damaged_data(here):
         run('out/a')
 
 
+@pytest.mark.parametrize('entry', [dict(fields=['tokens']), dict(views=['tokens']), dict(views=dict(tokens=0)), dict(fields=dict(tokens=9.5)),
+                                   dict(files=dict(tokens=3)), dict(index=3)])
+def test_meta_json_of_a_wrong_kind(tmp_path, entry):
+    save_data(tmp_path, 'rows', np.zeros((9, 9), int), np.zeros((9, 9), int), **entry)
+    with pytest.raises(UserError, match='meta.json: not the description of a data set'):
+        arrays.read_meta(tmp_path)
+
+
+def test_fields_that_belong_together(tmp_path):
+    """Chapter 5: an image token per image, and as many flags as tokens."""
+    config = dict(vocab_size=9, block_size=6, image_token=8, image_size=4, channels=3, n_images=1)
+    made = dict(image=np.zeros((3, 4, 4, 3), np.uint8), tokens=np.array([[8, 1, 2, 3, 4, -1]] * 3), loss_mask=np.ones((3, 6), int))
+
+    def opened(**changes):
+        meta = save_data(tmp_path, 'rows', made['tokens'], made['tokens'], fields=dict(image=256, tokens=9, loss_mask=2), config=config)
+        arrays.write(tmp_path / 'train', made | changes)
+        return arrays.Data(tmp_path, 'train', meta, ['image', 'tokens', 'loss_mask'])
+    assert opened().n == 3
+    for tokens in ([[7, 1, 2, 3, 4, -1]] * 3, [[8, 8, 2, 3, 4, -1]] * 3):
+        with pytest.raises(UserError, match='tokens.npy: each row must have 1 tokens 8, for its images'):
+            opened(tokens=np.array(tokens))
+    with pytest.raises(UserError, match=r'loss_mask.npy: \(3, 5\) is not the shape of the tokens, \(3, 6\)'):
+        opened(loss_mask=np.ones((3, 5), int))
+    meta = save_data(tmp_path, 'rows', np.zeros((3, 9), int), np.zeros((3, 9), int), config=dict(vocab_size=9, grid='3x3', n_classes=2))
+    with pytest.raises(UserError, match='is not the shape of rows of 10 to inf'):
+        arrays.Data(tmp_path, 'train', meta, ['tokens'])
+
+
 @pytest.mark.parametrize('array', [np.array(3), np.array(['a', 'b']), np.array([None])])
 def test_arrays_of_numbers_alone_are_loaded(tmp_path, array):
     """Objects are stored as a pickle, which is never executed."""
@@ -118,8 +146,8 @@ def refuse(folder, match, field, value, **meta):
                 point=np.zeros((9, 2)), rgb=np.zeros((9, 2, 16), int)) | {field: value}
     for split in ('train', 'val'):
         arrays.write(folder / split, made)
-    config = dict(image_size=8, channels=3, block_size=16, modalities='rgb:9:4x4') | ({'channels': 2} if field == 'point' else {})
-    fields = dict(image=256, label=3, tokens=50, point=0, rgb=9)
+    config = dict(image_size=8, channels=3, block_size=16, vocab_size=40, modalities='rgb:3*3:4x4') | ({'channels': 2} if field == 'point' else {})
+    fields = dict(image=256, label=3, tokens=50, point=0, rgb=20)
     arrays.save_meta(folder, dict(kind='rows', prepare='x', fields=fields, config=config, views=dict(rgb=2)) | meta)
     with pytest.raises(UserError, match=f'train/{field}.npy: .*{match}'):
         arrays.open_splits(folder, arrays.read_meta(folder), [field])
@@ -127,13 +155,17 @@ def refuse(folder, match, field, value, **meta):
 
 @pytest.mark.parametrize('field, value, match', [
     ('image', np.random.default_rng(0).random((9, 8, 8, 3)), r'real numbers, 0 to 0.9.*, where meta.json has 256 ids: write integ'),
-    ('tokens', np.ones((9, 17)), 'real numbers, 0 to 1, where meta.json has 50 ids'),
+    ('tokens', np.ones((9, 17)), 'real numbers, 0 to 1, where meta.json has 40 ids'),
     ('label', np.arange(9) % 4 - 1, 'token ids run from -1 to 2, outside the vocabulary of 3'),
     ('image', np.zeros((9, 8, 8), np.uint8), r'\(9, 8, 8\) is not the shape of 8x8 pixels of 3 channels'),
     ('image', np.zeros((9, 16, 4, 3), np.uint8), r'\(9, 16, 4, 3\) is not the shape of 8x8 pixels of 3 channels'),
     ('point', np.zeros((9, 3)), r'\(9, 3\) is not the shape of points of 2 numbers, \(n, 2\)'),
-    ('tokens', np.zeros((9, 18), int), r'\(9, 18\) is not the shape of rows of at most block_size . 1 = 17 tokens'),
+    ('tokens', np.zeros((9, 18), int), r'\(9, 18\) is not the shape of rows of 2 to 17 .block_size . 1. tokens'),
     ('tokens', np.zeros((9, 2, 8), int), 'is not the shape of rows'),
+    ('tokens', np.zeros((9, 1), int), 'is not the shape of rows'),
+    ('image', np.zeros((9, 3, 8, 8), np.uint8), 'is not the shape of 8x8 pixels of 3 channels'),
+    ('rgb', np.full((9, 2, 16), 9), 'token ids run from 0 to 9, outside the vocabulary of 9'),
+    ('tokens', np.full((9, 17), 49), 'token ids run from 0 to 49, outside the vocabulary of 40'),
     ('label', np.zeros((9, 1), int), r'\(9, 1\) is not the shape of labels, \(n,\)'),
     ('rgb', np.zeros((9, 2, 25), int), r'is not the shape of rgb, 4x4 tokens, \(n, 16\)'),
     ('rgb', np.zeros((9, 1, 16), int), r'is not the shape of 2 views, \(n, 2, ...\)'),

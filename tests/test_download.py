@@ -1,6 +1,5 @@
 """Downloads, from a local server that misbehaves on demand."""
 import hashlib
-import pwd
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -177,10 +176,18 @@ def test_two_processes_fetch_a_file_once(server):
 
 def test_no_home(monkeypatch):
     """A user id without an entry, as in containers."""
-    for name in ('NANO_CACHE', 'HOME'):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(pwd, 'getpwuid', lambda uid: {}['nobody'])
+    monkeypatch.delenv('NANO_CACHE', raising=False)
+    monkeypatch.setattr('os.path.expanduser', lambda path: path)  # as it answers then
     with pytest.raises(UserError, match='no home folder for downloads: name one in the variable NANO_CACHE'):
         cache_folder()
     monkeypatch.setenv('NANO_CACHE', 'cache')
     assert cache_folder() == Path('cache')
+
+
+def test_the_page_of_a_network_is_no_file(server, monkeypatch):
+    """Some networks answer every request with a page for their login."""
+    monkeypatch.setattr(Handler, 'send_response', lambda self, status, send=Handler.send_response: (
+        send(self, status), self.send_header('Content-Type', 'text/html; charset=utf-8')))
+    with pytest.raises(UserError, match='file.bin: a web page instead of the file; does the network ask for a login'):
+        download(server.url + 'file.bin', 'file.bin')
+    assert not (server.cache / 'file.bin').exists()

@@ -12,7 +12,7 @@ import sample
 import train
 from config import UserError
 from lab import score
-from prepare import folder, pictures
+from prepare import arrays, folder, pictures
 from prepare.folder import shorten, squares
 from prepare.pictures import COLORS, MAKE, color_tokens, edges, grey, low, palette, token_colors
 from prepare.text_tokenizers import train_bpe
@@ -102,19 +102,26 @@ def test_faults_are_named_and_left_out(work, tmp_path, capsys):
 
 def test_hidden_copies_and_pictures_of_one_name(tmp_path, capsys):
     """Copies of editors and systems are nobody's pictures; of p.jpg, p.png and p.webp with one p.txt the first is taken."""
-    for name in ('p.jpg', 'p.png', 'p.webp', 'q.png', 'r.png', '.ipynb_checkpoints/q.png', '__MACOSX/q.png', '._q.png'):
+    names = 'p.jpg', 'p.png', 'p.webp', 'q.png', 'r.png', '.ipynb_checkpoints/q.png', '__MACOSX/q.png', '._q.png', 's.bmp'
+    for name in names:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        Image.new('RGB', (8, 8)).save(path)
+        Image.new('RGB', (8, 8), 'red' if path.stem in 'qs' else 'blue').save(path)
         path.with_suffix('.txt').write_text(f'caption of {path.stem}')
     (tmp_path / 'q.txt').rename(tmp_path / 'q.TXT')
     (tmp_path / 'r.txt').write_text(' \n')
     (tmp_path / 'folder.png').mkdir()
     assert folder.read_folder(tmp_path, 8, 1, None)[1] == ['caption of p', 'caption of q']
     said = capsys.readouterr().out
-    for line in ('p.png: p.jpg has the same name', 'p.webp: p.jpg has the same', 'r.txt: no caption in UTF-8 (empty)'):
+    for line in ('p.png: p.jpg has the same name', 'p.webp: p.jpg has the same', 'r.txt: no caption in UTF-8 (empty)',
+                 f's.bmp: the same picture as {tmp_path}/q.png'):
         assert line in said
-    assert said.count('left out') == 3
+    assert said.count('left out') == 4
+
+
+def test_many_faults_are_counted(capsys):
+    arrays.tell(list(range(150)))
+    assert capsys.readouterr().out.splitlines()[-2:] == ['left out: 19', 'left out: and 130 more']
 
 
 def test_the_folder(work):

@@ -159,6 +159,19 @@ def test_hidden_copies_are_no_texts(folder):
     assert stored(folder / 'data/text')[1].decode(stored(folder / 'data/text')[0].tolist()) == 'firstsecond onethird\n'
 
 
+def test_copies_are_left_out(folder, capsys):
+    """A copy would put text of training into validation."""
+    (folder / 'in/deep/z (1).txt').write_text('third\r\n', newline='')
+    text.main(input='in')
+    assert stored(folder / 'data/text')[1].decode(stored(folder / 'data/text')[0].tolist()) == 'firstsecond onethird\n'
+    assert 'left out: in/deep/z (1).txt: the same text as in/deep/c.txt' in capsys.readouterr().out
+
+
+def test_a_large_alphabet():
+    with pytest.raises(UserError, match="the character 'x' is not in the alphabet '.{100}' ... of 5000 characters"):
+        Characters(''.join(map(chr, range(0x4e00, 0x4e00 + 5000)))).encode_ordinary('x')
+
+
 @pytest.mark.parametrize('document', ['x' * 400_000, ' ' * 1_100_000, 'ab ' * 9 + '\n' * 230_000 + 'a' * 99_999 + ' b'])
 def test_long_runs(document):
     """tiktoken panics at a million spaces, and takes hours for words of millions of characters."""

@@ -166,6 +166,21 @@ def test_llava_becomes_a_data_set(tmp_path, monkeypatch):
         assert np.load(f'data/vqa/{name}/images.npy').shape == ({'train': 4, 'val': 2}[name], 32, 32, 3)
 
 
+def test_every_layout_of_json(tmp_path):
+    """One array or a line each, ours or LLaVA's, whatever the file's name; paths as Windows writes them."""
+    ours = [dict(image=f'.\\a\\{i}.png', turns=[['Is it?', 'Yes.']]) for i in range(3)]
+    theirs = [dict(image=f'a/{i}.png', conversations=[{'from': 'human', 'value': '<image>Is it?'}, {'from': 'gpt', 'value': 'Yes.'}])
+              for i in range(3)]
+    expected = [([f'a/{i}.png'], [['Is it?', 'Yes.']]) for i in range(3)]
+    for lines in (ours, theirs):
+        for name, written in (('x.json', '\n'.join(map(json.dumps, lines))), ('x.jsonl', json.dumps(lines, indent=1))):
+            (tmp_path / name).write_text(written)
+            assert vqa.read_conversations(tmp_path / name) == expected
+    (tmp_path / 'deep.jsonl').write_text('[' * 100_000)
+    with pytest.raises(UserError, match='deep.jsonl: .*recursion'):
+        vqa.read_conversations(tmp_path / 'deep.jsonl')
+
+
 def test_two_images_per_conversation(tmp_path, monkeypatch):
     """Each is stored once, for any number of conversations about it, and a batch has both."""
     monkeypatch.setattr(smollm2, 'download', lambda *_: tmp_path / 'tokenizer.json')
