@@ -274,7 +274,7 @@ class Data:
         for name, array in self.arrays.items():
             if fault := self.misfit(name, array.shape, axes[name], split):
                 raise UserError(f'{path(name)}: {array.shape} is not the shape of {fault}')
-        image_token, n_images = meta['config'].get('image_token', -1), meta['config'].get('n_images', 1)
+        image_token, n_images = (meta.get('config', {}).get(*pair) for pair in (('image_token', -1), ('n_images', 1)))
         if 'image' in names and image_token >= 0 and ((self.arrays['tokens'] == image_token).sum(1) != n_images).any():
             raise UserError(f'{path("tokens")}: each row must have {n_images} tokens {image_token}, for its images')
         sizes = {name: len(self.index.get(name, array)) for name, array in self.arrays.items()}
@@ -294,7 +294,7 @@ class Data:
 
     def vocabulary(self, name):
         """The number of ids of a field, by meta's fields and by its config, with which the model is built."""
-        config = self.meta['config']
+        config = self.meta.get('config', {})
         levels = {entry.split(':')[0]: entry.split(':')[1] for entry in config.get('modalities', '').split()}
         limits = dict(tokens=config.get('vocab_size'), label=config.get('n_classes')) | {
             key: math.prod(map(int, value.split('*'))) for key, value in levels.items()}
@@ -344,9 +344,9 @@ class Data:
         if name == 'loss_mask' and tokens is not None:
             return '' if shape == tokens.shape else f'the tokens, {tokens.shape}'
         if name == 'tokens':
-            grid = math.prod(map(int, config.get('grid', '2').split('x')))
-            least = grid + ('grid' in config and config.get('n_classes', 0) > 0)  # the class comes before the grid
-            most = 1 + (config.get('block_size') or ('grid' not in config and self.block_size) or math.inf)
+            grid = math.prod(map(int, config.get('grid', '0').split('x')))
+            most = 1 + (config.get('block_size') or (not grid and self.block_size) or math.inf)
+            least = grid + (config.get('n_classes', 0) > 0) if grid else 2 if most < math.inf else 1  # class, grid
             right = len(sample) == 1 and least <= sample[0] <= most
             return '' if right else f'rows of {least} to {most} (block_size + 1) tokens'
         return ''
