@@ -219,7 +219,8 @@ def bench_core(settings, device, peaks):
 
 def help(assigned):
     """Further lines of --help."""
-    return ['', 'settings beside a config or --all=True (lab/speed.py):', *config.describe(config.explain('lab/speed.py'))]
+    explained = config.explain('lab/speed.py')
+    return ['', 'settings beside a config or --all=True (lab/speed.py):', *config.describe(explained)]
 
 
 def read(arguments, overrides):

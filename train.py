@@ -95,7 +95,8 @@ class State:
 def help(assigned):
     """--help: the settings of the chapter, too."""
     settings, chapter = config.resolve(assigned, SETTINGS)
-    return ['', f'settings of {settings["model"]}.py:', *config.describe(config.explain_class(chapter.Config), settings)]
+    explained = config.explain_class(chapter.Config)
+    return ['', f'settings of {settings["model"]}.py:', *config.describe(explained, settings)]
 
 
 def main(*arguments, **overrides):

@@ -89,8 +89,7 @@ def convert(name, value, where, default):
     try:
         if kind is str:
             if isinstance(value, (str, Path)):
-                parts = str(value).split(',') if name in PATHS else [str(value)]  # ~ that no shell has replaced
-                return ','.join(os.path.expanduser(part) if part.startswith('~/') else part for part in parts)
+                return ','.join(map(os.path.expanduser, str(value).split(','))) if name in PATHS else str(value)
         elif kind is bool:
             if str(value) in ('True', 'False'):
                 return str(value) == 'True'

@@ -64,7 +64,7 @@ def open_run(path, device='auto', split='val', dtype='auto'):
     folder, meta = Path('data', checkpoint['settings']['dataset']), checkpoint['meta']
     if checkpoint['step']:  # otherwise downloaded weights, with their own tokenizer
         if not folder.is_dir():
-            raise UserError(f'{folder} is missing, the data of this run, with its tokenizer: copy the folder from where '
+            raise UserError(f'{folder} is missing, the data of this run, with its tokenizer: copy it from where '
                             f'the run was trained, or make it in the same way (python -m prepare.{meta["prepare"]})')
         arrays.agree(folder, arrays.read_meta(folder), checkpoint)
         splits = sorted(part.name for part in folder.glob('*/'))

@@ -1,5 +1,5 @@
 """
-Ends `python lab/NAME.py` with a line. Such a command puts lab/ first in Python's path, so that `import config` finds this
+Ends `python lab/NAME.py` with a line. It puts lab/ first in Python's path, so that `import config` finds this
 file instead of the package config/; `python -m lab.NAME` never does.
 """
 import sys

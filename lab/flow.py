@@ -231,8 +231,8 @@ def rademacher_probes(z, n_probes, generator):
 
 
 def likelihoods(run, x, labels, tolerance=1e-4, size=2500):
-    """ln p in nats (n,) of x (n, ...): with the exact divergence for points, with one random probe for images. Of images
-    as logits y: the density of the pixels, ln p(y) + ln |dy/dx|."""
+    """ln p in nats (n,) of x (n, ...): with the exact divergence for points, one random probe for images. Of images as
+    logits y: the density of the pixels, ln p(y) + ln |dy/dx|."""
     found, generator = [], torch.Generator().manual_seed(0)
     for part, label in zip(x.to(run.device).split(size), labels.to(run.device).split(size)):
         probes = None if part[0].numel() <= 8 else rademacher_probes(part, 1, generator)

@@ -7,7 +7,7 @@ scores.json.
     python -m lab.score --out_dir=out/nano4m --n_score=1000               the same for the record, on more scenes
     python -m lab.score --out_dir=out/nano4m --given=rgb                  from rgb alone
     python -m lab.score --out_dir=out/nano4m --chain="caption>rgb:g1;caption>rgb:g2"
-    python -m lab.score --out_dir=out/maskgit_mnist --steps=8,16 --order=random --against=docs/logs/gpt_mnist_scores.json
+    python -m lab.score --out_dir=out/maskgit_mnist --steps=8,16 --against=docs/logs/gpt_mnist_scores.json
     python -m lab.score --out_dir=out/vlm_scenes --text_only_run=out/vlm_scenes_text_only
     python -m lab.score --out_dir=out/flow_mnist --help                   the settings of this run
 

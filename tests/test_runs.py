@@ -189,5 +189,5 @@ def test_terminals_and_pipes_that_are_closed(here):
     time.sleep(0.5)
     assert [process.poll() for process in processes.values()] == [None] * 3
     closed.send_signal(signal.SIGHUP), nohup.terminate(), tee.send_signal(signal.SIGINT)
-    assert [process.wait(60) for process in processes.values()] == [128 + 1, 128 + 15, 128 + 2]
+    assert [process.wait(180) for process in processes.values()] == [128 + 1, 128 + 15, 128 + 2]
     assert all(read(f'out/{name}')['step'] > 2 for name in processes)
