@@ -247,13 +247,6 @@ def to_images(run, name, ids):
     return [run.dataset.picture(name, one) for one in run.dataset.decode(name, ids)]
 
 
-def unfinished(run, name, ids):
-    """Images of a modality of which not all ids (B, max_tokens) are known, grey where they are unknown."""
-    m = run.model.modality[name]
-    images = to_images(run, name, ids if m.is_text else ids.clamp(min=0))
-    return images if m.is_text else list(lab.grey_out(np.stack(images), ids, m.grid))
-
-
 def given_images(run, name, ids, whole):
     """What is given of a modality as images: a text of the given ids (B, max_tokens), an image of the list `whole` with
     its hidden part grey."""
@@ -284,7 +277,7 @@ def arrange(run, settings, chain, index, own, ids, found, raw):
     columns, texts = {}, {}
     names, changed = [link.name for link in chain[0]], settings.replace or settings.hide
     targets = [link.name for link in chain[1]]
-    for name in dict.fromkeys([*names, *found]):
+    for name in dict.fromkeys([*names, *(name for name in found if name in targets)]):
         truth = [] if own else [run.dataset.picture(name, one) for one in run.dataset.truth(run.split, name, index)]
         if truth and names and (name in targets or changed):
             columns[f'{name} (truth)'] = truth
@@ -295,7 +288,7 @@ def arrange(run, settings, chain, index, own, ids, found, raw):
         if name in raw:
             columns[name] = [run.dataset.picture(name, one) for one in raw[name]]
         elif name in targets:  # unfinished
-            columns[name] = unfinished(run, name, found[name])
+            columns[name] = given_images(run, name, found[name], to_images(run, name, found[name].clamp(min=0)))
         if run.model.modality[name].is_text:
             texts[name] = raw[name] if name in raw else run.dataset.decode(name, found[name])
     return columns, texts
