@@ -111,8 +111,8 @@ def test_names_of_the_code_exist():
             find(name)
 
 
-TABLES = {path.stem: page.split('## Where the papers live')[1] for path in sorted(Path(ROOT, 'docs').glob('*.md'))
-          if '## Where the papers live' in (page := path.read_text())}
+TABLES = {path.stem: page.split('## Where the paper is in the code')[1] for path in sorted(Path(ROOT, 'docs').glob('*.md'))
+          if '## Where the paper is in the code' in (page := path.read_text())}
 
 
 @pytest.mark.parametrize('chapter', TABLES)
