@@ -2,12 +2,12 @@
 Chapter 4. Flow matching: generate continuous data by following a learned velocity field from noise to data.
 
 A line z_t = (1 - t) x + t e connects a data sample x to a noise sample e. From z_t and t, a network learns its velocity
-e - x by least squares: where lines cross, the conditional mean E[e - x | z_t], which is the marginal velocity
-field: solving dz/dt = v_theta(z, t) from noise, t = 1, to t = 0 samples from the data distribution.
+e - x by least squares; where lines cross it learns the mean E[e - x | z_t], the marginal velocity field.
+Solving dz/dt = v_theta(z, t) from noise, t = 1, to t = 0 samples from the data distribution.
 
     loss = mean over x, e, t and values of (v - v_theta(z_t, t))^2,    z_t = (1 - t) x + t e,    v = e - x
 
-A batch is {'image': (B, H, W) or (B, H, W, C) integers 0..255, 'label': (B,)} or {'point': (B, d)}. In training
+A batch is {'image': (B, H, W) or (B, H, W, C) integers 0..255, 'label': (B,) if any} or {'point': (B, d)}.
 prepare_batch samples noise, t (B,) and labels to drop (B,); forward: z_t, the loss; train.py: backward, a step, EMA.
 
     python train.py config/flow_mnist.py
@@ -16,7 +16,7 @@ prepare_batch samples noise, t (B,) and labels to drop (B,); forward: z_t, the l
 Papers: flow matching (2210.02747), rectified flow (2209.03003), DiT (2212.09748), logit-normal t (2403.03206), guidance
 (2207.12598) in an interval (2404.07724), minibatch OT (2302.00482), likelihood (1810.01367), x-prediction (2511.13720).
 What differs: time runs from data (t = 0) to noise (t = 1), in the first two papers the reverse; timesteps are
-stratified; OT pairs are approximate; pixels, not DiT's latents, in gpt.py's layers, whose gates start at 1, not at 0.
+stratified; OT pairs are approximate; pixels, not DiT's latents; gpt.py's layers; adaLN gates start at 1, not at 0.
 """
 import math
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from gpt import MLP, Attention, rms_norm, rope_cos_sin
 
-MARGIN, SCALE = 1e-6, 6  # of pixels' logits: they end at ln(1e-6) / 6 = -2.3 and 2.3
+MARGIN, SCALE = 1e-6, 6  # dequantize's logits / SCALE end at ln(1e-6) / 6 = -2.3 and 2.3
 
 
 @dataclass
@@ -93,8 +93,8 @@ def sample_timesteps(n, timestep_sampling, timestep_shift, generator):
 
 def ot_pairing(data, noise, label, ot_rounds, generator):
     """Indices (B,) of the noise (B, d) for data (B, d): approximate minibatch optimal transport (2302.00482), so that
-    lines cross less. In a round, random pairs within a label swap noise if that lowers the summed squared lengths, if
-    (x_i - x_j) . (e_i - e_j) < 0: data 0, 1, noise 5, 3: -1 * 2 < 0, so get noise 3, 5, as 9 + 16 < 25 + 4."""
+    lines cross less. In a round, random pairs within a label swap noise if it lowers the summed squared lengths, i.e.
+    (x_i - x_j) . (e_i - e_j) < 0. Data 0, 1, noise 5, 3: -1 * 2 < 0: swap to 3, 5, as 9 + 16 < 25 + 4."""
     order = torch.arange(len(data))
     pairs = (label + torch.rand(ot_rounds, len(data), generator=generator)).argsort()[:, :len(data) // 2 * 2]
     first, second = pairs.view(ot_rounds, -1, 2).unbind(2)  # (ot_rounds, B / 2): neighbours, sorted by label
@@ -136,7 +136,7 @@ ERROR_COEFFS = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525
 
 def dopri5(velocity_fn, z, start, end, tolerance=1e-4, max_nfe=1000):
     """z at `end`, and nfe. An adaptive step is accepted if error / (tolerance (1 + |z|)) has a root mean square of at
-    most 1 over the batch. Raises ValueError if more than max_nfe evaluations are needed."""
+    most 1 over the batch. Raises ValueError beyond max_nfe evaluations or if steps vanish."""
     def mix(weights, k):
         return sum(w * k_i for w, k_i in zip(weights, k) if w)
     t, h, k, nfe = start, (end - start) / 20, [velocity_fn(z, start)], 1
@@ -180,7 +180,7 @@ def log_likelihood(velocity_fn, x, probes=None, tolerance=1e-4, max_nfe=1000):
 # ----- Networks and model ---------------------------------------------------------------------------------------------
 def dequantize(image, generator, logits=False):
     """Integers (B, H, W) or (B, H, W, C) -> x = (integer + U(0, 1)) / 128 - 1, (B, C, H, W) in [-1, 1] (1511.01844), or
-    the logits of (x + 1) / 2 (1605.08803, section 4.1): black is 0.008 wide in x, too thin for a network, here 1.4."""
+    logit((x + 1) / 2) / SCALE (1605.08803, section 4.1): black, 0.008 wide in x, too thin to learn, is 1.4 wide."""
     x = torch.rand(image.shape, generator=generator).add_(image).div_(128).sub_(1)  # in place: half the time
     x = torch.logit(0.5 + (0.5 - MARGIN) * x) / SCALE if logits else x
     return x[:, None] if x.ndim == 3 else x.movedim(-1, 1)
@@ -199,7 +199,7 @@ class ConditionEmbedder(nn.Module):
 
 
 class Block(nn.Module):
-    """Block with adaLN-Zero (2212.09748, fig. 3): c (B, D) gives each branch a shift, a scale, a gate; x (B, N, D)."""
+    """Block with adaLN (2212.09748, fig. 3): c (B, D) gives each branch a shift, a scale, a gate; x (B, N, D)."""
     def __init__(self, config):
         super().__init__()
         self.attention = Attention(config.n_embd, config.n_head)
@@ -263,14 +263,14 @@ class Flow(nn.Module):
         for name, choices in dict(timestep_sampling=('uniform', 'logit_normal'), prediction=('velocity', 'x')).items():
             assert getattr(config, name) in choices, f'{name}={getattr(config, name)!r} must be {" or ".join(choices)}'
         assert 0 <= config.label_dropout < 1, f'label_dropout={config.label_dropout} must be at least 0 and below 1'
-        assert config.timestep_shift > 0 <= config.ot_rounds, 'timestep_shift must be above 0, ot_rounds at least 0'
+        assert config.timestep_shift > 0 and config.ot_rounds >= 0, 'timestep_shift must be > 0, ot_rounds at least 0'
         self.config, H = config, config.image_size
         self.shape = (config.channels, H, H) if H else (config.channels,)  # of one sample
         self.batch_keys = ('image' if H else 'point', *['label'] * (config.n_classes > 0))
         self.net = (DiT if H else MLPNet)(config)
 
     def prepare_batch(self, batch, generator, step_generator):
-        """Dequantize; sample noise, its pairs with data, labels to drop, and timesteps."""
+        """Dequantize; sample noise, pairs, drops and timesteps; step_generator: unused."""
         config, B = self.config, len(batch[self.batch_keys[0]])
         data = dequantize(batch['image'], generator, config.logits) if config.image_size else batch['point']
         label = batch['label'] if config.n_classes else torch.zeros(B, dtype=torch.long)
@@ -284,7 +284,7 @@ class Flow(nn.Module):
     def velocity(self, z, t, label):
         """Velocity (B, ...) at z, t (B,), label (B,); from a prediction of x, (z - x) / t. Noise fills all dimensions,
         data lie near a manifold of few: a network narrower than a patch can predict x, but not v (2511.13720)."""
-        prediction, t = self.net(z, t, label), t.clamp(min=0.02).view(-1, *[1] * (z.ndim - 1))  # v from x: not at t = 0
+        prediction, t = self.net(z, t, label), t.clamp(min=0.02).view(-1, *[1] * (z.ndim - 1))  # v from x: t > 0
         return prediction if self.config.prediction == 'velocity' else (z - prediction) / t
 
     def forward(self, batch):

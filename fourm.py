@@ -18,7 +18,7 @@ Papers: 4M (Mizrahi et al., 2312.06647), 4M-21 (Bachmann et al., 2406.09406). Wh
 - decoder: targets of a modality also attend to each other, in texts causally, with teacher forcing; here none do;
 - text: random spans are masked, as in T5; here mostly all tokens after a prefix, otherwise random single tokens;
 - loss: each modality's mean is over the batch, not over a sample first;
-- input: here mostly complete modalities and a part of one (`full_modality_prob`); no 8x8 image fits into 32 tokens;
+- input: Dirichlet proportions; here mostly (`full_modality_prob`) complete modalities, then a part of one;
 - unused slots: masked in attention; here a learned null token (unlike registers, which are always added);
 - guidance: each condition alone, minus none; here all conditions, minus all but this one (`sample_tokens`);
 - FSQ codes (2309.15505) by their digits; RoPE besides added position embeddings; chapter 1's attention.
@@ -42,11 +42,11 @@ class Config:
     n_layer_decoder: int = 3        # blocks of the decoder
     n_head: int = 4                 # nh, attention heads a block
     n_embd: int = 128               # D, the width
-    num_input_tokens: str = '32,64,96,128'  # K, one of these a step; the largest holds an image and two texts
+    num_input_tokens: str = '32,64,96,128'  # K, one of these a step; 128 hold an image and two texts of the scenes
     num_target_tokens: str = '256'  # M, one of these a step; a target costs half as much as an input token
-    dirichlet_alphas: str = '0.1,1,10'  # one for a sample's input, one for its targets; small: few modalities
+    dirichlet_alphas: str = '0.1,1,10'  # one drawn per input, one per target set; small: few modalities
     full_modality_prob: float = 0.8  # fraction of samples whose input is complete modalities and a part of one
-    first_modality_weight: float = 12.0  # weight of modality 0 in their random order; of other images 1
+    first_modality_weight: float = 12.0  # weight of modality 0 in complete_first's order; of other images 1
     text_weight: float = 4.0        # weight of texts
     unconditional_prob: float = 0.05  # fraction of samples without input
     dropout: float = 0.0            # of channels of each residual branch
@@ -83,7 +83,7 @@ def parse_modalities(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # The idea (4M, section 2.3 and appendix): which tokens are input, which are targets, how the loss weighs them
 
-PREFIX_PROB = 0.75  # fraction of texts of which a prefix is the input, not random tokens
+PREFIX_PROB = 0.75  # fraction of texts whose input is a prefix and whose targets are what follows
 
 
 def log_dirichlet(alpha, n, generator):
@@ -107,7 +107,7 @@ def budget_sort_keys(available, token_slices, log_proportions, prefix_order, gen
 
 
 def take_budget(sort_keys, n_slots, budget):
-    """Position ids (B, n_slots) of the smallest sort_keys (B, N), at most budget (B, 1), ascending; N is an empty slot.
+    """Position ids (B, n_slots) of the smallest sort_keys (B, N), at most budget, (B, 1) or int, ascending; N: empty.
     Example: keys 0.7, inf, 0.2, 0.9 with 3 slots and a budget of 2 -> 0, 2, 4."""
     N = sort_keys.size(1)
     keys, position_ids = sort_keys.topk(min(n_slots, N), largest=False)
@@ -124,7 +124,7 @@ def complete_first(count, weights, K_min, K, generator):
     order = (race + 1000 * (count > K)).argsort(1)  # (B, n)
     budget = torch.randint(K_min, K + 1, (len(count), 1), generator=generator)
     budget = budget.maximum(count.gather(1, order[:, :1])).clamp(max=K)
-    return -20 * order.argsort(1).float(), budget  # times ranks; e^20 > N: a modality comes wholly before the next
+    return -20 * order.argsort(1).float(), budget  # -20 x rank; e^20 > N: a modality comes wholly before the next
 
 
 def draw_masks(is_token, token_slices, is_text, K_min, K, M, config, generator):
@@ -203,7 +203,7 @@ class FourM(nn.Module):
                 row += level
         for name, x in dict(digit_table=digit_table, modality_of=modality_of, rope=rope).items():
             self.register_buffer(name, x, persistent=False)
-        # embeddings of modality and position for tokens, for queries: learned, at first similar for neighbours
+        # modality + position embeddings, a table for tokens, one for queries: learned, at first similar for neighbours
         sinusoids = torch.cat(rope_cos_sin(positions, D, rope_base=100), -1)  # (N + 1, D)
         self.pos_embedding, self.query_embedding = (nn.Embedding.from_pretrained(
             sinusoids + torch.randn(n + 1, D)[modality_of], freeze=False) for _ in range(2))
@@ -239,7 +239,7 @@ class FourM(nn.Module):
         step_generator, the rest from generator. On the CPU, R needs no host-device sync."""
         ids = torch.cat([batch[m.name].flatten(1) for m in self.modalities], 1)  # (B, N)
         K, M = (s[torch.randint(len(s), (1,), generator=step_generator)] for s in (self.input_sizes, self.target_sizes))
-        K_min = 1 + max((size for size in self.input_sizes if size < K), default=0)  # K slots hold K_min..K tokens
+        K_min = 1 + max((size for size in self.input_sizes if size < K), default=0)  # K_min..K tokens known: K slots
         inputs, targets = draw_masks(ids >= 0, self.token_slices, self.is_text, K_min, K, M, self.config, generator)
         ids = F.pad(ids, (0, 1))  # (B, N + 1): the null token has id 0
         prepared = dict(input_ids=ids.gather(1, inputs), input_position_ids=inputs, target_position_ids=targets)
