@@ -284,7 +284,7 @@ def arrange(run, settings, chain, index, own, ids, found, raw):
     columns, texts = {}, {}
     names, changed = [link.name for link in chain[0]], settings.replace or settings.hide
     targets = [link.name for link in chain[1]]
-    for name in dict.fromkeys([*names, *found]):
+    for name in dict.fromkeys([*names, *(name for name in found if name in targets)]):
         truth = [] if own else [run.dataset.picture(name, one) for one in run.dataset.truth(run.split, name, index)]
         if truth and names and (name in targets or changed):
             columns[f'{name} (truth)'] = truth
