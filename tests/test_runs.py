@@ -178,8 +178,10 @@ def test_terminals_and_pipes_that_are_closed(here):
     import pty
     terminal, end = pty.openpty()
     null = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     closed = start('closed', stdin=end, stdout=end, stderr=end, start_new_session=True)
     nohup, tee = start('nohup', 'nohup', **null), start('tee', stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    signal.signal(signal.SIGHUP, before)
     processes = dict(closed=closed, nohup=nohup, tee=tee)
     while any(not Path(f'out/{name}/log.jsonl').exists() or len(lines(f'out/{name}')) < 3 for name in processes):
         assert not any(process.poll() for process in processes.values())
