@@ -159,7 +159,7 @@ def token_nll(x, head, targets):  # a function of its own because engine/graphs.
 
 def chunked_cross_entropy(x, head, targets, max_logits=0):
     """-ln p(target) in nats (R,) of rows x (R, D), head (V, D), targets (R,); a target of -1 costs 0. Only max_logits
-    logits exist at a time: the backward pass recomputes them. 0: 2^24, or as many as fill 1/16 of a GPU in float32.
+    logits exist at a time: the backward pass recomputes them. 0: 2^24, or 1/16 of a GPU's memory in float32.
     Example: 16,384 rows at V = 50,000 are 3.3 GB of float32; in 49 chunks of 2^24 // V = 335 rows, 67 MB at a time."""
     max_logits = max_logits or (torch.cuda.get_device_properties(x.device).total_memory // 64 if x.is_cuda else 2 ** 24)
     rows = max(1, max_logits // len(head))

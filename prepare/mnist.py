@@ -39,7 +39,7 @@ SETTINGS = dict(
 )
 MNIST = 'https://ossci-datasets.s3.amazonaws.com/mnist/'
 FASHION = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/'
-MD5 = {  # of the decompressed contents: mirrors compress anew
+MD5 = {  # of the decompressed contents: mirrors compress them again
     'train-images-idx3-ubyte.gz': '6bbc9ace898e44ae57da46a324031adb',
     'train-labels-idx1-ubyte.gz': 'a25bea736e30d166cdddb491f175f624',
     't10k-images-idx3-ubyte.gz': '2646ac647ad5339dbf082846283269ea',

@@ -74,7 +74,7 @@ def folder(tmp_path_factory):
 def test_read_idx_and_its_errors(tmp_path):
     path, array = tmp_path / 'x.gz', np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     md5 = hashlib.md5(idx(array)).hexdigest()
-    for level in (1, 9):  # mirrors compress anew: other bytes, the same contents
+    for level in (1, 9):  # mirrors compress again: other bytes, the same contents
         path.write_bytes(gzip.compress(idx(array), level, mtime=level))
         assert (mnist.read_idx(path, md5) == array).all()
     good = path.read_bytes()
