@@ -15,7 +15,7 @@ prepare_batch samples noise, t (B,) and labels to drop (B,); forward: z_t, the l
 
 Papers: flow matching (2210.02747), rectified flow (2209.03003), DiT (2212.09748), logit-normal t (2403.03206), guidance
 (2207.12598) in an interval (2404.07724), minibatch OT (2302.00482), likelihood (1810.01367), x-prediction (2511.13720).
-What differs: time runs from data (t = 0) to noise (t = 1), in the first two papers the reverse; timesteps are
+What differs: time runs from data (t = 0) to noise (t = 1), in many of these papers the reverse; timesteps are
 stratified; OT pairs are approximate; pixels, not DiT's latents; gpt.py's layers; adaLN gates start at 1, not at 0.
 """
 import math
@@ -85,15 +85,15 @@ def shift_timesteps(t, timestep_shift):
 
 
 def sample_timesteps(n, timestep_sampling, timestep_shift, generator):
-    """Times (n,): uniform, or sigmoid(N(0, 1)), more in the middle (2403.03206, section 3.1). Stratified sampling, one
-    quantile u in each n-th of 0..1, reduces the loss's variance: of n = 2 times, one lies below the median."""
+    """Times (n,): uniform, or sigmoid(N(0, 1)), more in the middle (2403.03206, section 3.1). Stratified: one u in
+    each of n equal parts of 0..1, so that the loss is less noisy: of n = 2 times, one lies below the median."""
     u = ((torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n).clamp(1e-6, 1 - 1e-6)
     return shift_timesteps(u if timestep_sampling == 'uniform' else torch.special.ndtri(u).sigmoid(), timestep_shift)
 
 
 def ot_pairing(data, noise, label, ot_rounds, generator):
     """Indices (B,) of the noise (B, d) for data (B, d): approximate minibatch optimal transport (2302.00482), so that
-    lines cross less. In a round, random pairs within a label swap noise if it lowers the summed squared lengths, i.e.
+    lines cross less. In a round, random pairs of equal label swap noise if that lowers the sum of squared lengths, i.e.
     (x_i - x_j) . (e_i - e_j) < 0. Data 0, 1, noise 5, 3: -1 * 2 < 0: swap to 3, 5, as 9 + 16 < 25 + 4."""
     order = torch.arange(len(data))
     pairs = (label + torch.rand(ot_rounds, len(data), generator=generator)).argsort()[:, :len(data) // 2 * 2]
@@ -156,7 +156,7 @@ def dopri5(velocity_fn, z, start, end, tolerance=1e-4, max_nfe=1000):
 
 def divergence(velocity_fn, z, t, probes=None):
     """v and div v (B,) at z (B, ...): the sum of p^T J p, J = dv/dz, over probes p (n, B, ...), one backward pass each.
-    Exact for all unit vectors (default), unbiased for n random signs / sqrt(n) (Hutchinson; 1810.01367, sec. 3.1)."""
+    Exact over a full basis (default), unbiased for n sign vectors / sqrt(n) (Hutchinson; 1810.01367, sec. 3.1)."""
     if probes is None:
         probes = torch.eye(z[0].numel(), device=z.device).view(-1, 1, *z.shape[1:]).expand(-1, *z.shape)
     with torch.enable_grad():
@@ -180,7 +180,7 @@ def log_likelihood(velocity_fn, x, probes=None, tolerance=1e-4, max_nfe=1000):
 # ----- Networks and model ---------------------------------------------------------------------------------------------
 def dequantize(image, generator, logits=False):
     """Integers (B, H, W) or (B, H, W, C) -> x = (integer + U(0, 1)) / 128 - 1, (B, C, H, W) in [-1, 1] (1511.01844), or
-    logit((x + 1) / 2) / SCALE (1605.08803, section 4.1): black, 0.008 wide in x, too thin to learn, is 1.4 wide."""
+    logit((x + 1) / 2) / SCALE (1605.08803, section 4.1): grey level 0, 0.008 wide in x, too thin to learn, gets 1.4."""
     x = torch.rand(image.shape, generator=generator).add_(image).div_(128).sub_(1)  # in place: half the time
     x = torch.logit(0.5 + (0.5 - MARGIN) * x) / SCALE if logits else x
     return x[:, None] if x.ndim == 3 else x.movedim(-1, 1)
@@ -224,7 +224,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_modulation = nn.Linear(D, 2 * D)
         self.head = nn.Linear(D, patch_dim)
-        # a block starts as the identity: gpt.py's output matrices are 0, in DiT the gates; both 0 would never learn
+        # a block is the identity at first: gpt.py's output matrices are 0, gates 1 (DiT: gates 0; both 0: no gradient)
         for layer in (*(block.modulation for block in self.blocks), self.final_modulation, self.head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -284,11 +284,11 @@ class Flow(nn.Module):
     def velocity(self, z, t, label):
         """Velocity (B, ...) at z, t (B,), label (B,); from a prediction of x, (z - x) / t. Noise fills all dimensions,
         data lie near a manifold of few: a network narrower than a patch can predict x, but not v (2511.13720)."""
-        prediction, t = self.net(z, t, label), t.clamp(min=0.02).view(-1, *[1] * (z.ndim - 1))  # v from x: t > 0
+        prediction, t = self.net(z, t, label), t.clamp(min=0.02).view(-1, *[1] * (z.ndim - 1))  # no division by 0
         return prediction if self.config.prediction == 'velocity' else (z - prediction) / t
 
     def forward(self, batch):
-        """A prepared batch -> the loss and logs: loss, in all and by quarters of t, and tokens, (sum, count) each."""
+        """A prepared batch -> the loss, and logs, (sum, count) each: loss, the loss by quarters of t, tokens."""
         label, t_bin = batch['label'], (4 * batch['t']).long().clamp(max=3)  # t = 0.3 is in bin 1
         if self.training:  # like dropout, not in evaluation: replace by the null label
             label = label.masked_fill(batch['dropped'], self.config.n_classes)

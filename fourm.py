@@ -17,10 +17,10 @@ position of a target, that attend to the context: (B, M, D). One head per modali
 Papers: 4M (Mizrahi et al., 2312.06647), 4M-21 (Bachmann et al., 2406.09406). What differs (4M first):
 - decoder: targets of a modality also attend to each other, in texts causally, with teacher forcing; here none do;
 - text: random spans are masked, as in T5; here mostly all tokens after a prefix, otherwise random single tokens;
-- loss: each modality's mean is over the batch, not over a sample first;
+- loss: a modality's mean is over its targets in the batch; here over those of a sample first;
 - input: Dirichlet proportions; here mostly (`full_modality_prob`) complete modalities, then a part of one;
 - unused slots: masked in attention; here a learned null token (unlike registers, which are always added);
-- guidance: each condition alone, minus none; here all conditions, minus all but this one (`sample_tokens`);
+- guidance by several conditions: each alone, minus none; here all, minus all but that one (`sample_tokens`);
 - FSQ codes (2309.15505) by their digits; RoPE besides added position embeddings; chapter 1's attention.
 """
 import math
@@ -65,7 +65,7 @@ class Modality:
         self.vocab_size, self.max_tokens = math.prod(self.levels), math.prod(self.grid)
         self.token_slice = slice(start, start + self.max_tokens)  # its position ids among the N of all modalities
         axes = torch.cartesian_prod(*map(torch.arange, self.grid)).view(self.max_tokens, -1)
-        # index in the text, row, column (max_tokens, 3) for RoPE; a patch counts as two words: neighbours differ more
+        # index in the text, row, column (max_tokens, 3) for RoPE; rows and columns are doubled: neighbours differ more
         self.positions = F.pad(axes, (0, 2)) if self.is_text else F.pad(2 * axes, (1, 0))
 
 
@@ -107,7 +107,7 @@ def budget_sort_keys(available, token_slices, log_proportions, prefix_order, gen
 
 
 def take_budget(sort_keys, n_slots, budget):
-    """Position ids (B, n_slots) of the smallest sort_keys (B, N), at most budget, (B, 1) or int, ascending; N: empty.
+    """Ascending position ids (B, n_slots) of the `budget`, (B, 1) or int, smallest sort_keys (B, N); N: an empty slot.
     Example: keys 0.7, inf, 0.2, 0.9 with 3 slots and a budget of 2 -> 0, 2, 4."""
     N = sort_keys.size(1)
     keys, position_ids = sort_keys.topk(min(n_slots, N), largest=False)
@@ -118,7 +118,7 @@ def take_budget(sort_keys, n_slots, budget):
 def complete_first(count, weights, K_min, K, generator):
     """Inputs as in generation, complete modalities in a random order, the last one in part: count (B, n) tokens of each
     modality, weights (n,) -> log proportions (B, n), budget (B, 1). The order is sampled by weights, what does not fit
-    into K comes last. The budget is uniform in K_min..K, and at least the first modality.
+    into K comes last. The budget is uniform in K_min..K, but never less than the first modality.
     Example: K_min = 65, K = 96, rgb (64), caption (20), depth (64): rgb, 1 to 20 of caption, then 0 to 12 of depth."""
     race = torch.empty(count.shape).exponential_(generator=generator) / weights  # smallest first: see gpt.sample_token
     order = (race + 1000 * (count > K)).argsort(1)  # (B, n)
@@ -158,7 +158,7 @@ def target_weights(is_target):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model. For each micro-batch train.py calls `prepare_batch` on the CPU (K and M are the same in all of a step) and
+# The model. For each micro-batch train.py calls `prepare_batch` on the CPU (K and M are constant within a step) and
 # `forward`, compiled, on the device (nothing is random but dropout), then loss.backward(); per step Muon and AdamW.
 # Shapes, B = 16, K = 64, M = 256, D = 128: ids (16, 64) -> encoder (16, 64, 128), the context; queries (16, 256, 128)
 # -> decoder (16, 256, 128) -> each modality's R targets (R, 128) -> its head: -ln p (R,) -> times weights (R,), summed.
@@ -190,9 +190,9 @@ class FourM(nn.Module):
         modality_of = torch.repeat_interleave(torch.tensor([m.max_tokens for m in self.modalities] + [1]))  # (N + 1,)
         positions = F.pad(torch.cat([m.positions for m in self.modalities]), (0, 0, 0, 1))  # (N + 1, 3)
         rope = torch.stack(rope_cos_sin(positions, D // config.n_head, rope_base=100))  # (2, N + 1, hd / 2)
-        # digit d of id i of modality m is row i // divisor % levels + offset, from digit_table[m, d], of the embedding;
-        # row 0 is zero: missing digits, null token. Example 'rgb:4*3:2x3 caption:12:8': rgb has rows 1-4, 5-7, caption
-        # 8-19; rgb's id 7 = 2 * 3 + 1 is rows 3 and 6, caption's id 7 rows 15 and 0
+        # digit d of id i of modality m: row i // divisor % levels + offset of the embedding, all three in
+        # digit_table[m, d]; row 0 is zero: no digit. Example 'rgb:4*3:2x3 caption:12:8': rgb has rows 1-4, 5-7,
+        # caption 8-19; rgb's id 7 = 2 * 3 + 1 is rows 3 and 6, caption's id 7 rows 15 and 0
         self.embedding = nn.Embedding(1 + sum(sum(m.levels) for m in self.modalities), D, padding_idx=0)
         digit_table, row = torch.tensor([1, 1, 0]).repeat(n + 1, max(len(m.levels) for m in self.modalities), 1), 1
         for m, digits in zip(self.modalities, digit_table):
@@ -203,7 +203,7 @@ class FourM(nn.Module):
                 row += level
         for name, x in dict(digit_table=digit_table, modality_of=modality_of, rope=rope).items():
             self.register_buffer(name, x, persistent=False)
-        # modality + position embeddings, a table for tokens, one for queries: learned, at first similar for neighbours
+        # learned, of each position id (N: the null token), for tokens and for queries; at first modality + sinusoids
         sinusoids = torch.cat(rope_cos_sin(positions, D, rope_base=100), -1)  # (N + 1, D)
         self.pos_embedding, self.query_embedding = (nn.Embedding.from_pretrained(
             sinusoids + torch.randn(n + 1, D)[modality_of], freeze=False) for _ in range(2))
@@ -239,7 +239,7 @@ class FourM(nn.Module):
         step_generator, the rest from generator. On the CPU, R needs no host-device sync."""
         ids = torch.cat([batch[m.name].flatten(1) for m in self.modalities], 1)  # (B, N)
         K, M = (s[torch.randint(len(s), (1,), generator=step_generator)] for s in (self.input_sizes, self.target_sizes))
-        K_min = 1 + max((size for size in self.input_sizes if size < K), default=0)  # K_min..K tokens known: K slots
+        K_min = 1 + max((size for size in self.input_sizes if size < K), default=0)  # generation pads to K, too
         inputs, targets = draw_masks(ids >= 0, self.token_slices, self.is_text, K_min, K, M, self.config, generator)
         ids = F.pad(ids, (0, 1))  # (B, N + 1): the null token has id 0
         prepared = dict(input_ids=ids.gather(1, inputs), input_position_ids=inputs, target_position_ids=targets)
@@ -306,7 +306,7 @@ class FourM(nn.Module):
     def sample_tokens(self, ids, m, position_ids, guidance, condition_weights, temperature, top_k, top_p, generator):
         """Sample tokens of modality m at position_ids (B, Q) given the known tokens of ids (B, N): tokens, their ln p.
         Logits: cond + (guidance - 1) (cond - uncond) + sum_i (w_i - 1) (cond - dropped_i). cond: given all known
-        tokens; uncond: m's alone; dropped_i: all but modality i's; w_i = 0 drops i; guidance: 1 + w of 2207.12598."""
+        tokens; uncond: m's alone; dropped_i: all but modality i's. In 2207.12598 guidance is 1 + w."""
         def decode_without(dropped):
             kept = ids.clone()
             for name in dropped:
