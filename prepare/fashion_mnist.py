@@ -2,7 +2,7 @@
 FashionMNIST (Xiao et al., 1708.07747): ten classes of clothes in the format of MNIST (prepare/mnist.py), in
 data/fashion_mnist.
 
-    python -m prepare.fashion_mnist [--subset=t10k]
+    python -m prepare.fashion_mnist [--subset=t10k --views=8]
 """
 import config
 from prepare import mnist
