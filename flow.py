@@ -1,11 +1,11 @@
 """
 Chapter 4. Flow matching: generate continuous data by following a learned velocity field from noise to data.
 
-A line z_t = (1 - t) x + t e connects a data sample x to a noise sample e. From z_t and t, a network learns its velocity
-e - x by least squares; where lines cross it learns the mean E[e - x | z_t], the marginal velocity field.
-Solving dz/dt = v_theta(z, t) from noise, t = 1, to t = 0 samples from the data distribution.
+A line z_t = (1 - t) x + t e connects a data sample x to a noise sample e. From z_t and t, a network learns the line's
+velocity e - x by least squares; where lines cross it learns the mean E[e - x | z_t], the marginal velocity field.
+To sample from the data distribution, solve dz/dt = v_theta(z, t) from noise at t = 1 to t = 0.
 
-    loss = mean over x, e, t and values of (v - v_theta(z_t, t))^2,    z_t = (1 - t) x + t e,    v = e - x
+    loss = mean of (v - v_theta(z_t, t))^2 over x, e, t and values,    z_t = (1 - t) x + t e,    v = e - x
 
 A batch is {'image': (B, H, W) or (B, H, W, C) integers 0..255, 'label': (B,) if any} or {'point': (B, d)}.
 prepare_batch samples noise, t (B,) and labels to drop (B,); forward: z_t, the loss; train.py: backward, a step, EMA.
@@ -36,12 +36,12 @@ class Config:
     channels: int = 1             # C of an image, d of a vector; set by the data set
     n_classes: int = 10           # 0: no labels; set by the data set
     patch_size: int = 4           # p, pixels; an image has N = (image_size / p)^2 tokens
-    n_layer: int = 4              # number of blocks; for vectors, of hidden layers
+    n_layer: int = 4              # number of blocks; for vectors, of D x D layers
     n_head: int = 4               # nh, attention heads per block
     n_embd: int = 128             # D, the width
     mlp_hidden_dim: int = 256     # hidden units of SwiGLU
-    logits: bool = False          # the data are logits of pixels' grey levels: digits' likelihood needs it
-    prediction: str = 'velocity'  # what the network outputs: velocity, or x, the data (if a patch has > D values)
+    logits: bool = False          # logit-transform the pixels: needed for a good likelihood of digits
+    prediction: str = 'velocity'  # what the network outputs: velocity, or x, the data (for patches of > D values)
     label_dropout: float = 0.1    # fraction of training samples without their label; guidance needs some
     timestep_sampling: str = 'logit_normal'  # logit_normal (good samples in few steps), uniform (good likelihood)
     timestep_shift: float = 1.0   # > 1: more timesteps and solver steps near the noise; for large images
@@ -86,7 +86,7 @@ def shift_timesteps(t, timestep_shift):
 
 def sample_timesteps(n, timestep_sampling, timestep_shift, generator):
     """Times (n,): uniform, or sigmoid(N(0, 1)), more in the middle (2403.03206, section 3.1). Stratified: one u in
-    each of n equal parts of 0..1, so that the loss is less noisy: of n = 2 times, one lies below the median."""
+    each of n equal parts of 0..1, so that the loss is less noisy: for n = 2, one time is below the median."""
     u = ((torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n).clamp(1e-6, 1 - 1e-6)
     return shift_timesteps(u if timestep_sampling == 'uniform' else torch.special.ndtri(u).sigmoid(), timestep_shift)
 
@@ -156,7 +156,7 @@ def dopri5(velocity_fn, z, start, end, tolerance=1e-4, max_nfe=1000):
 
 def divergence(velocity_fn, z, t, probes=None):
     """v and div v (B,) at z (B, ...): the sum of p^T J p, J = dv/dz, over probes p (n, B, ...), one backward pass each.
-    Exact over a full basis (default), unbiased for n sign vectors / sqrt(n) (Hutchinson; 1810.01367, sec. 3.1)."""
+    Exact for the unit vectors (default), unbiased for random signs / sqrt(n) (Hutchinson; 1810.01367, sec. 3.1)."""
     if probes is None:
         probes = torch.eye(z[0].numel(), device=z.device).view(-1, 1, *z.shape[1:]).expand(-1, *z.shape)
     with torch.enable_grad():
@@ -168,7 +168,7 @@ def divergence(velocity_fn, z, t, probes=None):
 
 def log_likelihood(velocity_fn, x, probes=None, tolerance=1e-4, max_nfe=1000):
     """ln p(x) in nats (B,), and nfe: ln N(z_1; 0, I) + integral of div v over t in 0..1 on the trajectory from z_0 = x,
-    as d ln p / dt = -div v (1806.07366, theorem 1). Raises ValueError as `dopri5`."""
+    as d ln p / dt = -div v (1806.07366, theorem 1). Raises ValueError, see `dopri5`."""
     def augmented(state, t):  # (B, d + 1): z, and the integral up to t
         v, div = divergence(velocity_fn, state[:, :-1].view(x.shape), t, probes)
         return torch.cat((v.flatten(1), div[:, None]), 1)
@@ -180,7 +180,7 @@ def log_likelihood(velocity_fn, x, probes=None, tolerance=1e-4, max_nfe=1000):
 # ----- Networks and model ---------------------------------------------------------------------------------------------
 def dequantize(image, generator, logits=False):
     """Integers (B, H, W) or (B, H, W, C) -> x = (integer + U(0, 1)) / 128 - 1, (B, C, H, W) in [-1, 1] (1511.01844), or
-    logit((x + 1) / 2) / SCALE (1605.08803, section 4.1): grey level 0, 0.008 wide in x, too thin to learn, gets 1.4."""
+    logit((x + 1) / 2) / SCALE (1605.08803, section 4.1): widens grey level 0 from 0.008, too thin to learn, to 1.4."""
     x = torch.rand(image.shape, generator=generator).add_(image).div_(128).sub_(1)  # in place: half the time
     x = torch.logit(0.5 + (0.5 - MARGIN) * x) / SCALE if logits else x
     return x[:, None] if x.ndim == 3 else x.movedim(-1, 1)
@@ -299,7 +299,7 @@ class Flow(nn.Module):
         return error.mean(), logs | {'tokens': torch.stack((tokens, torch.ones_like(tokens)))}
 
     def velocity_fn(self, label, guidance=1.0, guidance_interval=(0.0, 1.0)):
-        """velocity_fn(z, t) for labels (B,), n_classes for none. Raises ValueError if out of range."""
+        """velocity_fn(z, t) for labels (B,); n_classes is no label. Raises ValueError if out of range."""
         null_label = self.config.n_classes
         if len(label) and not 0 <= label.min() <= label.max() <= null_label or not abs(guidance) <= 1e3:
             raise ValueError(f'{guidance=} must be from -1000 to 1000, labels from 0 to {null_label} (no label)')
@@ -311,7 +311,7 @@ class Flow(nn.Module):
     def generate(self, label, steps=20, method='euler', guidance=1.0, guidance_interval=(0.0, 1.0), generator=None):
         """Noise to data for labels (B,): trajectory (steps + 1, B, ...) and nfe. Raises ValueError if out of range."""
         if steps < 1 or not 0 <= guidance_interval[0] < guidance_interval[1] <= 1 or method not in SOLVERS:
-            raise ValueError(f'{steps=} must be at least 1, {method=} in {[*SOLVERS]}, {guidance_interval=} in 0..1')
+            raise ValueError(f'{steps=} must be > 0, {method=} in {[*SOLVERS]}, {guidance_interval=} rising in 0..1')
         noise = torch.randn(len(label), *self.shape, generator=generator, device=label.device)
         times = shift_timesteps(torch.linspace(1, 0, steps + 1, dtype=torch.double), self.config.timestep_shift)
         return solve(self.velocity_fn(label, guidance, guidance_interval), noise, times, method)

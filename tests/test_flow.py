@@ -187,11 +187,11 @@ def test_generation():
 
 
 @pytest.mark.parametrize('changes, arguments, message', [
-    ({}, dict(steps=0), 'steps=0 must be at least 1'),
+    ({}, dict(steps=0), 'steps=0 must be > 0'),
     ({}, dict(label=torch.tensor([11])), 'labels from 0 to 10'),
     ({}, dict(label=torch.tensor([-1])), 'labels from 0 to 10'),
     ({}, dict(method='rk4'), "method='rk4' in ..euler', 'midpoint', 'heun'"),
-    ({}, dict(guidance_interval=(0.8, 0.1)), 'guidance_interval=.0.8, 0.1. in 0..1'),
+    ({}, dict(guidance_interval=(0.8, 0.1)), 'guidance_interval=.0.8, 0.1. rising in 0..1'),
     *[({}, dict(guidance=s), 'must be from -1000 to 1000') for s in (math.inf, -math.inf, math.nan, 1e50, 1001)],
     (dict(label_dropout=0.0), dict(guidance=2.0), 'guidance needs a model that was trained with labels'),
     (dict(n_classes=0), dict(guidance=2.0, label=torch.tensor([0])), 'guidance needs a model'),

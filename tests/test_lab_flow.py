@@ -131,10 +131,10 @@ def test_a_run_on_logits(work):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--steps=-1'], 'steps=-1 must be at least 1'), (['--labels=3,12'], "there is no class '12'"),
+    (['--steps=-1'], 'steps=-1 must be > 0'), (['--labels=3,12'], "there is no class '12'"),
     (['--guidance_interval=1'], 'write two times from 0 to 1'),
     (['--guidance_interval=0,1,2'], 'write two times from 0 to 1'),
-    (['--guidance_interval=0.8,0.1'], 'guidance_interval=.0.8, 0.1. in 0..1'),
+    (['--guidance_interval=0.8,0.1'], 'guidance_interval=.0.8, 0.1. rising in 0..1'),
     (['--method=rk4'], "method='rk4' in ..euler', 'midpoint', 'heun'"),
     (['--guidance=inf'], "guidance='inf' is not of type float and finite"), (['--guidance=1e50'], 'guidance=1e.50 must be from -1000 to 1000'),
     (['--show=all'], 'show is one of grid'), (['--labels=x'], 'labels'), (['--labels=10'], 'labels'),
