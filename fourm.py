@@ -9,7 +9,7 @@ some patches, half of a caption from the rest. To generate a modality, predict a
 
 A batch is {modality: (B, max_tokens) integers}; -1 is padding after the end of a text. The encoder reads K tokens, ids
 and position ids (B, K), and returns a context (B, K, D). The decoder has M queries, embeddings of modality and
-position of a target, that attend to the context: (B, M, D). One head per modality maps them to distributions of tokens.
+position of a target, that attend to the context: (B, M, D). One head per modality maps them to distributions over ids.
 
     python train.py config/nano4m.py
     python sample.py --out_dir=out/nano4m --chain="rgb>depth:8,normal:8,scene_desc"
@@ -21,7 +21,7 @@ Papers: 4M (Mizrahi et al., 2312.06647), 4M-21 (Bachmann et al., 2406.09406). Wh
 - input: Dirichlet proportions; here mostly (`full_modality_prob`) complete modalities, then a part of one;
 - unused slots: masked in attention; here a learned null token (unlike registers, which are always added);
 - guidance by several conditions: each alone, minus none; here all, minus all but that one (`sample_tokens`);
-- FSQ codes (2309.15505) by their digits; RoPE besides added position embeddings; chapter 1's attention.
+- here only: FSQ codes (2309.15505), digit by digit; RoPE beside position embeddings; chapter 1's attention.
 """
 import math
 from dataclasses import dataclass
@@ -40,27 +40,27 @@ class Config:
     train_modalities: str = ''      # names of those to train on, separated by spaces; '' is all of them
     n_layer_encoder: int = 4        # blocks of the encoder
     n_layer_decoder: int = 3        # blocks of the decoder
-    n_head: int = 4                 # nh, attention heads a block
+    n_head: int = 4                 # nh, attention heads per block
     n_embd: int = 128               # D, the width
-    num_input_tokens: str = '32,64,96,128'  # K, one of these a step; 128 hold an image and two texts of the scenes
-    num_target_tokens: str = '256'  # M, one of these a step; a target costs half as much as an input token
+    num_input_tokens: str = '32,64,96,128'  # K, drawn once per step; 128 hold an image and two texts of the scenes
+    num_target_tokens: str = '256'  # M, drawn once per step; a target costs little more than half an input token
     dirichlet_alphas: str = '0.1,1,10'  # one drawn per input, one per target set; small: few modalities
     full_modality_prob: float = 0.8  # fraction of samples whose input is complete modalities and a part of one
-    first_modality_weight: float = 12.0  # weight of modality 0 in complete_first's order; of other images 1
-    text_weight: float = 4.0        # weight of texts
+    first_modality_weight: float = 12.0  # odds that modality 0 is next in complete_first; other images: 1
+    text_weight: float = 4.0        # odds that a text is next
     unconditional_prob: float = 0.05  # fraction of samples without input
-    dropout: float = 0.0            # of channels of each residual branch
+    dropout: float = 0.0            # fraction of channels dropped from each residual branch
 
 
 class Modality:
-    """An entry of Config.modalities, name:levels:grid. Levels: the number of values of each digit of an id, the most
-    significant first (FSQ; a text has one). Grid: rows x columns, or a text's length; id vocab_size - 1 ends a text."""
+    """An entry of Config.modalities, name:levels:grid. Levels: how many values each digit of an id has, the most
+    significant first (FSQ; a text: one). Grid: rows x columns, or a text's length; id vocab_size - 1 ends a text."""
     def __init__(self, entry, start):
         try:
             self.name, levels, grid = entry.split(':')
             self.levels, self.grid = [int(n) for n in levels.split('*')], [int(n) for n in grid.split('x')]
         except ValueError:
-            raise ValueError(f'modality {entry!r}: write name:levels:grid, rgb:4096:8x8 or caption:320:48') from None
+            raise ValueError(f'modality {entry!r}: write name:levels:grid, as rgb:4096:8x8, caption:320:48') from None
         self.is_text = len(self.grid) == 1
         self.vocab_size, self.max_tokens = math.prod(self.levels), math.prod(self.grid)
         self.token_slice = slice(start, start + self.max_tokens)  # its position ids among the N of all modalities
@@ -87,15 +87,15 @@ PREFIX_PROB = 0.75  # fraction of texts whose input is a prefix and whose target
 
 
 def log_dirichlet(alpha, n, generator):
-    """Logarithms (B, n) of Dirichlet samples, parameter alpha (B,). Gamma(a) = Gamma(a + 1) U^(1 / a): no underflow."""
+    """Logarithms (B, n) of Dirichlet samples, parameter alpha (B,). Gamma(a) ~ Gamma(a + 1) U^(1 / a): no underflow."""
     alpha, uniform = alpha[:, None].expand(-1, n), torch.rand(len(alpha), n, generator=generator).clamp(min=1e-30)
     return (torch._standard_gamma(alpha + 1, generator).log() + uniform.log() / alpha).log_softmax(-1)
 
 
 def budget_sort_keys(available, token_slices, log_proportions, prefix_order, generator):
     """Sort keys (B, N) whose K smallest split a budget of K by proportions p, for every K (Sainte-Lague): token number
-    r = 0, 1, ... of a modality has (r + 1/2) / p, here its logarithm. r is a random order, or the text's if
-    prefix_order (B, n). Unavailable tokens have infinity: unused budget is redistributed to the other modalities.
+    r = 0, 1, ... of a modality has (r + 1/2) / p, here its logarithm. r numbers tokens at random, or from left to right
+    if prefix_order (B, n). Unavailable tokens have infinity: unused budget is redistributed to the other modalities.
     Example: p = 0.75, 0.25 -> keys 0.67, 2, 3.3, 4.7 ... and 2, 6 ...: a budget of 4 is split 3 + 1."""
     position, start = torch.arange(available.size(1)), torch.tensor([s.start for s in token_slices])
     m = torch.bucketize(position, start, right=True) - 1  # (N,): modality of each position
@@ -107,7 +107,7 @@ def budget_sort_keys(available, token_slices, log_proportions, prefix_order, gen
 
 
 def take_budget(sort_keys, n_slots, budget):
-    """Ascending position ids (B, n_slots) of the `budget`, (B, 1) or int, smallest sort_keys (B, N); N: an empty slot.
+    """The `budget`, int or (B, 1), smallest of sort_keys (B, N): position ids (B, n_slots), ascending, N if empty.
     Example: keys 0.7, inf, 0.2, 0.9 with 3 slots and a budget of 2 -> 0, 2, 4."""
     N = sort_keys.size(1)
     keys, position_ids = sort_keys.topk(min(n_slots, N), largest=False)
@@ -116,10 +116,10 @@ def take_budget(sort_keys, n_slots, budget):
 
 
 def complete_first(count, weights, K_min, K, generator):
-    """Inputs as in generation, complete modalities in a random order, the last one in part: count (B, n) tokens of each
-    modality, weights (n,) -> log proportions (B, n), budget (B, 1). The order is sampled by weights, what does not fit
-    into K comes last. The budget is uniform in K_min..K, but never less than the first modality.
-    Example: K_min = 65, K = 96, rgb (64), caption (20), depth (64): rgb, 1 to 20 of caption, then 0 to 12 of depth."""
+    """Inputs as in generation, one complete modality after another until the budget ends in one: count (B, n) tokens
+    of each, weights (n,) -> log proportions (B, n), budget (B, 1). The order is random by weights; modalities larger
+    than K come last. The budget is uniform in K_min..K, but holds the first modality if K does.
+    Example: K_min = 65, K = 96, order rgb (64), caption (20), depth (64): rgb, 1-20 of caption, 0-12 of depth."""
     race = torch.empty(count.shape).exponential_(generator=generator) / weights  # smallest first: see gpt.sample_token
     order = (race + 1000 * (count > K)).argsort(1)  # (B, n)
     budget = torch.randint(K_min, K + 1, (len(count), 1), generator=generator)
@@ -128,7 +128,7 @@ def complete_first(count, weights, K_min, K, generator):
 
 
 def draw_masks(is_token, token_slices, is_text, K_min, K, M, config, generator):
-    """Sample disjoint position ids of inputs (B, K) and targets (B, M), N for none; is_token (B, N): no padding. Inputs
+    """Sample disjoint position ids of inputs (B, K) and targets (B, M), N: none; is_token (B, N): not padding. Inputs
     are complete modalities and a part of one, or nothing, or K tokens by Dirichlet proportions."""
     B, n, u = len(is_token), len(token_slices), torch.rand(len(is_token), 1, generator=generator)
     count = torch.stack([is_token[:, s].sum(1) for s in token_slices], 1)  # (B, n)
@@ -190,7 +190,7 @@ class FourM(nn.Module):
         modality_of = torch.repeat_interleave(torch.tensor([m.max_tokens for m in self.modalities] + [1]))  # (N + 1,)
         positions = F.pad(torch.cat([m.positions for m in self.modalities]), (0, 0, 0, 1))  # (N + 1, 3)
         rope = torch.stack(rope_cos_sin(positions, D // config.n_head, rope_base=100))  # (2, N + 1, hd / 2)
-        # digit d of id i of modality m: row i // divisor % levels + offset of the embedding, all three in
+        # digit d of id i of modality m: embedding row i // divisor % levels + offset, these three in
         # digit_table[m, d]; row 0 is zero: no digit. Example 'rgb:4*3:2x3 caption:12:8': rgb has rows 1-4, 5-7,
         # caption 8-19; rgb's id 7 = 2 * 3 + 1 is rows 3 and 6, caption's id 7 rows 15 and 0
         self.embedding = nn.Embedding(1 + sum(sum(m.levels) for m in self.modalities), D, padding_idx=0)
@@ -203,7 +203,7 @@ class FourM(nn.Module):
                 row += level
         for name, x in dict(digit_table=digit_table, modality_of=modality_of, rope=rope).items():
             self.register_buffer(name, x, persistent=False)
-        # learned, of each position id (N: the null token), for tokens and for queries; at first modality + sinusoids
+        # a learned vector per position id (N: the null token), of tokens, of queries; starts as modality + sinusoids
         sinusoids = torch.cat(rope_cos_sin(positions, D, rope_base=100), -1)  # (N + 1, D)
         self.pos_embedding, self.query_embedding = (nn.Embedding.from_pretrained(
             sinusoids + torch.randn(n + 1, D)[modality_of], freeze=False) for _ in range(2))
@@ -234,12 +234,12 @@ class FourM(nn.Module):
 
     @torch.no_grad()
     def prepare_batch(self, batch, generator, step_generator):
-        """Sample input_ids, input_position_ids (B, K), target_position_ids (B, M), and of each modality NAME targets:
-        token_idx_NAME, indices into all B * M, ids_NAME, weight_NAME, (R,) each, padded with weight 0. K and M are from
-        step_generator, the rest from generator. On the CPU, R needs no host-device sync."""
+        """Sample input_ids, input_position_ids (B, K), target_position_ids (B, M), and for each modality NAME's R
+        targets token_idx_NAME (among the B * M), ids_NAME, weight_NAME, (R,) each, padded with weight 0. K and M come
+        from step_generator, the rest from generator. On the CPU, R needs no host-device sync."""
         ids = torch.cat([batch[m.name].flatten(1) for m in self.modalities], 1)  # (B, N)
         K, M = (s[torch.randint(len(s), (1,), generator=step_generator)] for s in (self.input_sizes, self.target_sizes))
-        K_min = 1 + max((size for size in self.input_sizes if size < K), default=0)  # generation pads to K, too
+        K_min = 1 + max((size for size in self.input_sizes if size < K), default=0)  # for fewer inputs K is smaller
         inputs, targets = draw_masks(ids >= 0, self.token_slices, self.is_text, K_min, K, M, self.config, generator)
         ids = F.pad(ids, (0, 1))  # (B, N + 1): the null token has id 0
         prepared = dict(input_ids=ids.gather(1, inputs), input_position_ids=inputs, target_position_ids=targets)
@@ -287,7 +287,7 @@ class FourM(nn.Module):
     def generate(self, known, targets, steps=8, temperature=1.0, temperature_end=None, top_k=0, top_p=1.0,
                  order='random', schedule='linear', guidance=1.0, guidance_end=None, condition_weights=None,
                  generator=None):
-        """Generate the modalities in the list `targets`, each conditioning the next: {name: (B, max_tokens) ids}. known
+        """Generate the modalities in the list `targets`, each given all before it: {name: (B, max_tokens) ids}. known
         has this form, with -1 for unknown; parts of targets may be known. Images: `steps` steps of `iterative_decode`;
         texts: from left to right, -1 after the end. temperature and guidance go linearly to *_end; for guidance and
         condition_weights {name: w} see `sample_tokens`. KeyError: unknown modality; ValueError: bad setting."""
@@ -306,7 +306,7 @@ class FourM(nn.Module):
     def sample_tokens(self, ids, m, position_ids, guidance, condition_weights, temperature, top_k, top_p, generator):
         """Sample tokens of modality m at position_ids (B, Q) given the known tokens of ids (B, N): tokens, their ln p.
         Logits: cond + (guidance - 1) (cond - uncond) + sum_i (w_i - 1) (cond - dropped_i). cond: given all known
-        tokens; uncond: m's alone; dropped_i: all but modality i's. In 2207.12598 guidance is 1 + w."""
+        tokens; uncond: m's alone; dropped_i: all but modality i's. guidance: 1 + w in 2207.12598."""
         def decode_without(dropped):
             kept = ids.clone()
             for name in dropped:
