@@ -7,7 +7,7 @@ To sample from the data distribution, solve dz/dt = v_theta(z, t) from noise at 
 
     loss = mean of (v - v_theta(z_t, t))^2 over x, e, t and values,    z_t = (1 - t) x + t e,    v = e - x
 
-A batch is {'image': (B, H, W) or (B, H, W, C) integers 0..255, 'label': (B,) if any} or {'point': (B, d)}.
+A batch is {'image': (B, H, W) or (B, H, W, C) integers 0..255} or {'point': (B, d)}, and 'label': (B,) if any.
 prepare_batch samples noise, t (B,) and labels to drop (B,); forward: z_t, the loss; train.py: backward, a step, EMA.
 
     python train.py config/flow_mnist.py
@@ -299,7 +299,7 @@ class Flow(nn.Module):
         return error.mean(), logs | {'tokens': torch.stack((tokens, torch.ones_like(tokens)))}
 
     def velocity_fn(self, label, guidance=1.0, guidance_interval=(0.0, 1.0)):
-        """velocity_fn(z, t) for labels (B,); n_classes is no label. Raises ValueError if out of range."""
+        """velocity_fn(z, t) for labels (B,); n_classes: null label. Raises ValueError if out of range."""
         null_label = self.config.n_classes
         if len(label) and not 0 <= label.min() <= label.max() <= null_label or not abs(guidance) <= 1e3:
             raise ValueError(f'{guidance=} must be from -1000 to 1000, labels from 0 to {null_label} (no label)')
