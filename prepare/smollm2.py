@@ -19,7 +19,7 @@ import torch
 
 import config
 from config import UserError
-from engine import checkpoints
+from engine import checkpoints, runs
 from gpt import Config
 from prepare.download import download
 
@@ -168,10 +168,9 @@ def main(*arguments, **overrides):
     meta = dict(kind='stream', fields={'tokens': tokens}, config={'vocab_size': tokens}, prepare='smollm2',
                 encoding='smollm2')
     weights = read_weights(files[1], model_config)
-    checkpoint = dict(format=checkpoints.FORMAT, settings=dict(model='gpt', dataset='smollm2'),
-                      model_config=asdict(model_config), meta=meta, step=0)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoints.save(out / 'ckpt_last.pt', checkpoint | dict(weights=weights))
+    checkpoint = dict(format=checkpoints.FORMAT, settings=dict(model='gpt', dataset='smollm2'), meta=meta, step=0,
+                      model_config=asdict(model_config), weights=weights)
+    runs.save_weights(out, checkpoint)
     print(f'{out}/ckpt_last.pt: SmolLM2-{size}, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M weights')
 
 

@@ -7,12 +7,14 @@ import json
 import random
 import sys
 import unicodedata
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from config import UserError
-from engine.checkpoints import load_model
+from engine.checkpoints import load_model, read, save
+from gpt import Config
 from prepare import smollm2
 
 SPECIAL = ['<|endoftext|>', *(f'<special {i}>' for i in range(16))]
@@ -151,6 +153,19 @@ def test_missing_safetensors_is_said(tmp_path, monkeypatch):
 def test_unknown_size():
     with pytest.raises(UserError, match='135M or 360M'):
         smollm2.main(size='1B')
+
+
+def test_the_weights_replace_no_other_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, 'download', lambda url, name: tmp_path / name)
+    monkeypatch.setattr(smollm2, 'encoding', lambda: SimpleNamespace(n_vocab=256))
+    monkeypatch.setattr(smollm2, 'read_config', lambda path: Config(vocab_size=256))
+    monkeypatch.setattr(smollm2, 'read_weights', lambda path, c: {})
+    for size in ('135M', '360M'):  # one takes the place of the other
+        smollm2.main(size=size, out=str(tmp_path))
+    save(tmp_path / 'ckpt_last.pt', read(tmp_path / 'ckpt_last.pt') | dict(settings=dict(model='gpt', dataset='text')))
+    with pytest.raises(UserError, match='holds another run: choose another --out='):
+        smollm2.main(out=str(tmp_path))
+    assert read(tmp_path / 'ckpt_last.pt')['settings']['dataset'] == 'text'
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
