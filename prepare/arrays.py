@@ -27,18 +27,6 @@ from config import UserError
 from engine import processes
 
 
-def visible(folder):
-    """The files of a user's folder and its subfolders, sorted; not the hidden copies of editors and systems."""
-    return sorted(path for path in folder.rglob('*') if path.is_file()
-                  and not any(part.startswith(('.', '__MACOSX')) for part in path.relative_to(folder).parts))
-
-
-def tell(faults, most=20):
-    """Prints the first of a list of faults of a user's files, and the number of the others."""
-    more = [f'and {len(faults) - most} more'] * (len(faults) > most)
-    print(''.join(f'left out: {fault}\n' for fault in [*faults[:most], *more]), end='')
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing: `begin`, then `write` for each split, then `save_meta`. meta.json exists only while the data set is complete.
 
@@ -267,16 +255,12 @@ class Data:
         def path(name):
             return Path(folder, split, meta.get('files', {}).get(name, name).format(split=split) + '.npy')
         axes = {name: 1 + (name in meta.get('views', {})) for name in names}  # before those of tokens or pixels
-        self.arrays = {name: self.read(path(name), self.vocabulary(name), meta['kind'] == 'rows' and axes[name])
-                       for name in names}
+        self.arrays = {name: self.read(path(name), self.vocabulary(name), axes[name]) for name in names}
         self.index = {name: self.read(path(index), len(self.arrays[name]), math.inf)
                       for name, index in meta.get('index', {}).items() if name in names}
         for name, array in self.arrays.items():
             if fault := self.misfit(name, array.shape, axes[name], split):
                 raise UserError(f'{path(name)}: {array.shape} is not the shape of {fault}')
-        image_token, n_images = (meta.get('config', {}).get(*pair) for pair in (('image_token', -1), ('n_images', 1)))
-        if 'image' in names and image_token >= 0 and ((self.arrays['tokens'] == image_token).sum(1) != n_images).any():
-            raise UserError(f'{path("tokens")}: each row must have {n_images} tokens {image_token}, for its images')
         sizes = {name: len(self.index.get(name, array)) for name, array in self.arrays.items()}
         if len(set(sizes.values())) > 1:
             raise UserError(f'{Path(folder, split)}: the fields differ in length ({sizes}); delete {folder} to make it '
@@ -288,6 +272,8 @@ class Data:
             self.n = self.length // block_size - 1 if split == 'train' else -(-(self.length - 1) // block_size)
         elif self.n < 1:
             raise UserError(f'{Path(folder, split)}: holds no samples; delete {folder} to make it again')
+        else:
+            self.check_rows(path)
         if self.n < 1:
             raise UserError(f'{Path(folder, split)}: {self.length} tokens are too few for a context of {block_size}: '
                             'training takes twice as many; lower block_size, or give more text')
@@ -350,6 +336,26 @@ class Data:
             right = len(sample) == 1 and least <= sample[0] <= most
             return '' if right else f'rows of {least} to {most} (block_size + 1) tokens'
         return ''
+
+    def check_rows(self, path):
+        """Raises UserError unless each row has its class, its image tokens, and a target of the loss."""
+        config, tokens, empty = self.meta['config'], self.arrays.get('tokens'), np.ones(self.n, bool)
+        n_classes, n_images, image_token = (config.get(*pair) for pair in (
+            ('n_classes', 0), ('n_images', 1), ('image_token', -1)))
+        if tokens is not None and n_classes and not ((tokens[..., 0] >= 0) & (tokens[..., 0] < n_classes)).all():
+            raise UserError(f'{path("tokens")}: each row must begin with its class, from 0 to {n_classes - 1}')
+        if 'image' in self.arrays and image_token >= 0 and ((tokens == image_token).sum(1) != n_images).any():
+            raise UserError(f'{path("tokens")}: each row must have {n_images} tokens {image_token}, for its images')
+        modalities = [entry.split(':')[0] for entry in config.get('modalities', '').split()]
+        sources = ('loss_mask', 'patch_labels', *modalities)  # of targets; without any, tokens
+        names = [name for name in sources if name in self.arrays] or ['tokens'] * (tokens is not None)
+        for name in names:
+            valid = (self.arrays[name] > 0) & (tokens >= 0) if name == 'loss_mask' else self.arrays[name] >= 0
+            valid = valid[..., 1:] if name in ('loss_mask', 'tokens') else valid  # the first may be a class, or given
+            empty &= ~valid.reshape(len(valid), -1).any(1)[self.index.get(name, slice(None))]
+        if names and empty.any():
+            raise UserError(f'{path(names[0])}: {empty.sum():,} of {self.n:,} rows have no target, row {empty.argmax()} '
+                            f'first: only padding (-1){", or a loss mask of 0" * (names[0] == "loss_mask")}')
 
     def rows(self, ids, shift=0, view=0):
         """{field: (B, ...)} of the samples with these ids: int64, or float32 for reals; -1 after the end of a

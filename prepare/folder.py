@@ -29,6 +29,7 @@ from tqdm import tqdm
 import config
 from config import UserError
 from prepare import arrays
+from prepare.files import tell, visible
 from prepare.image_tokenizers import ImageTokenizer
 from prepare.pictures import (
     MAKE,
@@ -86,7 +87,7 @@ def squares(image, size, views, random):
 def read_folder(source, size, views, random):
     """Images (n, views, size, size, 3) and their n captions, sorted by name. Prints a line for each file that is left
     out."""
-    files, pictures, captions = arrays.visible(source), [], []
+    files, pictures, captions = visible(source), [], []
     paths = [path for path in files if path.suffix.lower() in ENDINGS]
     stems, texts = ({path.with_suffix(''): path for path in reversed(some)}  # the first one of each name
                     for some in (paths, [path for path in files if path.suffix.lower() == '.txt']))
@@ -105,7 +106,7 @@ def read_folder(source, size, views, random):
             continue
         pictures.append(squares(image, size, views, random))
         captions.append(caption)
-    arrays.tell(faults)
+    tell(faults)
     if len(pictures) < 2:
         raise UserError(f'{source}: {len(pictures)} images with captions, at least 2 are needed: NAME{ENDINGS[0]} and '
                         'NAME.txt')

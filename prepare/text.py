@@ -26,7 +26,7 @@ import config
 from config import UserError
 from engine.checkpoints import digest
 from prepare import arrays
-from prepare.arrays import visible
+from prepare.files import tell, visible
 from prepare.text_tokenizers import Characters, gpt2_encoding, load_encoding, save_encoding, train_bpe
 
 MAKES = 'data/text'
@@ -170,7 +170,7 @@ def without_copies(files):
     for path in files:
         if (other := first.setdefault(digest(path), path)) != path:
             faults.append(f'{path}: the same text as {other}')
-    arrays.tell(faults)
+    tell(faults)
     return list(first.values())
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import config
 from config import UserError
 from prepare import arrays
+from prepare.files import tell
 from prepare.pictures import read_picture
 from prepare.text_tokenizers import load_words
 
@@ -239,7 +240,7 @@ def write_images(folder, images, names, size):
     try:
         arrays.write_rows(folder, 'images', pixels())
     finally:
-        arrays.tell(faults)
+        tell(faults)
     return numbers
 
 

@@ -72,12 +72,12 @@ def test_reals_and_other_names_on_disk(tmp_path):
 
 
 def test_rows_that_several_samples_share(tmp_path):
-    meta = save_data(tmp_path, 'rows', np.arange(6)[:, None], np.arange(2)[:, None], fields=dict(tokens=1000, image=256),
+    meta = save_data(tmp_path, 'rows', np.arange(6)[:, None] + [0, 1], np.arange(2)[:, None] + [0, 1], fields=dict(tokens=1000, image=256),
                      index=dict(image='raw_image'))
     np.save(tmp_path / 'train/image.npy', np.array([[10], [20]], np.uint8))
     np.save(tmp_path / 'train/raw_image.npy', np.array([0, 0, 0, 1, 1, 1]))
     batch = arrays.Data(tmp_path, 'train', meta, ['image', 'tokens']).take(0, 6)
-    assert torch.equal(batch['image'], 10 + 10 * (batch['tokens'] > 2))
+    assert torch.equal(batch['image'], 10 + 10 * (batch['tokens'][:, :1] > 2))
     np.save(tmp_path / 'train/raw_image.npy', np.array([0, 0, 0, 1, 1, 2]))
     with pytest.raises(UserError, match='raw_image.npy: token ids run from 0 to 2, outside the vocabulary of 2'):
         arrays.Data(tmp_path, 'train', meta, ['image', 'tokens'])
@@ -178,7 +178,7 @@ def test_types_of_own_data(tmp_path, field, value, match):
 
 def test_what_may_be(tmp_path):
     """Padding, shorter rows, grey images with and without an axis of channels, integers as real values, unsigned ids."""
-    for field, value, config in (('tokens', np.full((9, 5), -1), dict(block_size=16)), ('label', np.zeros(9, np.uint8), {}),
+    for field, value, config in (('tokens', np.array([[3, 4, -1, -1, -1]] * 9), dict(block_size=16)), ('label', np.zeros(9, np.uint8), {}),
                                  ('image', np.zeros((9, 8, 8, 1), bool), dict(image_size=8, channels=1)),
                                  ('image', np.zeros((9, 8, 8), '>u2'), dict(image_size=8, channels=1)),
                                  ('tokens', np.zeros((9, 30), int), dict(grid='5x5')), ('point', np.zeros((9, 2), int), {})):
@@ -194,6 +194,36 @@ def test_what_may_be(tmp_path):
     with pytest.raises(UserError, match='train: holds no samples'):
         meta = save_data(tmp_path / 'rows', 'rows', np.zeros((0, 9), int), np.zeros((0, 9), int))
         arrays.Data(tmp_path / 'rows', 'train', meta, ['tokens'], 16)
+
+
+def test_every_row_has_a_target(tmp_path):
+    """Padding alone, or a loss mask of zeros: the loss of such a row would be 0 without a word, of such a batch not a number."""
+    def opened(fields, config, **made):
+        meta = save_data(tmp_path, 'rows', np.zeros((3, 4), int), np.zeros((3, 4), int), fields=fields, config=config)
+        arrays.write(tmp_path / 'train', {name: np.array(array) for name, array in made.items()})
+        return arrays.Data(tmp_path, 'train', meta, [*fields])
+    text, talk, chain = (dict(tokens=9), dict(vocab_size=9)), (dict(tokens=9, loss_mask=2), {}), (
+        dict(a=8, b=9), dict(modalities='a:8:2x2 b:9:2'))
+    digits = dict(tokens=9), dict(vocab_size=9, grid='1x3', n_classes=2)
+    full, none = [[1, 2, 3, 4]] * 3, [[1, -1, -1, -1]] * 2 + [[-1] * 4]
+    assert opened(*text, tokens=full).n == opened(*talk, tokens=full, loss_mask=[[0, 0, 1, 0]] * 3).n == 3
+    assert opened(*chain, a=full, b=[[-1, -1]] * 3).n == opened(*chain, a=[[-1] * 4] * 3, b=[[1, -1]] * 3).n == 3
+    for match, case, made in (
+            ('tokens.npy: 3 of 3 rows have no target, row 0 first: only padding .-1.$', text, dict(tokens=none)),
+            ('tokens.npy: 1 of 3 rows have no target, row 2 first', text, dict(tokens=full[:2] + none[2:])),
+            ('tokens.npy: 3 of 3 rows have no target', digits, dict(tokens=[[1, -1, -1, -1]] * 3)),
+            ('a.npy: 1 of 3 rows have no target, row 1 first', chain, dict(a=[[1] * 4, [-1] * 4, [1] * 4], b=[[-1, -1]] * 3)),
+            ('loss_mask.npy: 3 of 3 rows have no target, .* or a loss mask of 0', talk, dict(tokens=full, loss_mask=[[0] * 4] * 3)),
+            ('loss_mask.npy: 3 of 3 rows', talk, dict(tokens=full, loss_mask=[[1, 0, 0, 0]] * 3)),  # nothing predicts the first
+            ('loss_mask.npy: 3 of 3 rows', talk, dict(tokens=[[1, 2, 3, -1]] * 3, loss_mask=[[0, 0, 0, 1]] * 3)),
+            ('tokens.npy: each row must begin with its class, from 0 to 1', digits, dict(tokens=[[1, 2, 3, 4], [2, 2, 3, 4]] * 3)),
+            ('tokens.npy: each row must begin with its class', digits, dict(tokens=[[1, 2, 3, 4], [-1, 2, 3, 4]] * 3))):
+        with pytest.raises(UserError, match=f'train/{match}') as error:
+            opened(*case, **made)
+        assert '\n' not in str(error.value)
+    with pytest.raises(UserError, match='token ids run from -1 to 0, outside the vocabulary of 1000'):  # a stream has no padding
+        arrays.Data(tmp_path, 'train', save_data(tmp_path, 'stream', np.zeros(99, int) - np.eye(1, 99, 5, int)[0], np.zeros(99, int)),
+                    ['tokens'], 8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

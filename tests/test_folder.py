@@ -13,6 +13,7 @@ import train
 from config import UserError
 from lab import score
 from prepare import arrays, folder, pictures
+from prepare.files import tell
 from prepare.folder import shorten, squares
 from prepare.pictures import COLORS, MAKE, color_tokens, edges, grey, low, palette, token_colors
 from prepare.text_tokenizers import train_bpe
@@ -120,7 +121,7 @@ def test_hidden_copies_and_pictures_of_one_name(tmp_path, capsys):
 
 
 def test_many_faults_are_counted(capsys):
-    arrays.tell(list(range(150)))
+    tell(list(range(150)))
     assert capsys.readouterr().out.splitlines()[-2:] == ['left out: 19', 'left out: and 130 more']
 
 
