@@ -42,8 +42,8 @@ RANGES = dict(  # smallest and largest value, in every program
     max_iters=(1, 10 ** 12), eval_interval=(1, 10 ** 12), log_interval=(1, 10 ** 12),
     n=(1, 10 ** 5), n_score=(1, 10 ** 6), max_new_tokens=(0, 10 ** 9))
 PATHS = {  # settings that are files or folders: ~ is the home folder, which shells do not expand in --out_dir=~/runs
-    'out_dir', 'out', 'init_from', 'input', 'images', 'image', 'source', 'prompts', 'draft', 'against', 'compare',
-    'text_only_run', 'save', 'trace', 'plot', 'decoder'}
+    'out_dir', 'out', 'init_from', 'dataset', 'checkpoint', 'input', 'images', 'image', 'source', 'prompts', 'draft',
+    'against', 'compare', 'text_only_run', 'save', 'trace', 'plot', 'decoder'}
 
 
 def read(arguments, overrides=None):
@@ -82,10 +82,19 @@ def execute(path):
             if not name.startswith('_') and not isinstance(value, ModuleType)}
 
 
+def nameless(path):
+    """Whether a file or folder, or one of several with commas between, lacks a name that can be read: it consists of
+    spaces, or has control characters such as a newline."""
+    return any(part.isspace() for part in path.replace(',', '/').split('/')) or any(
+        ord(character) < 32 or ord(character) == 127 for character in path)
+
+
 def convert(name, value, where, default):
     """Converts a value to the type of the setting's default: 1e4 for an int, 1 for a float, strings from the command
     line."""
     kind = type(default)
+    if name in PATHS and isinstance(value, (str, Path)) and (nameless(str(value)) or default and not str(value)):
+        raise UserError(f'{where}: {name}={str(value)!r} is no name of a file or folder')
     try:
         if kind is str:
             if isinstance(value, (str, Path)):

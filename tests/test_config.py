@@ -20,6 +20,7 @@ import train
 from config import UserError
 from lab import options
 from lab import speed
+from prepare import toy2d
 from tests import homework
 
 ROOT = Path(__file__).parent.parent
@@ -190,6 +191,25 @@ def test_the_home_folder(monkeypatch):
     assert settings_of('--out_dir=~/runs')['out_dir'] == '/home/me/runs' and settings_of('--out_dir=a~')['out_dir'] == 'a~'
     assert config.convert('compare', '~/a,~/b', 'call', '') == '/home/me/a,/home/me/b'
     assert config.convert('prompt', '~/a', 'call', '') == '~/a'
+
+
+@pytest.mark.parametrize('value', [' ', '\t', 'out/ ', 'a, ,b', 'a\nb', 'a\0', '\x7f'])
+def test_names_that_cannot_be_read(value):
+    """Each was a folder of that name, some a line in two parts, one a traceback."""
+    for name, default in (('out_dir', ''), ('out', 'data/toy2d'), ('image', ''), ('dataset', 'shakespeare')):
+        with pytest.raises(UserError, match=f'^call: {name}=.* is no name of a file or folder$') as error:
+            config.convert(name, value, 'call', default)
+        assert '\n' not in str(error.value)
+    assert config.convert('prompt', value, 'call', '') == value
+
+
+def test_an_empty_name(tmp_path, monkeypatch):
+    """The prepare scripts wrote beside train.py."""
+    monkeypatch.chdir(tmp_path)
+    for program, name in ((toy2d, 'out'), (sample, 'out_dir'), (sample, 'checkpoint')):
+        with pytest.raises(UserError, match=f"command line: {name}='' is no name of a file or folder"):
+            program.main(f'--{name}=')
+    assert settings_of('--out_dir=')['out_dir'] == '' and settings_of('--out_dir=a b')['out_dir'] == 'a b'
 
 
 @pytest.mark.parametrize('value', ['inf', '-inf', 'nan', '1e999'])
