@@ -246,8 +246,8 @@ class MLPNet(nn.Module):
     """Prediction for vectors z (B, d), t (B,) and label (B,): (B, d)."""
     def __init__(self, config):
         super().__init__()
-        D = config.n_embd
-        self.condition = ConditionEmbedder(config)
+        assert not config.logits, 'logits=True is for images, and these data are points: leave it out'
+        self.condition, D = ConditionEmbedder(config), config.n_embd
         self.embedding = nn.Linear(config.channels, D)
         self.layers = nn.Sequential(*(nn.Sequential(nn.SiLU(), nn.Linear(D, D)) for _ in range(config.n_layer)))
         self.head = nn.Linear(D, config.channels)

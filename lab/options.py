@@ -97,6 +97,8 @@ def ends(text):
     """'0.9..0.3' -> (0.9, 0.3), the values at the first and the last step; '0.7' -> (0.7, 0.7). Raises UserError."""
     first, dots, last = text.partition('..')
     try:
+        if last.startswith('.'):  # 1...3
+            raise ValueError
         return float(first), float(last if dots else first)
     except ValueError:
         raise UserError(f'{text!r}: write a number, or the first and the last, as in 0.9..0.3')
@@ -123,7 +125,10 @@ def labels(text, n_classes):
     known = {str(c): c for c in range(n_classes)}
     if unknown := [c for c in text.split(',') if c and c not in known]:
         raise UserError(f'labels: there is no class {unknown[0]!r} (classes are 0 to {n_classes - 1})')
-    return [known[c] for c in text.split(',') if c] or list(range(n_classes))
+    found = [known[c] for c in text.split(',') if c]
+    if len(found) > len({*found}):
+        raise UserError(f'labels={text!r}: name each class once; n is the number of images of each')
+    return found or list(range(n_classes))
 
 
 def counts(text):

@@ -205,6 +205,7 @@ def test_faults_of_generation(changes, arguments, message):
     (dict(patch_size=3), 'image_size=8 must be a multiple of patch_size=3'),
     (dict(timestep_sampling='normal'), "timestep_sampling='normal' must be uniform or logit_normal"),
     (dict(prediction='noise'), "prediction='noise' must be velocity or x"), (dict(label_dropout=1.0), 'below 1'),
+    (dict(image_size=0, logits=True), 'logits=True is for images, and these data are points: leave it out'),
     (dict(timestep_shift=0.0), 'timestep_shift must be > 0'), (dict(ot_rounds=-1), 'ot_rounds at least 0')])
 def test_faults_of_the_config(changes, message):
     with pytest.raises(AssertionError, match=message):

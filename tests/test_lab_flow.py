@@ -132,6 +132,7 @@ def test_a_run_on_logits(work):
 
 @pytest.mark.parametrize('arguments, message', [
     (['--steps=-1'], 'steps=-1 must be > 0'), (['--labels=3,12'], "there is no class '12'"),
+    (['--labels=3,5,3'], "labels='3,5,3': name each class once; n is the number of images of each"),
     (['--guidance_interval=1'], 'write two times from 0 to 1'),
     (['--guidance_interval=0,1,2'], 'write two times from 0 to 1'),
     (['--guidance_interval=0.8,0.1'], 'guidance_interval=.0.8, 0.1. rising in 0..1'),
