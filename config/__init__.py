@@ -286,8 +286,8 @@ def run(main, stopped='stopped', **overrides):
             raise fault
         return result
     except Exception as error:
-        if os.environ.get('RANK', '0') != '0':  # process 0 has the same fault: its line, then its end ends this one
-            time.sleep(5)
+        if os.environ.get('RANK', '0') != '0':  # process 0 has the same fault: its line, then its end ends this one,
+            time.sleep(60)  # within half a minute on a busy machine
         if not isinstance(error, (UserError, OSError)):
             raise
         closed = getattr(error, 'errno', 0) in CLOSED

@@ -181,7 +181,7 @@ def test_one_line_for_all_processes(monkeypatch, capsys):
             raise error
         with pytest.raises(raised):
             config.run(main)
-    assert waited == [5, 5]
+    assert waited == [60, 60]
 
 
 def test_the_home_folder(monkeypatch):

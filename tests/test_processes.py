@@ -14,7 +14,7 @@ import torch
 
 import train
 from config import UserError
-from engine import devices, processes
+from engine import devices, processes, runs
 from tests import faults
 from tests.tiny import TINY, lines, losses, read, weights
 
@@ -47,6 +47,18 @@ def test_torchrun_goes_on_after_a_process_was_killed(toy):
     assert [step for step, _ in one] == [step for step, _ in two]
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], rel=1e-3)
     assert lines('out/one')[-1]['tokens'] == lines('out/two')[-1]['tokens']
+
+
+def test_torchrun_prints_one_line_for_a_fault(toy):
+    """The folder is in use: process 0 says so and ends; process 1, which waits for it, loses its connection."""
+    settings = toy('gpt')
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    command = [train.__file__, '--out_dir=out/held', *(f'--{name}={value}' for name, value in settings.items())]
+    with runs.lock(Path('out/held')):
+        done = subprocess.run(torchrun + command, capture_output=True, text=True, timeout=300, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    own = done.stderr.partition('torch/distributed/elastic')[0].rpartition('\n')[0]  # what follows is torchrun's
+    assert done.returncode == 1 and len(own.splitlines()) == 1, done.stderr
+    assert own.startswith('error: out/held: another process is training there; wait for it, or choose another --out_dir=')
 
 
 def together(world, chapter, out_dir, **changes):
