@@ -120,7 +120,7 @@ SOLVERS = dict(euler=(euler, 1), midpoint=(midpoint, 2), heun=(heun, 2))  # step
 
 
 def solve(velocity_fn, z, times, method='euler'):
-    """z (B, ...) at times (S + 1,) -> trajectory (S + 1, B, ...) and nfe, the number of function evaluations."""
+    """z (B, ...) at times[0] -> trajectory (S + 1, B, ...) at times (S + 1,), and nfe, the function evaluations."""
     (step, evaluations), trajectory = SOLVERS[method], [z]
     for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
         trajectory.append(step(velocity_fn, trajectory[-1], t, t_next - t))
@@ -181,7 +181,7 @@ def log_likelihood(velocity_fn, x, probes=None, tolerance=1e-4, max_nfe=1000):
 def dequantize(image, generator, logits=False):
     """Integers (B, H, W) or (B, H, W, C) -> x = (integer + U(0, 1)) / 128 - 1, (B, C, H, W) in [-1, 1] (1511.01844), or
     logit((x + 1) / 2) / SCALE (1605.08803, section 4.1): widens grey level 0 from 0.008, too thin to learn, to 1.4."""
-    x = torch.rand(image.shape, generator=generator).add_(image).div_(128).sub_(1)  # in place: half the time
+    x = torch.rand(image.shape, generator=generator).add_(image).div_(128).sub_(1)  # in place
     x = torch.logit(0.5 + (0.5 - MARGIN) * x) / SCALE if logits else x
     return x[:, None] if x.ndim == 3 else x.movedim(-1, 1)
 
