@@ -12,7 +12,7 @@ and position ids (B, K), and returns a context (B, K, D). The decoder has M quer
 position of a target, that attend to the context: (B, M, D). One head per modality maps them to distributions over ids.
 
     python train.py config/nano4m.py
-    python sample.py --out_dir=out/nano4m --chain="rgb>depth:8,normal:8,scene_desc"
+    python sample.py --out_dir=out/nano4m --chain="rgb>depth:8,normal:8,scene_desc"    (8 steps each; texts need none)
 
 Papers: 4M (Mizrahi et al., 2312.06647), 4M-21 (Bachmann et al., 2406.09406). What differs (4M first):
 - decoder: targets of a modality also attend to each other, in texts causally, with teacher forcing; here none do;
@@ -54,7 +54,7 @@ class Config:
 
 class Modality:
     """An entry of Config.modalities, name:levels:grid. Levels: how many values each digit of an id has, the most
-    significant first (FSQ; a text: one). Grid: rows x columns, or a text's length; id vocab_size - 1 ends a text."""
+    significant first (FSQ; else 1 digit). Grid: rows x columns, or a text's length; id vocab_size - 1 ends a text."""
     def __init__(self, entry, start):
         try:
             self.name, levels, grid = entry.split(':')
@@ -96,7 +96,7 @@ def budget_sort_keys(available, token_slices, log_proportions, prefix_order, gen
     """Sort keys (B, N) whose K smallest split a budget of K by proportions p, for every K (Sainte-Lague): token number
     r = 0, 1, ... of a modality has (r + 1/2) / p, here its logarithm. r numbers tokens at random, or from left to right
     if prefix_order (B, n). Unavailable tokens have infinity: unused budget is redistributed to the other modalities.
-    Example: p = 0.75, 0.25 -> keys 0.67, 2, 3.3, 4.7 ... and 2, 6 ...: a budget of 4 is split 3 + 1."""
+    Example: p = 0.75, 0.25 -> keys ln of 0.67, 2, 3.3, 4.7 ... and 2, 6 ...: a budget of 4 is split 3 + 1."""
     position, start = torch.arange(available.size(1)), torch.tensor([s.start for s in token_slices])
     m = torch.bucketize(position, start, right=True) - 1  # (N,): modality of each position
     noise = torch.rand(available.shape, generator=generator)
@@ -239,7 +239,7 @@ class FourM(nn.Module):
         from step_generator, the rest from generator. On the CPU, R needs no host-device sync."""
         ids = torch.cat([batch[m.name].flatten(1) for m in self.modalities], 1)  # (B, N)
         K, M = (s[torch.randint(len(s), (1,), generator=step_generator)] for s in (self.input_sizes, self.target_sizes))
-        K_min = 1 + max((size for size in self.input_sizes if size < K), default=0)  # for fewer inputs K is smaller
+        K_min = 1 + max((size for size in self.input_sizes if size < K), default=0)  # fewer fit the next smaller K
         inputs, targets = draw_masks(ids >= 0, self.token_slices, self.is_text, K_min, K, M, self.config, generator)
         ids = F.pad(ids, (0, 1))  # (B, N + 1): the null token has id 0
         prepared = dict(input_ids=ids.gather(1, inputs), input_position_ids=inputs, target_position_ids=targets)
