@@ -16,7 +16,7 @@ position of a target, that attend to the context: (B, M, D). One head per modali
 
 Papers: 4M (Mizrahi et al., 2312.06647), 4M-21 (Bachmann et al., 2406.09406). What differs (4M first):
 - decoder: targets of a modality also attend to each other, in texts causally, with teacher forcing; here none do;
-- text: random spans are masked, as in T5; here mostly all tokens after a prefix, otherwise random single tokens;
+- text: random spans are masked, as in T5; here in most cases all tokens after a prefix, else random single tokens;
 - loss: a modality's mean is over its targets in the batch; here over those of a sample first;
 - input: Dirichlet proportions; here mostly (`full_modality_prob`) complete modalities, then a part of one;
 - unused slots: masked in attention; here a learned null token (unlike registers, which are always added);
@@ -107,7 +107,7 @@ def budget_sort_keys(available, token_slices, log_proportions, prefix_order, gen
 
 
 def take_budget(sort_keys, n_slots, budget):
-    """The `budget`, int or (B, 1), smallest of sort_keys (B, N): position ids (B, n_slots), ascending, N if empty.
+    """Position ids (B, n_slots), ascending, of the `budget` (int or (B, 1)) smallest sort_keys (B, N); N: an empty slot.
     Example: keys 0.7, inf, 0.2, 0.9 with 3 slots and a budget of 2 -> 0, 2, 4."""
     N = sort_keys.size(1)
     keys, position_ids = sort_keys.topk(min(n_slots, N), largest=False)
@@ -116,7 +116,7 @@ def take_budget(sort_keys, n_slots, budget):
 
 
 def complete_first(count, weights, K_min, K, generator):
-    """Inputs as in generation, one complete modality after another until the budget ends in one: count (B, n) tokens
+    """Inputs as in generation: complete modalities in turn, the last one cut where the budget ends: count (B, n) tokens
     of each, weights (n,) -> log proportions (B, n), budget (B, 1). The order is random by weights; modalities larger
     than K come last. The budget is uniform in K_min..K, but holds the first modality if K does.
     Example: K_min = 65, K = 96, order rgb (64), caption (20), depth (64): rgb, 1-20 of caption, 0-12 of depth."""
@@ -159,7 +159,7 @@ def target_weights(is_target):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model. For each micro-batch train.py calls `prepare_batch` on the CPU (K and M are constant within a step) and
-# `forward`, compiled, on the device (nothing is random but dropout), then loss.backward(); per step Muon and AdamW.
+# `forward`, blocks compiled, on the device (only dropout is random), then loss.backward(); per step Muon and AdamW.
 # Shapes, B = 16, K = 64, M = 256, D = 128: ids (16, 64) -> encoder (16, 64, 128), the context; queries (16, 256, 128)
 # -> decoder (16, 256, 128) -> each modality's R targets (R, 128) -> its head: -ln p (R,) -> times weights (R,), summed.
 
@@ -203,7 +203,7 @@ class FourM(nn.Module):
                 row += level
         for name, x in dict(digit_table=digit_table, modality_of=modality_of, rope=rope).items():
             self.register_buffer(name, x, persistent=False)
-        # a learned vector per position id (N: the null token), of tokens, of queries; starts as modality + sinusoids
+        # two learned vectors per position id (N: the null token), for tokens and queries; at first modality + sinusoids
         sinusoids = torch.cat(rope_cos_sin(positions, D, rope_base=100), -1)  # (N + 1, D)
         self.pos_embedding, self.query_embedding = (nn.Embedding.from_pretrained(
             sinusoids + torch.randn(n + 1, D)[modality_of], freeze=False) for _ in range(2))
@@ -244,7 +244,7 @@ class FourM(nn.Module):
         ids = F.pad(ids, (0, 1))  # (B, N + 1): the null token has id 0
         prepared = dict(input_ids=ids.gather(1, inputs), input_position_ids=inputs, target_position_ids=targets)
         is_target = torch.stack([(targets >= s.start) & (targets < s.stop) for s in self.token_slices])  # (n, B, M)
-        target_ids, multiple = ids.gather(1, targets).flatten(), max(1, targets.numel() // 16)  # few shapes to compile
+        target_ids, multiple = ids.gather(1, targets).flatten(), max(1, targets.numel() // 16)  # few shapes, for graphs
         for m, mask, weight in zip(self.modalities, is_target.flatten(1), target_weights(is_target)):
             token_idx = mask.nonzero()[:, 0]  # (R,)
             n_pad = -len(token_idx) % multiple if len(token_idx) else multiple
