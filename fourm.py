@@ -107,7 +107,7 @@ def budget_sort_keys(available, token_slices, log_proportions, prefix_order, gen
 
 
 def take_budget(sort_keys, n_slots, budget):
-    """Position ids (B, n_slots), ascending, of the `budget` (int or (B, 1)) smallest sort_keys (B, N); N: an empty slot.
+    """Position ids (B, n_slots), ascending, of the `budget` (int or (B, 1)) smallest sort_keys (B, N); N: none.
     Example: keys 0.7, inf, 0.2, 0.9 with 3 slots and a budget of 2 -> 0, 2, 4."""
     N = sort_keys.size(1)
     keys, position_ids = sort_keys.topk(min(n_slots, N), largest=False)
