@@ -20,7 +20,7 @@ Papers: 4M (Mizrahi et al., 2312.06647), 4M-21 (Bachmann et al., 2406.09406). Wh
 - loss: a modality's mean is over its targets in the batch; here over those of a sample first;
 - input: Dirichlet proportions; here mostly (`full_modality_prob`) complete modalities, then a part of one;
 - unused slots: masked in attention; here a learned null token (unlike registers, which are always added);
-- guidance by several conditions: each alone, minus none; here all, minus all but that one (`sample_tokens`);
+- guidance by several conditions: each alone minus no condition; here all minus all but that one (`sample_tokens`);
 - here only: FSQ codes (2309.15505), digit by digit; RoPE beside position embeddings; chapter 1's attention.
 """
 import math
@@ -234,12 +234,12 @@ class FourM(nn.Module):
 
     @torch.no_grad()
     def prepare_batch(self, batch, generator, step_generator):
-        """Sample input_ids, input_position_ids (B, K), target_position_ids (B, M), and for each modality NAME's R
-        targets token_idx_NAME (among the B * M), ids_NAME, weight_NAME, (R,) each, padded with weight 0. K and M come
-        from step_generator, the rest from generator. On the CPU, R needs no host-device sync."""
+        """Sample input_ids, input_position_ids (B, K), target_position_ids (B, M), and for the R targets of each
+        modality NAME: token_idx_NAME (among the B * M), ids_NAME, weight_NAME, (R,) each, padded with weight 0. K and M
+        come from step_generator, the rest from generator. On the CPU, R needs no host-device sync."""
         ids = torch.cat([batch[m.name].flatten(1) for m in self.modalities], 1)  # (B, N)
         K, M = (s[torch.randint(len(s), (1,), generator=step_generator)] for s in (self.input_sizes, self.target_sizes))
-        K_min = 1 + max((size for size in self.input_sizes if size < K), default=0)  # fewer fit the next smaller K
+        K_min = 1 + max((size for size in self.input_sizes if size < K), default=0)  # fewer would fit a smaller K
         inputs, targets = draw_masks(ids >= 0, self.token_slices, self.is_text, K_min, K, M, self.config, generator)
         ids = F.pad(ids, (0, 1))  # (B, N + 1): the null token has id 0
         prepared = dict(input_ids=ids.gather(1, inputs), input_position_ids=inputs, target_position_ids=targets)
