@@ -153,12 +153,14 @@ def compile_passes(model, dtype='auto'):
 def read_lines(path):
     """The lines of a file of prompts or questions. Raises UserError."""
     try:
-        lines = Path(path).read_text(encoding='utf-8').splitlines()
-    except UnicodeDecodeError as error:
+        text = Path(path).read_text(encoding='utf-8-sig')  # without a byte order mark
+        if '\0' in text:
+            raise ValueError('it holds zero bytes, as UTF-16 does')
+    except ValueError as error:
         raise UserError(f'{path}: not UTF-8 text ({error}); write one prompt a line')
-    if not lines:
+    if not text:
         raise UserError(f'{path}: no prompts; write one a line')
-    return lines
+    return text.removesuffix('\n').split('\n')  # not splitlines(), which also cuts at form feeds and U+2028
 
 
 def left_pad(rows):

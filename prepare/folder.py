@@ -66,8 +66,9 @@ ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.
 def read_caption(path):
     """A caption as one line. Raises UserError."""
     try:
-        words = path.read_text(encoding='utf-8-sig').split()
-        assert words, 'empty'
+        text = path.read_text(encoding='utf-8-sig')
+        assert '\0' not in text, 'it holds zero bytes, as UTF-16 does'
+        assert (words := text.split()), 'empty'
     except (OSError, UnicodeDecodeError, AssertionError) as error:
         raise UserError(f'{path}: no caption in UTF-8 ({getattr(error, "strerror", "") or error})')
     return ' '.join(words)

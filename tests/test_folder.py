@@ -111,13 +111,15 @@ def test_hidden_copies_and_pictures_of_one_name(tmp_path, capsys):
         path.with_suffix('.txt').write_text(f'caption of {path.stem}')
     (tmp_path / 'q.txt').rename(tmp_path / 'q.TXT')
     (tmp_path / 'r.txt').write_text(' \n')
+    Image.new('RGB', (8, 8), 'green').save(tmp_path / 't.png')
+    (tmp_path / 't.txt').write_bytes('caption of t'.encode('utf-16-le'))
     (tmp_path / 'folder.png').mkdir()
     assert folder.read_folder(tmp_path, 8, 1, None)[1] == ['caption of p', 'caption of q']
     said = capsys.readouterr().out
     for line in ('p.png: p.jpg has the same name', 'p.webp: p.jpg has the same', 'r.txt: no caption in UTF-8 (empty)',
-                 f's.bmp: the same picture as {tmp_path}/q.png'):
+                 f's.bmp: the same picture as {tmp_path}/q.png', 't.txt: no caption in UTF-8 (it holds zero bytes'):
         assert line in said
-    assert said.count('left out') == 4
+    assert said.count('left out') == 5
 
 
 def test_many_faults_are_counted(capsys):
