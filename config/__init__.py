@@ -164,8 +164,9 @@ def resolve(assigned, known, sources={}):
         own |= {key: value for key, value in source['model_config'].items() if key in own}
     settings = apply(assigned, known | own)
     for key in settings:
-        if not isinstance(settings[key], str) and settings[key] < 0:
-            raise UserError(f'{key}={settings[key]}: must be at least 0')
+        least = int(key in ('n_head', 'n_embd', 'vision_head', 'vision_embd'))
+        if not isinstance(settings[key], str) and settings[key] < least:
+            raise UserError(f'{key}={settings[key]}: must be at least {least}')
         if key.endswith('_prob') and settings[key] > 1:
             raise UserError(f'{key}={settings[key]}: must be at most 1')
     for key in ('beta1', 'beta2', 'momentum', 'ema', 'dropout', 'label_dropout'):

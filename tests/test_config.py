@@ -87,6 +87,7 @@ def test_model_fields_are_settings():
     (['--seed=9223372036854775808'], 'seed=9223372036854775808: must be at most 9223372036854775807'),
     (['--max_iters=0'], 'at least 1'),
     (['--n_layer=-1'], 'n_layer=-1: must be at least 0'),
+    (['--n_head=0'], 'n_head=0: must be at least 1'), (['--n_embd=0'], 'n_embd=0: must be at least 1'),
     (['--model=gtp'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
     (['--model=os'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
     (['--model=train'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
@@ -130,6 +131,17 @@ def test_defaults_without_an_import():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Programs
+
+def test_elsewhere_a_fault_says_once_where_to_start(tmp_path, monkeypatch):
+    """Also in a notebook, where nothing but the exception is seen."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='gone.py: no such config file .start programs in the folder of the repository: cd'):
+        config.read(['gone.py'])
+    monkeypatch.setattr(sys, 'argv', ['program', 'gone.py'])
+    with pytest.raises(SystemExit) as end:
+        config.run(lambda *arguments: config.read(arguments))
+    assert end.value.code.count('start programs in the folder') == 1
+
 
 @pytest.mark.parametrize('error, code, line', [
     (UserError('what, where'), 'error: what, where', ''), (FileNotFoundError('x.npy'), 'error: x.npy', ''),
