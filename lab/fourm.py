@@ -275,8 +275,8 @@ def stream_columns(run, settings, chain, index, every_step=False):
     if settings.hide or settings.replace:
         whole = given_ids(run, replace(settings, hide='', replace=''), chain, index, generator, own)
         if all(torch.equal(ids[name], whole[name]) for name in ids):
-            raise UserError(f'hide={settings.hide!r}, replace={settings.replace!r}: nothing of what is given changes: '
-                            'name what these scenes have, or show others by --scene=')
+            print(f'hide={settings.hide!r}, replace={settings.replace!r}: nothing of what is given changes: name what '
+                  'these scenes have, or show others by --scene=')
     for found, raw in stream(run, ids, chain, generator, every_step):
         yield arrange(run, settings, chain, index, own, ids, found, raw)
 
