@@ -41,6 +41,9 @@ RANGES = dict(  # smallest and largest value, in every program
     seed=(0, 2 ** 63 - 1), threads=(0, 1024), batch_size=(1, 2 ** 24), micro_batch_size=(1, 2 ** 24),
     max_iters=(1, 10 ** 12), eval_interval=(1, 10 ** 12), log_interval=(1, 10 ** 12),
     n=(1, 10 ** 5), n_score=(1, 10 ** 6), max_new_tokens=(0, 10 ** 9))
+LISTS = dict(  # smallest and largest of several numbers with commas between, in a str
+    num_input_tokens=(1, 2 ** 14), num_target_tokens=(1, 2 ** 14), dirichlet_alphas=(1e-6, 1e6))
+DASHES = '-', '\u2013', '\u2014'  # a word processor makes a longer dash of two
 PATHS = {  # settings that are files or folders: ~ is the home folder, which shells do not expand in --out_dir=~/runs
     'out_dir', 'out', 'init_from', 'dataset', 'checkpoint', 'input', 'images', 'image', 'source', 'prompts', 'draft',
     'against', 'compare', 'text_only_run', 'save', 'trace', 'plot', 'decoder'}
@@ -51,16 +54,21 @@ def read(arguments, overrides=None):
     counts."""
     assigned = {}
     for argument in map(str, arguments):
-        if argument.startswith('-'):
-            name, equals, value = argument.lstrip('-').partition('=')
+        if argument.startswith(DASHES) or '=' in argument and not argument.endswith('.py'):
+            name, equals, value = argument.lstrip(''.join(DASHES)).partition('=')
             if not equals or not argument.startswith('--'):
-                raise UserError(f'{argument}: settings are written --name=value; --help lists them')
+                raise UserError(f'{argument}: settings are written --{name}={value or "value"}; --help lists them')
             if name == 'config':
                 raise UserError(f'{argument}: name the file alone: python train.py {value or "config/nano4m.py"}')
             assigned[name] = (value, 'command line')
         else:
             assigned |= {name: (value, argument) for name, value in execute(argument).items()}
     return assigned | {name: (value, 'call') for name, value in (overrides or {}).items()}
+
+
+def elsewhere():
+    """A hint for messages about missing files, '' if the working folder may well be that of the repository."""
+    return '' if Path('prepare').is_dir() else f' (start programs in the folder of the repository: cd {ROOT})'
 
 
 def files():
@@ -72,7 +80,7 @@ def execute(path):
     """The public names that a config file assigns."""
     if not Path(path).is_file():
         there = f'; there are {", ".join(files())}' if files() else ''
-        raise UserError(f'{path}: no such config file{there}')
+        raise UserError(f'{path}: no such config file{there}{elsewhere()}')
     names = {}
     try:
         exec(compile(Path(path).read_text(encoding='utf-8-sig'), path, 'exec'), names)  # -sig: with a BOM, too
@@ -102,6 +110,8 @@ def convert(name, value, where, default):
         elif kind is bool:
             if str(value) in ('True', 'False'):
                 return str(value) == 'True'
+        elif kind is int and str(value).strip().lstrip('+-').isdecimal():
+            return int(value)  # exact, also above 2^53, where a float is not
         elif not isinstance(value, bool) and kind(number := float(value)) == number and math.isfinite(number):
             return kind(number)
     except (TypeError, ValueError, OverflowError):
@@ -122,6 +132,11 @@ def apply(assigned, known):
             raise UserError(f'{name}={settings[name]}: must be at least {low}')
         if settings.get(name, low) > high:
             raise UserError(f'{name}={settings[name]}: must be at most {high}')
+    for name, (low, high) in LISTS.items():
+        text = settings.get(name, str(low))
+        numbers = [convert(name, part, repr(text), low) for part in text.split(',')]
+        if not low <= min(numbers) <= max(numbers) <= high:
+            raise UserError(f'{name}={text!r}: each number must be from {low} to {high}')
     return settings
 
 
@@ -149,10 +164,13 @@ def resolve(assigned, known, sources={}):
         own |= {key: value for key, value in source['model_config'].items() if key in own}
     settings = apply(assigned, known | own)
     for key in settings:
-        if not isinstance(settings[key], str) and settings[key] < 0:
-            raise UserError(f'{key}={settings[key]}: must be at least 0')
-    for key in ('beta1', 'beta2', 'momentum', 'ema'):
-        if settings[key] >= 1:
+        least = int(key in ('n_head', 'n_embd', 'vision_head', 'vision_embd'))
+        if not isinstance(settings[key], str) and settings[key] < least:
+            raise UserError(f'{key}={settings[key]}: must be at least {least}')
+        if key.endswith('_prob') and settings[key] > 1:
+            raise UserError(f'{key}={settings[key]}: must be at most 1')
+    for key in ('beta1', 'beta2', 'momentum', 'ema', 'dropout', 'label_dropout'):
+        if settings.get(key, 0) >= 1:
             raise UserError(f'{key}={settings[key]}: must be below 1')
     settings['micro_batch_size'] = min(settings['micro_batch_size'], settings['batch_size'])
     return settings, module
@@ -293,8 +311,7 @@ def run(main, stopped='stopped', **overrides):
         closed = getattr(error, 'errno', 0) in CLOSED
         if flush('\n' * closed) and closed:  # as in `| head -1`
             sys.exit(141)  # 128 + SIGPIPE
-        elsewhere = '' if Path('prepare').is_dir() else f' (start programs in the folder of the repository: cd {ROOT})'
-        sys.exit(f'error: {error}{elsewhere}')
+        sys.exit(f'error: {str(error).removesuffix(elsewhere())}{elsewhere()}')
     except KeyboardInterrupt:
         print(f'\n{stopped}', file=sys.stderr)
         sys.exit(130)

@@ -30,8 +30,9 @@ def share(settings, rank, world):
     size = settings['micro_batch_size']
     n_micro = settings['batch_size'] // size
     if settings['batch_size'] % size or n_micro % world:
+        right = f'so that their number is a multiple of {world}' if world > 1 else 'that divides batch_size'
         raise UserError(f'batch_size={settings["batch_size"]} does not split into micro-batches of {size} on {world} '
-                        f'processes: choose --micro_batch_size= so that their number is a multiple of {world}')
+                        f'processes: choose a --micro_batch_size= {right}')
     return n_micro, range(rank, n_micro, world)
 
 

@@ -13,7 +13,8 @@ import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError  # before torch, see config/__init__.py
+import config  # before torch, see config/__init__.py
+from config import UserError
 
 import numpy as np
 import torch
@@ -65,7 +66,8 @@ def open_run(path, device='auto', split='val', dtype='auto'):
     if checkpoint['step']:  # otherwise downloaded weights, with their own tokenizer
         if not folder.is_dir():
             raise UserError(f'{folder} is missing, the data of this run, with its tokenizer: copy it from where '
-                            f'the run was trained, or make it in the same way (python -m prepare.{meta["prepare"]})')
+                            f'the run was trained, or make it in the same way (python -m prepare.{meta["prepare"]})'
+                            + config.elsewhere())
         arrays.agree(folder, arrays.read_meta(folder), checkpoint)
         splits = sorted(part.name for part in folder.glob('*/'))
         if split not in splits:
@@ -153,12 +155,14 @@ def compile_passes(model, dtype='auto'):
 def read_lines(path):
     """The lines of a file of prompts or questions. Raises UserError."""
     try:
-        lines = Path(path).read_text(encoding='utf-8').splitlines()
-    except UnicodeDecodeError as error:
+        text = Path(path).read_text(encoding='utf-8-sig')  # without a byte order mark
+        if '\0' in text:
+            raise ValueError('it holds zero bytes, as UTF-16 does')
+    except ValueError as error:
         raise UserError(f'{path}: not UTF-8 text ({error}); write one prompt a line')
-    if not lines:
+    if not text:
         raise UserError(f'{path}: no prompts; write one a line')
-    return lines
+    return text.removesuffix('\n').split('\n')  # not splitlines(), which also cuts at form feeds and U+2028
 
 
 def left_pad(rows):

@@ -10,7 +10,7 @@ Chapter 3's models at work: any modality from any others, in-painting, editing, 
 import difflib
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from lab import options, retrieval
 from lab.chains import generate, parse_chain, stream
 from lab.figures import save_grid
 from lab.statistics import alone, bootstrap, judged
-from prepare.pictures import read_picture
+from prepare.pictures import ENDINGS, read_picture
 
 
 @dataclass
@@ -82,9 +82,13 @@ def draw(run, settings, path):
     options.apart(settings, 'retrieve', 'chain', 'target', 'hide', 'replace')
     index = held_out(run, settings)
     if settings.retrieve:
+        options.apart(settings, 'text', 'image')
         return save_grid(nearest_scenes(run, settings, index), path)
-    columns = {}
-    for i, chain in enumerate(read_chains(run, settings)):
+    columns, chains = {}, read_chains(run, settings)
+    kinds = {run.model.modality[link.name].is_text for chain in chains for link in chain[0]}
+    if settings.text and settings.image and kinds != {True, False}:
+        raise UserError('--text and --image together need --given=NAME,NAME, a text and an image')
+    for i, chain in enumerate(chains):
         for title, images in columns_of(run, settings, chain, index).items():
             generated = not title.endswith(')')  # given and true columns are shown once, generated ones for each chain
             columns[f'{title}, chain {i + 1}' if generated and title in columns else title] = images
@@ -179,7 +183,7 @@ def hidden_pixels(run, settings, ids, m, what, generator):
     """Which pixels (B, H, W) of an image modality m are hidden: a box x0,y0,x1,y1, all 'outside' it, a file's white
     pixels, or objects, 'red cube', by the segmentation that is given or predicted."""
     height, width = run.dataset.picture(m.name, run.dataset.decode(m.name, ids[m.name][:1])[0]).shape[:2]
-    if box := re.fullmatch(r'(outside )?(\d+),(\d+),(\d+),(\d+)', what):
+    if box := re.fullmatch(r'(outside )?(\d+),(\d+),(\d+),(\d+)', re.sub(' *, *', ',', what.strip())):
         x0, y0, x1, y1 = map(int, box.groups()[1:])
         if not (x0 < x1 <= width and y0 < y1 <= height):
             raise UserError(f'hide={settings.hide!r}: a box is x0,y0,x1,y1 with x0 < x1 <= {width} and '
@@ -187,8 +191,8 @@ def hidden_pixels(run, settings, ids, m, what, generator):
         pixels = np.full((len(ids[m.name]), height, width), bool(box[1]))
         pixels[:, y0:y1, x0:x1] ^= True
         return pixels
-    if what.endswith('.png'):
-        mask = np.asarray(read_picture(what).convert('L').resize((width, height), Image.BOX)) > 127
+    if what.lower().endswith(ENDINGS):
+        mask = np.asarray(read_picture(what, 'black').convert('L').resize((width, height), Image.BOX)) > 127
         if not mask.any():
             raise UserError(f'hide={settings.hide!r}: the mask is empty: paint white what is generated again')
         return np.broadcast_to(mask, (len(ids[m.name]), height, width))
@@ -268,6 +272,11 @@ def stream_columns(run, settings, chain, index, every_step=False):
     generator = torch.Generator(run.device).manual_seed(settings.seed)
     own = own_ids(run, settings, [link.name for link in chain[0]])
     ids = given_ids(run, settings, chain, index, generator, own)
+    if settings.hide or settings.replace:
+        whole = given_ids(run, replace(settings, hide='', replace=''), chain, index, generator, own)
+        if all(torch.equal(ids[name], whole[name]) for name in ids):
+            print(f'hide={settings.hide!r}, replace={settings.replace!r}: nothing of what is given changes: name what '
+                  'these scenes have, or show others by --scene=')
     for found, raw in stream(run, ids, chain, generator, every_step):
         yield arrange(run, settings, chain, index, own, ids, found, raw)
 

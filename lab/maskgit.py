@@ -102,6 +102,10 @@ def draw(run, settings, path):
         raise UserError(f'show is one of {", ".join(SHOWS)}, shape one of {", ".join(SHAPES)}')
     if not 0 <= settings.complete < 1:
         raise UserError(f'complete={settings.complete} must be at least 0 and below 1')
+    if not settings.complete and (settings.image or settings.shape != 'half' and settings.show != 'swap'):
+        raise UserError('image and shape need complete, the fraction that is given, as in --complete=0.5')
+    if settings.complete and settings.labels and not settings.image and settings.show != 'swap':
+        raise UserError('labels: held-out images are completed in their own classes: leave it out, or take show=swap')
     scale = max(1, 60 // to_images(run, masked_tokens(run, 1)).shape[1])
     if settings.show == 'gif':
         return save_gif([image for _, (image,) in frames_of(run, settings)], path.with_suffix('.gif'), scale)
@@ -119,6 +123,8 @@ def generate_texts(run, settings):
     if settings.gap < 1 or start + len(after) > N:
         raise UserError(f'prompt, gap and after have {start + len(after)} tokens, this model generates {N}, and a '
                         'gap has at least 1: shorten them')
+    if settings.gap != Text.gap and not settings.after:
+        raise UserError(f'gap={settings.gap} needs after, the text that follows the gap')
     tokens = masked_tokens(run, settings.n)
     tokens[:, :len(prompt)], tokens[:, start:start + len(after)] = prompt, after
     texts = [run.dataset.decode(row) for row in generate(run, settings, tokens).tolist()]
@@ -186,8 +192,6 @@ def masked_positions(grid, fraction, shape, seed):
 def held_out(run, settings):
     """n held-out images: their tokens (n, N), the same with -1 if masked, classes (n,) or None; or the user's image, n
     times for each class. Raises UserError."""
-    if settings.image and not settings.complete:
-        raise UserError('image needs complete, the fraction of it that is given, as in --complete=0.5')
     if settings.image:
         classes = classes_of(run, settings)
         own = run.dataset.read_image(*['rgb'] * (classes is None), settings.image)
@@ -198,6 +202,8 @@ def held_out(run, settings):
     else:
         truth, classes = run.ids('rgb', slice(settings.n)), None
     mask = masked_positions(run.model.grid, settings.complete or 0.3, settings.shape, settings.seed)
+    if not mask.any():
+        raise UserError(f'complete={settings.complete}: all {run.model.N} tokens are given: lower it')
     return truth, truth.masked_fill(mask, -1), classes
 
 

@@ -81,7 +81,8 @@ def answers(run, images, questions, settings):
     with run.exact():
         cache = prefill_images(run, images, n)
         tokens = list(answer_stream(run, cache, [question for row in questions for question in row], settings))
-    texts = [run.dataset.decode(ids) for ids in torch.stack(tokens, 1).tolist()]
+    rows = torch.stack(tokens, 1).tolist() if tokens else [[]] * n * len(questions)  # none: max_new_tokens=0
+    texts = [run.dataset.decode(ids) for ids in rows]
     return [texts[i:i + n] for i in range(0, len(texts), n)]
 
 
@@ -138,10 +139,14 @@ def own_questions(run, settings):
     if len(images) % m:
         raise UserError(f'{len(images)} images, and this model reads {m} at a time')
     images = in_rows(images, len(images) // m)
+    if settings.chat and len(images) > 1:
+        raise UserError(f'a chat is about {m} image{"s" * (m > 1)}, and {len(images) * m} are named: choose some')
     if settings.chat:
         with run.exact():
-            return chat(run, images[:1], settings)
+            return chat(run, images, settings)
     texts = lab.read_lines(settings.prompts) if settings.prompts else [settings.text]
+    if settings.prompts and (empty := [i for i, text in enumerate(texts, 1) if not text.strip()]):
+        raise UserError(f'{settings.prompts}: line {empty[0]} is empty: write one question a line')
     for row in answers(run, images, [texts] * len(images), settings):
         print('\n'.join(row))
 

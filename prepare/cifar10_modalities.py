@@ -12,7 +12,7 @@ import config
 from config import UserError
 from prepare.arrays import begin, write
 from prepare.cifar10 import CLASSES, fetch, views
-from prepare.folder import make
+from prepare.folder import check, make
 
 MAKES = 'data/cifar10_modalities'
 SETTINGS = dict(
@@ -29,6 +29,7 @@ def main(*arguments, **overrides):
     out = Path(settings['out'])
     if (out / 'meta.json').is_file():
         raise UserError(f'{out} exists already: delete it, or choose another --out')
+    check(settings)
     splits = fetch()
     begin(out, 'folder')
     for split, (_, labels) in splits.items():

@@ -32,6 +32,7 @@ from prepare import arrays
 from prepare.files import tell, visible
 from prepare.image_tokenizers import ImageTokenizer
 from prepare.pictures import (
+    ENDINGS,
     MAKE,
     SIDE,
     TOKENIZED,
@@ -57,7 +58,6 @@ SETTINGS = dict(
     caption_tokens=64,  # of the longest caption, with its end token
     seed=0,
 )
-ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif', '.jfif')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,8 +66,9 @@ ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.
 def read_caption(path):
     """A caption as one line. Raises UserError."""
     try:
-        words = path.read_text(encoding='utf-8-sig').split()
-        assert words, 'empty'
+        text = path.read_text(encoding='utf-8-sig')
+        assert '\0' not in text, 'it holds zero bytes, as UTF-16 does'
+        assert (words := text.split()), 'empty'
     except (OSError, UnicodeDecodeError, AssertionError) as error:
         raise UserError(f'{path}: no caption in UTF-8 ({getattr(error, "strerror", "") or error})')
     return ' '.join(words)
@@ -91,7 +92,8 @@ def read_folder(source, size, views, random):
     paths = [path for path in files if path.suffix.lower() in ENDINGS]
     stems, texts = ({path.with_suffix(''): path for path in reversed(some)}  # the first one of each name
                     for some in (paths, [path for path in files if path.suffix.lower() == '.txt']))
-    faults = [f'{path}: no image beside it' for stem, path in texts.items() if stem not in stems]
+    faults = [f'{path}: no image beside it that is {", ".join(ENDINGS)}' for stem, path in texts.items()
+              if stem not in stems]
     first = {}  # contents -> its path
     for path in tqdm(paths, 'read', unit='image'):
         stem = path.with_suffix('')
@@ -190,10 +192,15 @@ class Dataset:
 # ---------------------------------------------------------------------------------------------------------------------
 # Making the data set
 
+def check(settings):
+    """Raises UserError for settings of `make` that are too small, before images are read."""
+    for name, least in dict(steps=1, caption_tokens=2, vocab_size=257).items():
+        if settings[name] < least:
+            raise UserError(f'{name}={settings[name]}: must be at least {least}')
+
+
 def make(folder, splits, settings):
     """Writes a data folder from images with captions, {split: (images (n, views, H, H, 3), captions)}."""
-    if settings['steps'] < 1 or settings['caption_tokens'] < 2:
-        raise UserError('steps must be at least 1, caption_tokens at least 2')
     arrays.begin(folder, 'folder')
     train, texts = splits['train']
     encoding = train_bpe(texts, settings['vocab_size'])
@@ -235,6 +242,7 @@ def main(*arguments, **overrides):
                         'NAME.txt')
     if size < SIDE or size % SIDE or views < 1:
         raise UserError(f'size must be a multiple of {SIDE}, views at least 1')
+    check(settings)
     if (folder / 'meta.json').is_file():
         raise UserError(f'{folder} exists already: delete it, or choose another --out')
     pictures, captions = read_folder(source, size, views, np.random.default_rng((settings['seed'], 1)))

@@ -12,27 +12,29 @@ from engine.optimizers import fit
 from prepare.image_tokenizers import Config, ImageTokenizer, from_network, reconstruction_loss, to_network
 
 SIDE = 8  # tokens per side of an image; pixels per side in low resolution
+ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif', '.jfif')  # of files
 LUMINANCE = np.array((0.299, 0.587, 0.114), np.float32)  # of red, green and blue (ITU-R BT.601)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
-def read_picture(path):
-    """Reads an image file of any mode as an RGB Image: values of more than 8 bits are scaled to 0..255 by `top`,
-    transparent parts become white, the rotation by a camera (EXIF) is undone. Raises UserError."""
+def read_picture(path, background='white'):
+    """Reads an image file of any mode as an RGB Image: values of more than 8 bits are scaled to 0..255 by `top`, the
+    background is seen through transparent parts, the rotation by a camera (EXIF) is undone. Raises UserError."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith(('I', 'F')):  # 16 bits and more
                 values = np.asarray(image, np.float32)
-                if not np.isfinite(values).all():
-                    raise ValueError('holds values that are not finite')
-                values = values * (255 / top(values.max(), image.mode))
+                white = top(values.max(), image.mode)
+                if not np.isfinite(values).all() or values.min() < -0.01 * white:
+                    raise ValueError('holds values that are not finite, or negative')
+                values = values * (255 / white)
                 image = Image.fromarray(np.round(values).clip(0, 255).astype(np.uint8))
             if 'A' in image.mode or 'transparency' in image.info:
                 image = image.convert('RGBA')
-                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+                image = Image.alpha_composite(Image.new('RGBA', image.size, background), image)
             return image.convert('RGB')
     except FileNotFoundError:
         raise UserError(f'{path}: no such image')
@@ -42,10 +44,10 @@ def read_picture(path):
 
 
 def top(largest, mode):
-    """The value that is white: 65,535 of 16 bits, 1 or 255 of real numbers, as the largest value tells. Not the largest
-    value itself: a dark picture stays dark."""
-    ranges = (1, 255, 65535) if mode == 'F' else (65535, 2 ** 31)
-    return next((value for value in ranges if largest <= value), largest)
+    """The value that is white: 65,535 of 16 bits; of real numbers and of 32 bits one of several, as the largest value
+    tells, which may be 1% larger by rounding. Not the largest value itself: a dark picture stays dark."""
+    ranges = dict(F=(1, 255, 65535), I=(255, 65535, 2 ** 31)).get(mode, (65535,))
+    return next((value for value in ranges if largest <= 1.01 * value), largest)
 
 
 def read_square(path, best):

@@ -14,8 +14,9 @@ def test_a_split_of_the_batch():
     assert batches.share(settings, 0, 1) == (6, range(6))
     shares = [batches.share(settings, rank, 3)[1] for rank in range(3)]
     assert sorted(j for share in shares for j in share) == list(range(6)) and {len(share) for share in shares} == {2}
-    for changes, world in ((dict(), 4), (dict(micro_batch_size=5), 1)):
-        with pytest.raises(UserError, match='does not split into micro-batches of'):
+    for changes, world, remedy in ((dict(), 4, 'so that their number is a multiple of 4'),
+                                   (dict(micro_batch_size=5), 1, 'a --micro_batch_size= that divides batch_size')):
+        with pytest.raises(UserError, match=f'does not split into micro-batches of .*{remedy}'):
             batches.share(settings | changes, 0, world)
 
 

@@ -51,6 +51,13 @@ def test_order_and_types(tmp_path):
     assert settings['compile'] is False and settings['out_dir'] == 'here'
 
 
+def test_integers_are_exact():
+    """Not rounded as a float rounds them, above 2^53."""
+    for seed in (2 ** 53 + 1, 2 ** 63 - 1):
+        assert settings_of(f'--seed={seed}')['seed'] == settings_of(seed=seed)['seed'] == seed
+    assert settings_of('--seed=1e6')['seed'] == settings_of(seed=1e6)['seed'] == 10 ** 6
+
+
 def test_model_fields_are_settings():
     assert settings_of(model='gpt', n_layer=3)['n_layer'] == 3
     assert settings_of('--model=fourm', '--train_modalities=rgb depth')['train_modalities'] == 'rgb depth'
@@ -62,10 +69,25 @@ def test_model_fields_are_settings():
     (['--max_iters=1.5'], 'not of type int'),
     (['--max_iters=many'], 'not of type int'),
     (['--compile=1'], 'not True or False'),
-    (['--max_iters'], '--name=value'),
-    (['-n=3'], '--name=value'),
+    (['--max_iters'], 'settings are written --max_iters=value'),
+    (['-n=3'], 'settings are written --n=3'),
+    (['batch_size=4'], 'batch_size=4: settings are written --batch_size=4'),
+    (['\u2014batch_size=4'], 'settings are written --batch_size=4'), (['\u2013batch_size=4'], 'settings are written --batch_size=4'),
+    (['--dropout=1'], 'dropout=1.0: must be below 1'),
+    (['--model=maskgit', '--label_dropout=1'], 'label_dropout=1.0: must be below 1'),
+    (['--model=fourm', '--unconditional_prob=5'], 'unconditional_prob=5.0: must be at most 1'),
+    (['--model=fourm', '--full_modality_prob=2'], 'full_modality_prob=2.0: must be at most 1'),
+    *[(['--model=fourm', f'--dirichlet_alphas={alphas}'], message) for alphas, message in (
+        ('a', "dirichlet_alphas='a' is not of type float and finite"), ('', "dirichlet_alphas='' is not of type"),
+        ('0', "dirichlet_alphas='0': each number must be from 1e-06 to 1000000"), ('1,-1', "'1,-1': each number must be from"),
+        ('inf', "dirichlet_alphas='inf' is not of type float and finite"))],
+    (['--model=fourm', '--num_input_tokens=0'], "num_input_tokens='0': each number must be from 1 to 16384"),
+    (['--model=fourm', '--num_input_tokens=100000'], "num_input_tokens='100000': each number must be from 1 to 16384"),
+    (['--model=fourm', '--num_target_tokens=64,'], "'64,': num_target_tokens='' is not of type int"),
+    (['--seed=9223372036854775808'], 'seed=9223372036854775808: must be at most 9223372036854775807'),
     (['--max_iters=0'], 'at least 1'),
     (['--n_layer=-1'], 'n_layer=-1: must be at least 0'),
+    (['--n_head=0'], 'n_head=0: must be at least 1'), (['--n_embd=0'], 'n_embd=0: must be at least 1'),
     (['--model=gtp'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
     (['--model=os'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
     (['--model=train'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
@@ -109,6 +131,17 @@ def test_defaults_without_an_import():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Programs
+
+def test_elsewhere_a_fault_says_once_where_to_start(tmp_path, monkeypatch):
+    """Also in a notebook, where nothing but the exception is seen."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='gone.py: no such config file .start programs in the folder of the repository: cd'):
+        config.read(['gone.py'])
+    monkeypatch.setattr(sys, 'argv', ['program', 'gone.py'])
+    with pytest.raises(SystemExit) as end:
+        config.run(lambda *arguments: config.read(arguments))
+    assert end.value.code.count('start programs in the folder') == 1
+
 
 @pytest.mark.parametrize('error, code, line', [
     (UserError('what, where'), 'error: what, where', ''), (FileNotFoundError('x.npy'), 'error: x.npy', ''),

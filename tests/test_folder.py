@@ -90,12 +90,15 @@ def test_faults_are_named_and_left_out(work, tmp_path, capsys):
     assert len(pictures) == len(captions) == 24 and 'a RGBA picture, the number 1 of all' in captions
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
-    for line in ('gone.txt: no image beside it', 'cut.jpg: truncated', 'text.jpg: truncated', 'latin.txt: no caption',
+    for line in ('gone.txt: no image beside it that is .jpg, .jpeg, .png', 'cut.jpg: truncated', 'text.jpg: truncated', 'latin.txt: no caption',
                  'mute.txt: no caption'):
         assert any(line in found for found in lines), line
     with pytest.raises(UserError, match='0 images with captions'):
         folder.read_folder(tmp_path / 'mine/none', 8, 1, None)
     for settings, line in ((dict(source=''), 'name a folder'), (dict(source='mine', size=20), 'size must be a multiple of 8'),
+                           (dict(source='mine', steps=0), 'steps=0: must be at least 1'),
+                           (dict(source='mine', vocab_size=10), 'vocab_size=10: must be at least 257'),
+                           (dict(source='mine', caption_tokens=1), 'caption_tokens=1: must be at least 2'),
                            (dict(source='mine'), 'exists already')):
         with pytest.raises(UserError, match=line):
             folder.main(**settings)
@@ -111,13 +114,15 @@ def test_hidden_copies_and_pictures_of_one_name(tmp_path, capsys):
         path.with_suffix('.txt').write_text(f'caption of {path.stem}')
     (tmp_path / 'q.txt').rename(tmp_path / 'q.TXT')
     (tmp_path / 'r.txt').write_text(' \n')
+    Image.new('RGB', (8, 8), 'green').save(tmp_path / 't.png')
+    (tmp_path / 't.txt').write_bytes('caption of t'.encode('utf-16-le'))
     (tmp_path / 'folder.png').mkdir()
     assert folder.read_folder(tmp_path, 8, 1, None)[1] == ['caption of p', 'caption of q']
     said = capsys.readouterr().out
     for line in ('p.png: p.jpg has the same name', 'p.webp: p.jpg has the same', 'r.txt: no caption in UTF-8 (empty)',
-                 f's.bmp: the same picture as {tmp_path}/q.png'):
+                 f's.bmp: the same picture as {tmp_path}/q.png', 't.txt: no caption in UTF-8 (it holds zero bytes'):
         assert line in said
-    assert said.count('left out') == 4
+    assert said.count('left out') == 5
 
 
 def test_many_faults_are_counted(capsys):

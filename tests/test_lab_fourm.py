@@ -72,6 +72,11 @@ def test_what_is_hidden_is_generated_and_the_rest_stays(run):
     box = torch.zeros(8, 8, dtype=torch.bool)
     box[1:5, 2:4] = True
     assert torch.equal(hidden('rgb=16,12,32,40'), box.flatten().expand(2, -1))  # every patch that the box touches
+    assert torch.equal(hidden('rgb= 16, 12, 32, 40'), box.flatten().expand(2, -1))
+    layer = Image.new('RGBA', (64, 64), (0, 0, 0, 0))
+    layer.paste('white', (16, 8, 32, 40))  # white on a transparent layer
+    layer.save('LAYER.PNG')
+    assert torch.equal(hidden('rgb=LAYER.PNG'), box.flatten().expand(2, -1))
     whole = torch.zeros(8, 8, dtype=torch.bool)
     whole[1:5, 2:4] = True
     assert torch.equal(hidden('depth=outside 16,8,32,40', 'rgb,depth'), ~whole.flatten().expand(2, -1))
@@ -101,6 +106,16 @@ def test_images_before_and_after(out_dir, capsys):
     texts = [line for line in capsys.readouterr().out.splitlines() if line.startswith('caption: ')]
     assert texts and all(text.startswith('caption: a large red') for text in texts)
     assert draw(out_dir, '--given=rgb', '--image=own.png', '--hide=rgb=outside 8,8,32,32').size[0] == 2 * 132 - 4
+
+
+def test_a_change_that_changes_nothing_gets_a_line(out_dir, run, capsys):
+    texts = [{*text.split()} for text in run.dataset.truth('val', 'caption', slice(None))]
+    word = sorted(set.union(*texts) - texts[0] - texts[1])[0]
+    for change in (f'--replace={word}=red', '--hide=caption=26'):
+        draw(out_dir, '--given=caption', '--target=depth', change)
+        assert 'nothing of what is given changes: name what these scenes have, or show others' in capsys.readouterr().out
+    draw(out_dir, '--given=caption', '--target=depth', '--hide=caption=3')
+    assert 'nothing of what is given changes' not in capsys.readouterr().out
 
 
 def test_the_nearest_scenes(out_dir, monkeypatch):
@@ -163,6 +178,10 @@ def test_same_seed_same_image(out_dir):
     (['--scene=32'], 'scene=32: this split has the scenes 0 to 31'),
     (['--given=rgb', '--hide=rgb=nothing.png'], 'nothing.png: no such image'),
     (['--given=rgb', '--hide=rgb=black.png'], 'the mask is empty: paint white what is generated again'),
+    (['--given=rgb', '--hide=rgb=BLACK.JPG'], 'the mask is empty'), (['--given=rgb', '--hide=rgb=nothing.jpg'], 'no such image'),
+    (['--given=caption', '--target=depth', '--text=a red cube', '--image=own.png'], '--text and --image together need'),
+    (['--given=rgb', '--target=depth', '--text=a red cube', '--image=own.png'], '--text and --image together need'),
+    (['--retrieve=rgb', '--given=caption', '--text=a red cube', '--image=own.png'], 'text and image do not go together'),
     (['--given=depth', '--image=own.png'], '--image gives the modality rgb'),
     (['--target=rgb', '--order=fast'], 'order is one of'),
     (['--chain=rgb>depth', '--given=caption'], 'chain and given do not go together'),
@@ -173,7 +192,7 @@ def test_same_seed_same_image(out_dir):
 ])
 def test_faults(out_dir, arguments, message):
     Image.new('L', (32, 32)).save('own.png')
-    Image.new('L', (32, 32)).save('black.png')
+    Image.new('L', (32, 32)).save('black.png'), Image.new('L', (32, 32)).save('BLACK.JPG')
     with pytest.raises(UserError, match=message) as error:
         sample.main(f'--out_dir={out_dir}', *arguments)
     assert '\n' not in str(error.value)

@@ -55,6 +55,12 @@ def test_texts(story, capsys):
     assert [text.startswith('The cat sat on the') for text in texts] == [False, False, True, True]
 
 
+def test_lines_of_prompts(work):
+    """Only line breaks end a prompt, on every system; a byte order mark is part of none."""
+    Path('lines.txt').write_bytes('\ufeffROMEO:\r\n\na\fb\u2028c\x85d\n'.encode())
+    assert lab.read_lines('lines.txt') == ['ROMEO:', '', 'a\fb\u2028c\x85d']
+
+
 def test_texts_are_returned(story):
     run = lab.open_run(Path(story, 'ckpt_last.pt'), 'cpu')
     settings = lab.module_of('gpt').Text(prompt='The', max_new_tokens=9, seed=5)
@@ -120,10 +126,11 @@ def test_a_text_without_lines(work, capsys):
     (['--prompt=' + 'xyz' * 9], 'the prompt has 27 tokens, the context of this model holds 16: shorten it'),
     (['--prompt=a', '--prompts=latin.txt'], 'prompts and prompt do not go together'),
     (['--prompts=latin.txt'], 'latin.txt: not UTF-8 text'),
+    (['--prompts=wide.txt'], 'wide.txt: not UTF-8 text .it holds zero bytes, as UTF-16 does'),
     (['--complete=0.5'], r'complete is a setting of lab/gpt.py \(Images\), .*; here are those of lab/gpt.py \(Text\)'),
 ])
 def test_faults_of_texts(story, arguments, message):
-    Path('latin.txt').write_bytes(b'caf\xe9')
+    Path('latin.txt').write_bytes(b'caf\xe9'), Path('wide.txt').write_bytes('The\n'.encode('utf-16-le'))
     with pytest.raises(UserError, match=message):
         sample.main(f'--out_dir={story}', *arguments)
 

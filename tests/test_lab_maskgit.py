@@ -133,6 +133,8 @@ def test_texts(work, capsys):
     assert ' mat.' in capsys.readouterr().out
     scores = score.main('--out_dir=out/masked_story')
     assert list(scores) == ['nats/token, at most'] and scores['nats/token, at most']['value'] < np.log(278) + 0.01
+    with pytest.raises(UserError, match='gap=3 needs after'):
+        sample.main('--out_dir=out/masked_story', '--prompt=The cat', '--gap=3')
     for argument, message in (('--gap=50', 'prompt, gap and after have 54 tokens, this model generates 16'),
                               ('--gap=0', 'at least 1'), ('--complete=0.5', 'complete is a setting of')):
         with pytest.raises(UserError, match=message):
@@ -146,6 +148,9 @@ def test_texts(work, capsys):
     (['--shape=round'], 'shape one of half, box, random'),
     (['--show=all'], 'show is one of grid, gif, swap'),
     (['--complete=1'], 'complete=1.0 must be at least 0 and below 1'),
+    (['--complete=0.999'], 'complete=0.999: all 49 tokens are given: lower it'),
+    (['--image=none.png'], 'image and shape need complete'), (['--shape=box'], 'image and shape need complete'),
+    (['--labels=3', '--complete=0.5'], 'held-out images are completed in their own classes'),
     (['--choice_temperature=-1'], 'choice_temperature in 0..1000'),
     (['--temperature=-1'], "temperature='-1': must be 0"),
     (['--prompt=hello'], 'prompt is a setting of'),

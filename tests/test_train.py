@@ -339,7 +339,7 @@ def test_a_run_from_another_runs_weights(here):
     (dict(modalities='rgb:4:2x2'), 'modalities is decided by the data set'),
     (dict(train_modalities='rgb sound'), "there is no modality 'sound'"),
     (dict(micro_batch_size=3), 'does not split into micro-batches of 3'),
-    (dict(n_head=5), 'must be a multiple'), (dict(n_head=0), 'cannot be built'), (dict(n_embd=-8), 'must be at least 0'),
+    (dict(n_head=5), 'must be a multiple'), (dict(n_head=0), 'n_head=0: must be at least 1'), (dict(n_embd=-8), 'n_embd=-8: must be at least 1'),
     (dict(device='gpu'), "device='gpu' does not work here"),
     (dict(dtype='float8'), 'choose auto, float32, bfloat16 or float16'),
     (dict(grad_clip=-1.0), 'grad_clip=-1.0: must be at least 0'),

@@ -285,6 +285,8 @@ def test_answers(run, capsys):
         capsys.readouterr()
         sample.main(f'--out_dir={run}', '--image=own.png', *extra, '--max_new_tokens=3')
         assert capsys.readouterr().out.count('\n') == n
+    sample.main(f'--out_dir={run}', '--image=own.png', '--text=Is it?', '--max_new_tokens=0')
+    assert capsys.readouterr().out == '\n'
 
 
 def test_chat(run, capsys, monkeypatch):
@@ -336,6 +338,8 @@ def test_scores(run):
      'the question has 102 tokens, and the context has room for 59, the answer'),
     (['--image=own.png', '--prompts=latin.txt'], 'latin.txt: not UTF-8 text'),
     (['--image=own.png', '--prompts=empty.txt'], 'empty.txt: no prompts'),
+    (['--image=own.png', '--prompts=gap.txt'], 'gap.txt: line 2 is empty: write one question a line'),
+    (['--image=own.png,own.png', '--chat=True'], 'a chat is about 1 image, and 2 are named'),
     (['--image=own.png', '--text=Is it?', '--chat=True'], 'chat and text do not go together'),
     (['--image=own.png', '--text=Is it?', '--prompts=asked.txt'], 'prompts and text do not go together'),
     (['--text=Is it?'], 'questions need --image=FILE'),
@@ -345,6 +349,7 @@ def test_scores(run):
 def test_faults_of_answering(run, arguments, message):
     Image.new('RGB', (64, 64)).save('own.png')
     Path('latin.txt').write_bytes(b'caf\xe9'), Path('empty.txt').write_text('')
+    Path('gap.txt').write_text('Is it?\n\nIs it?\n')
     with pytest.raises(UserError, match=message) as error:
         sample.main(f'--out_dir={run}', *arguments)
     assert '\n' not in str(error.value)

@@ -73,14 +73,15 @@ def test_images_of_all_modes(tmp_path):
     for value, grey in ((65535, 255), (300, 1), (0, 0)):
         Image.fromarray(np.full((9, 9), value, np.uint16)).save(path)
         assert (vqa.read_resized(path, 8) == grey).all()  # 16 bits: a dark picture stays dark
-    for value, grey in ((0.5, 128), (100, 100), (6e4, 233)):
-        Image.fromarray(np.full((9, 9), value, np.float32)).save(tmp_path / 'real.tiff')
+    for value, grey in ((0.5, 128), (1.0000001, 255), (100, 100), (6e4, 233), *map(np.int32, [(200, 200), (65535, 255)])):
+        Image.fromarray(np.full((9, 9), value, getattr(value, 'dtype', np.float32))).save(tmp_path / 'real.tiff')
         assert (vqa.read_resized(tmp_path / 'real.tiff', 8) == grey).all()
-    values = np.full((9, 9), 0.5, np.float32)
-    values[3, 3] = np.nan
-    Image.fromarray(values).save(tmp_path / 'real.tiff')
-    with pytest.raises(UserError, match='real.tiff: .*holds values that are not finite'):
-        vqa.read_resized(tmp_path / 'real.tiff', 8)
+    for wrong in (np.nan, -0.5):
+        values = np.full((9, 9), 0.5, np.float32)
+        values[3, 3] = wrong
+        Image.fromarray(values).save(tmp_path / 'real.tiff')
+        with pytest.raises(UserError, match='real.tiff: .*holds values that are not finite, or negative'):
+            vqa.read_resized(tmp_path / 'real.tiff', 8)
     upright = Image.fromarray(np.repeat(np.arange(0, 250, 10, dtype=np.uint8)[:, None, None], 25, 1).repeat(3, 2))
     exif = Image.Exif()
     exif[0x112] = 6  # to be turned by a quarter
