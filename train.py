@@ -109,7 +109,9 @@ def main(*arguments, **overrides):
 
 def run(assigned, arguments, stack):
     # settings: a misspelt name stops here, before data are made
-    sources = checkpoints.read_sources(assigned)  # {part of the model: checkpoint that it starts from}
+    s, chapter = config.resolve(assigned, SETTINGS)
+    out_dir = runs.folder_of(s, arguments)
+    sources = runs.sources_of(s, out_dir)  # {part of the model: checkpoint whose sizes it has}
     s, chapter = config.resolve(assigned, SETTINGS, sources)
     if s['pictures']:
         lab.module_of(s['model'])  # raises UserError if the chapter cannot be sampled from
@@ -121,14 +123,15 @@ def run(assigned, arguments, stack):
     rank, world = processes.join(device, stack)  # (0, 1) without torchrun
     n_micro, local_micro = batches.share(s, rank, world)  # micro-batches per step; the indices of those of this process
     signals = runs.listen(stack)
-    out_dir = runs.folder_of(s, arguments)
     checkpoint = runs.enter(out_dir, s, FREE, stack)  # the checkpoint to resume from, or None
     meta = arrays.agree(folder, meta, checkpoint)
 
     # model and data
     torch.manual_seed(s['seed'])
     model = config.build(chapter, s, meta, assigned)
-    checkpoints.start_from(model, sources, folder, meta)
+    if not checkpoint:
+        checkpoints.start_from(model, sources, folder, meta)
+    sources.clear()  # as large as the model
     threads.choose(s['threads'], checkpoint, world)
     devices.set_up(device, length=devices.context_length(model))
     train_data, val_data = arrays.open_splits(folder, meta, model.batch_keys, s.get('block_size', 0), s['seed'])

@@ -40,7 +40,11 @@ class UserError(Exception):
 RANGES = dict(  # smallest and largest value, in every program
     seed=(0, 2 ** 63 - 1), threads=(0, 1024), batch_size=(1, 2 ** 24), micro_batch_size=(1, 2 ** 24),
     max_iters=(1, 10 ** 12), eval_interval=(1, 10 ** 12), log_interval=(1, 10 ** 12),
-    n=(1, 10 ** 5), n_score=(1, 10 ** 6), max_new_tokens=(0, 10 ** 9))
+    n=(1, 10 ** 5), n_score=(1, 10 ** 6), max_new_tokens=(0, 10 ** 9),
+    min_lr=(0, 1), decay=(0, 1), n_layer=(1, 1000), n_layer_encoder=(1, 1000), n_layer_decoder=(1, 1000),
+    vision_layer=(1, 1000), n_head=(1, 1000), vision_head=(1, 1000), n_embd=(1, 2 ** 16), vision_embd=(1, 2 ** 16),
+    block_size=(0, 2 ** 20), vocab_size=(0, 2 ** 24), length=(2, 2 ** 20), size=(1, 4096), views=(1, 1000),
+    n_train=(1, 10 ** 8), n_val=(1, 10 ** 8))
 LISTS = dict(  # smallest and largest of several numbers with commas between, in a str
     num_input_tokens=(1, 2 ** 14), num_target_tokens=(1, 2 ** 14), dirichlet_alphas=(1e-6, 1e6))
 DASHES = '-', '\u2013', '\u2014'  # a word processor makes a longer dash of two
@@ -127,11 +131,10 @@ def apply(assigned, known):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             raise UserError(f'{where}: unknown setting {name!r}' + (f'; did you mean {near[0]!r}?' if near else ''))
     settings = known | {name: convert(name, value, where, known[name]) for name, (value, where) in assigned.items()}
-    for name, (low, high) in RANGES.items():
-        if settings.get(name, low) < low:
-            raise UserError(f'{name}={settings[name]}: must be at least {low}')
-        if settings.get(name, low) > high:
-            raise UserError(f'{name}={settings[name]}: must be at most {high}')
+    for name, value in settings.items():
+        low, high = RANGES.get(name, (value, value))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise UserError(f'{name}={value}: must be at {f"least {low}" if value < low else f"most {high}"}')
     for name, (low, high) in LISTS.items():
         text = settings.get(name, str(low))
         numbers = [convert(name, part, repr(text), low) for part in text.split(',')]
@@ -164,9 +167,8 @@ def resolve(assigned, known, sources={}):
         own |= {key: value for key, value in source['model_config'].items() if key in own}
     settings = apply(assigned, known | own)
     for key in settings:
-        least = int(key in ('n_head', 'n_embd', 'vision_head', 'vision_embd'))
-        if not isinstance(settings[key], str) and settings[key] < least:
-            raise UserError(f'{key}={settings[key]}: must be at least {least}')
+        if not isinstance(settings[key], str) and settings[key] < 0:
+            raise UserError(f'{key}={settings[key]}: must be at least 0')
         if key.endswith('_prob') and settings[key] > 1:
             raise UserError(f'{key}={settings[key]}: must be at most 1')
     for key in ('beta1', 'beta2', 'momentum', 'ema', 'dropout', 'label_dropout'):
@@ -291,6 +293,9 @@ def run(main, stopped='stopped', **overrides):
     """Runs main(*arguments of the command line, **overrides) as a program and returns its result. A UserError ends the
     program with one line and exit code 1, Ctrl-C with code 130, a closed pipe silently with code 141; -h and --help
     print help instead."""
+    for stream in ('stdout', 'stderr'):
+        if getattr(sys, stream) is None:  # closed, as by 2>&-
+            setattr(sys, stream, open(os.devnull, 'w', encoding='utf-8'))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')  # printing never fails, whatever the terminal's encoding
@@ -306,6 +311,8 @@ def run(main, stopped='stopped', **overrides):
     except Exception as error:
         if os.environ.get('RANK', '0') != '0':  # process 0 has the same fault: its line, then its end ends this one,
             time.sleep(60)  # within half a minute on a busy machine
+        if isinstance(error, MemoryError):
+            error = UserError(f'not enough memory ({error or "no number is known"}): choose smaller sizes')
         if not isinstance(error, (UserError, OSError)):
             raise
         closed = getattr(error, 'errno', 0) in CLOSED

@@ -78,8 +78,8 @@ def read(path):
         raise UserError(f'{path}: cannot be read ({error})')
     except Exception as error:  # the unpickler fails in many ways
         others = ', '.join(file.name for file in others_of(path))
-        remedy = f'the others in its folder are {others}' if others else (
-            'its folder has no other one; --init_from=scratch moves a run aside and starts again')
+        remedy = f'the others in its folder are {others}' if others else 'its folder has no other one' + (
+            '; --init_from=scratch moves a run aside and starts again' * (path.name == 'ckpt_last.pt'))
         raise Damaged(f'{path}: damaged, truncated or not a checkpoint of this repository ({type(error).__name__}); '
                       + remedy)
     if checkpoint.get('format') != FORMAT:
@@ -184,7 +184,7 @@ def describe(settings, model, meta, dtype):
     """The entries of a checkpoint that describe the run."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     return dict(format=FORMAT, settings=settings, model_config=dataclasses.asdict(model.config), meta=meta,
-                dtype=str(dtype), threads=torch.get_num_threads() * world)
+                dtype=str(dtype), threads=torch.get_num_threads() * world, job=processes.job())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,22 +211,18 @@ def same_code(path):
                         'change, or train again, with another --out_dir= or --init_from=scratch')
 
 
-def read_sources(assigned):
+def read_sources(init_from):
     """{part of the model: checkpoint that it starts from} from the setting init_from; the part '' is the whole
     model."""
-    init_from, where = assigned.get('init_from', ('resume', 'default'))
-    init_from = config.convert('init_from', init_from, where, '')
-    if init_from in ('resume', 'scratch'):
-        return {}
     names = [('', '', entry) if Path(entry).exists() else entry.rpartition(':')  # C:\runs\a: no part C
              for entry in init_from.split(',')]
     return {part: read(find(name)) for part, _, name in names}
 
 
 def start_from(model, sources, folder, meta):
-    """Loads the weights of other runs. Empties `sources`, whose checkpoints may be as large as the model."""
-    for part in list(sources):
-        load_part(model, part, sources.pop(part), folder, meta)
+    """Loads the weights of other runs."""
+    for part, source in sources.items():
+        load_part(model, part, source, folder, meta)
 
 
 def load_part(model, part, source, folder, meta):

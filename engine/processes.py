@@ -42,6 +42,11 @@ def join(device, stack):
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def job():
+    """What identifies a job of SLURM or of torchrun, also after a restart; '' for other processes."""
+    return os.environ.get('SLURM_JOB_ID') or os.environ.get('TORCHELASTIC_RUN_ID', '')
+
+
 def is_main():
     return not dist.is_initialized() or dist.get_rank() == 0
 

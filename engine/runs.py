@@ -4,6 +4,7 @@ A run folder and the life of a run: lock, checkpoint to resume from, signals, lo
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -40,16 +41,37 @@ def lock(out_dir):
                         + '. Under srun each process needs RANK, LOCAL_RANK, WORLD_SIZE: config/scitas.sbatch' * srun)
 
 
+def restarted(out_dir):
+    """Whether SLURM or torchrun has started this job again and the run in out_dir is its own: it continues, also if
+    init_from is 'scratch'."""
+    if all(os.environ.get(f'{who}_RESTART_COUNT', '0') == '0' for who in ('TORCHELASTIC', 'SLURM')):
+        return False
+    checkpoint = checkpoints.read_newest(out_dir)[1]
+    return not checkpoint or checkpoint.get('job', '') == processes.job()
+
+
+def sources_of(settings, out_dir):
+    """{part of the model: checkpoint whose sizes it has}: those that init_from names or, if the run has begun, its own,
+    so that the same command resumes it when its sources have changed or are gone."""
+    if settings['init_from'] in ('resume', 'scratch'):
+        return {}
+    own = checkpoints.read_newest(out_dir)[1]
+    return {'own': own} if own else checkpoints.read_sources(settings['init_from'])
+
+
 def enter(out_dir, settings, free, stack):
     """The checkpoint from which the run in out_dir continues, or None for a new run. Process 0 locks the folder until
     `stack` closes. A folder with a checkpoint never gets a new run unless init_from is 'scratch', which moves it
     aside. Settings outside `free` must be those of the checkpoint. Raises UserError."""
-    restarted = any(os.environ.get(f'{who}_RESTART_COUNT', '0') != '0' for who in ('TORCHELASTIC', 'SLURM'))
-    scratch = settings['init_from'] == 'scratch' and not restarted  # a restarted run continues
+    scratch = settings['init_from'] == 'scratch' and not restarted(out_dir)
+    processes.barrier()  # all have read
     if scratch and any(out_dir.glob('ckpt_*.pt')) and is_main():
         aside = next(path for i in range(1, 10 ** 6) if not (path := Path(f'{out_dir}.{i}')).exists())
-        with lock(out_dir):
-            out_dir.rename(aside)
+        try:
+            with lock(out_dir):
+                out_dir.rename(aside)
+        except OSError as error:
+            raise UserError(f'{out_dir}: cannot be moved aside ({error.strerror}); choose another --out_dir=')
         print(f'{out_dir} held another run: moved to {aside}')
     if is_main():
         stack.enter_context(lock(out_dir))
@@ -61,7 +83,12 @@ def enter(out_dir, settings, free, stack):
         return None
     if path.name != 'ckpt_last.pt' and is_main():
         print(f'{out_dir}/ckpt_last.pt is damaged or missing: continuing from {path}, step {checkpoint["step"]}')
-    before = checkpoint['settings']
+    before, source = checkpoint['settings'], settings['init_from']
+    if source not in ('resume', 'scratch', before['init_from']):
+        raise UserError(f'{out_dir} holds a run with init_from={before["init_from"]!r}, not {source!r}: name '
+                        'the former to continue it, or choose another --out_dir=')
+    if source == 'resume' and before['init_from'] != 'scratch':
+        settings['init_from'] = before['init_from']  # kept in its checkpoints
     if changed := [name for name in settings if name not in free and settings[name] != before.get(name)]:
         differences = ', '.join(f'{name}={before.get(name)!r}, not {settings[name]!r}' for name in changed[:3])
         raise UserError(f'{out_dir} holds a run with {differences}: choose another --out_dir=, or --init_from=scratch '
@@ -90,10 +117,11 @@ def check_room(out_dir, model):
 
 
 def prune(out_dir, keep):
-    """Deletes all numbered checkpoints except the newest `keep`; none if keep is 0."""
+    """Deletes all checkpoints ckpt_STEP.pt except the newest `keep`, and no copies of other names; none if keep is 0."""
+    steps = {int(path.stem[5:]): path for path in out_dir.glob('ckpt_*.pt') if re.fullmatch(r'ckpt_\d{6,}', path.stem)}
     if is_main() and keep:
-        for old in sorted(out_dir.glob('ckpt_[0-9]*.pt'), key=lambda path: (len(path.name), path))[:-keep]:
-            old.unlink(missing_ok=True)
+        for step in sorted(steps)[:-keep]:
+            steps[step].unlink(missing_ok=True)
 
 
 def finished(out_dir, settings, state):
@@ -107,6 +135,8 @@ def finished(out_dir, settings, state):
 
 def new_rates(before, settings, step):
     """A message if another max_iters changes the learning rates after `step`, otherwise a false value."""
+    if step >= settings['max_iters']:
+        return ''
     was, same, now = (optimizers.lr_factor(i, each)
                       for i, each in ((step - 1, before), (step - 1, settings), (step, settings)))
     return abs(was - same) > 0.005 and (

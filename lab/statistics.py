@@ -105,7 +105,7 @@ TABLE_HEAD = f'{"":42}{"value":>9}{"95 % interval":>20}' + ''.join(f'{bound:>10}
 
 def table_row(name, score):
     """A score as a line of text under TABLE_HEAD."""
-    interval = f'{score["low"]:.4g} .. {score["high"]:.4g}'
+    interval = f'{score["low"]:.4g} .. {score["high"]:.4g}' * (score['low'] < score['high'])  # none of one sample
     bounds = ''.join(f'{score[bound]:10.4g}' if bound in score else f'{"":10}' for bound in BOUNDS)
     return f'{name:42}{score["value"]:9.4g}{interval:>20}{bounds}'
 

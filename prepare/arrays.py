@@ -11,7 +11,6 @@ determine. Optional:
 other contents. Data of an older version, or of a script without `save_meta`, have no sums: their contents are not
 compared.
 """
-import hashlib
 import importlib
 import json
 import math
@@ -25,18 +24,20 @@ from filelock import FileLock, Timeout
 
 from config import UserError
 from engine import processes
+from engine.checkpoints import digest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing: `begin`, then `write` for each split, then `save_meta`. meta.json exists only while the data set is complete.
+# Writing: `begin`, then `write` for each split, then `save_meta`. meta.json exists only while the data set is complete:
+# the first file that is replaced removes it, and a script that fails before leaves the older data set as it was.
 
 LOCKS = {}  # {data folder: its lock} of the data sets that this process is making
+KEEPS_META = {}  # {data folder: whether a script only adds fields to it}
 
 
 def begin(folder, prepare='', keep_meta=False):
-    """Locks a data folder until `save_meta` and removes its meta.json; keep_meta is for a script that only adds
-    fields, or has read no input yet. Raises UserError if another process is making the data set, or if another script
-    than `prepare` made it."""
+    """Locks a data folder until `save_meta`; keep_meta is for a script that only adds fields. Raises UserError if
+    another process is making the data set, or if another script than `prepare` made it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = LOCKS.setdefault(folder.resolve(), FileLock(folder / 'lock'))
@@ -50,8 +51,7 @@ def begin(folder, prepare='', keep_meta=False):
     if prepare and meta.is_file() and (other := read_meta(folder)['prepare']) != prepare:
         release(folder)
         raise UserError(f'{folder} holds a data set of prepare/{other}.py: choose another --out=, or delete it')
-    if not keep_meta:
-        meta.unlink(missing_ok=True)
+    KEEPS_META[folder.resolve()] = keep_meta
 
 
 def release(folder):
@@ -68,6 +68,9 @@ def writing(path):
         new.parent.mkdir(parents=True, exist_ok=True)
         with open(new, 'wb') as file:
             yield file
+        for folder in Path(path).resolve().parents[:2]:  # of the data set, or of a split
+            if folder in LOCKS and not KEEPS_META[folder] and Path(path).suffix != '.tmp':
+                (folder / 'meta.json').unlink(missing_ok=True)
         os.replace(new, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         raise UserError(f'{path}: cannot be written ({getattr(error, "strerror", "") or error}); free disk space, or '
@@ -110,11 +113,7 @@ def sums_of(folder, meta):
     links = [name for name in meta.get('files', {}).values() if name.startswith('..')]
     files += [f'{split.name}/{name.format(split=split.name)}.npy' for name in links
               for split in sorted(folder.glob('*/')) if (split / f'{name.format(split=split.name)}.npy').is_file()]
-    sums = {}
-    for name in files:
-        with open(folder / name, 'rb') as file:
-            sums[name] = hashlib.file_digest(file, 'sha256').hexdigest()
-    return sums
+    return {name: digest(folder / name) for name in files}
 
 
 def save_meta(folder, meta):
@@ -140,9 +139,10 @@ def read_meta(folder):
         assert meta['kind'] in ('rows', 'stream') and meta['prepare'] and meta['fields'] and meta['config'] is not None
         for name, kind, least in (('fields', int, 0), ('views', int, 1), ('files', str, ''), ('index', str, '')):
             assert all(isinstance(value, kind) and value >= least for value in meta.get(name, {}).values())
+        assert len(set(meta.get('views', {}).values())) < 2, 'its fields have different numbers of views'
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f'{path}: not the description of a data set ({type(error).__name__}); delete {folder} and run '
-                        f'python -m prepare.{Path(folder).name}')
+        raise UserError(f'{path}: not the description of a data set ({str(error) or type(error).__name__}); correct it, '
+                        f'or delete {folder} and run python -m prepare.{Path(folder).name}')
     return meta
 
 
@@ -164,8 +164,11 @@ def load(path):
         assert array.ndim and array.dtype.kind in 'iufb', f'not an array of numbers: {array.dtype}'
     except Exception as error:  # NumPy fails in many ways
         folder = Path(path).parent.parent
-        make = f'run python -m prepare.{folder.name} first'
-        remedy = f'delete {folder} to make it again' if folder.exists() else make
+        remedy = f'delete {folder} to make it again' if folder.exists() else f'run python -m prepare.{folder.name} first'
+        sums = read_meta(folder).get('sums') if (folder / 'meta.json').is_file() else None
+        if sums and Path(path).relative_to(folder).as_posix() not in sums:
+            there = ', '.join(sorted({Path(name).stem for name in sums}))
+            raise UserError(f'{path}: this data set has no {Path(path).stem}; it has {there}')
         raise UserError(f'{path}: missing or damaged ({str(error) or type(error).__name__}); {remedy}')
     return array
 
@@ -297,9 +300,8 @@ class Data:
                             'integers (for pixels 0 to 255), or 0 for real values in meta.json')
         if vocabulary and (low < -(array.ndim > axes) or high >= vocabulary):
             raise UserError(f'{path}: token ids run from {low} to {high}, outside the vocabulary of {vocabulary}')
-        with np.errstate(over='ignore'):  # 1e300 is no float32
-            finite = np.isfinite(np.float32([low, high])).all()
-        if not finite:
+        largest = float(np.finfo(np.float32).max)
+        if not -largest <= float(low) <= float(high) <= largest:  # nan, inf, 1e300
             raise UserError(f'{path}: holds values that are not finite in float32; delete {path.parent.parent} to make '
                             'it again')
         return array

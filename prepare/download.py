@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import time
+from email.utils import formatdate
 from pathlib import Path
 
 import requests
@@ -17,14 +18,17 @@ from config import UserError
 
 TIMEOUT = 10, 60    # seconds to wait for a connection, and for the next bytes
 PAUSES = 1, 3, 10   # seconds before the second, third and last attempt
+PAGE = 'a web page instead of the file; does the network ask for a login?'
 
 
 def cache_folder():
     """The folder of downloads: NANO_CACHE, or ~/.cache/nanofm. Raises UserError."""
+    folder = os.environ.get('NANO_CACHE') or '~/.cache/nanofm'
     try:
-        return Path(os.environ.get('NANO_CACHE') or '~/.cache/nanofm').expanduser()
+        return Path(folder).expanduser()
     except RuntimeError:
-        raise UserError('there is no home folder for downloads: name one in the variable NANO_CACHE')
+        raise UserError(f'{folder}: there is no such home folder for downloads: name another folder in the variable '
+                        'NANO_CACHE')
 
 
 def download(url, name, digest=''):
@@ -42,12 +46,28 @@ def download(url, name, digest=''):
             raise UserError(f'{path}: {fault}; delete it and run this again, or copy the right file there from {url}')
     except requests.RequestException as error:
         reason = type(error).__name__ if error.response is None else f'HTTP {error.response.status_code}'
+        reason += f': {error}' * is_setting(error)
         raise UserError(f'{url} cannot be downloaded ({reason}); run this again to resume it, or copy the file to '
                         f'{path}')
     except OSError as error:
+        if not error.strerror:  # requests: the file of certificates is missing
+            raise UserError(f'{url} cannot be downloaded ({error})')
         raise UserError(f'{path} cannot be written ({error.strerror}); free disk space, or set NANO_CACHE to another '
                         'folder')
     return path
+
+
+def is_setting(error):
+    """Whether a fault of requests is one of an address or a proxy, which another attempt cannot mend."""
+    return isinstance(error, ValueError)
+
+
+def unusable(path):
+    """A message if a file is empty or a web page, otherwise ''."""
+    with open(path, 'rb') as file:
+        start = file.read(1000).lstrip(b'\xef\xbb\xbf \t\r\n').lower()
+    page = start.startswith((b'<html', b'<!doctype html'))
+    return PAGE if page else '' if start else 'the server sent nothing'
 
 
 def mismatch(path, digest):
@@ -68,7 +88,7 @@ def fetch_once(url, path, digest):
             return
         part = path.with_name(f'{path.name}.part')
         from_server = fetch(url, part)
-        if fault := mismatch(part, digest or from_server):
+        if fault := mismatch(part, digest or from_server) or unusable(part):
             part.unlink()  # or the next run would resume it
             raise UserError(f'{url}: {fault}; the download has been deleted, run this again')
         os.replace(part, path)
@@ -82,7 +102,7 @@ def fetch(url, part):
             return stream(url, part)
         except requests.RequestException as error:
             status = None if error.response is None else error.response.status_code
-            final = status is not None and status < 500 and status != 429
+            final = is_setting(error) or status is not None and status < 500 and status != 429
             if pause is None or final:
                 raise
             print(f'{type(error).__name__}: trying again in {pause} s')
@@ -94,15 +114,18 @@ def stream(url, part):
     part.touch()
     size = part.stat().st_size
     headers = {'Range': f'bytes={size}-', 'Accept-Encoding': 'identity'}  # identity: not compressed
+    if size:  # otherwise 412: the part is of an older file
+        headers['If-Unmodified-Since'] = formatdate(part.stat().st_mtime, usegmt=True)
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code == 416:  # nothing after `size`: the part is complete or too long
-            if response.headers.get('Content-Range') != f'bytes */{size}':
-                part.unlink()
-                raise requests.ConnectionError('the partial download does not belong to this file')
+        status, sent = response.status_code, response.headers.get('Content-Range', '')  # 'bytes FIRST-LAST/TOTAL'
+        if status == 416 and sent == f'bytes */{size}':  # nothing is left
             return server_digest(response)
+        if status in (412, 416) or status == 206 and not sent.startswith(f'bytes {size}-'):
+            part.unlink()
+            raise requests.ConnectionError('the partial download does not belong to this file')
         response.raise_for_status()
         if response.headers.get('Content-Type', '').startswith('text/html'):
-            raise UserError(f'{url}: a web page instead of the file; does the network ask for a login?')
+            raise UserError(f'{url}: {PAGE}')
         size *= response.status_code == 206  # 200: the server has no ranges and sends the whole file
         left = int(response.headers.get('Content-Length', 0))
         with (open(part, 'ab' if size else 'wb') as file,
@@ -111,6 +134,8 @@ def stream(url, part):
             for block in response.iter_content(1 << 16):
                 file.write(block)
                 bar.update(len(block))
+        if sent and sent.rpartition('/')[2] not in ('*', str(part.stat().st_size)):
+            raise requests.ConnectionError('the connection ended before the file')
         return server_digest(response)
 
 

@@ -319,6 +319,7 @@ def main(*arguments, **overrides):
     if settings['decoder'] and not Path(settings['decoder']).is_file():
         raise UserError(f'--decoder={settings["decoder"]}: no such file')
     if (folder / 'meta.json').is_file():
+        arrays.begin(folder, 'multiclevr')  # raises UserError if another script made it
         print(f'{folder} is complete; to pack another source, choose another --out')
     elif not source:
         raise UserError('MultiCLEVR is no public download: --source=ROOT names the folder with its train, val and test')
@@ -341,6 +342,7 @@ def main(*arguments, **overrides):
             (folder / split / 'texts.jsonl').unlink()
     if settings['decoder']:
         shutil.copyfile(settings['decoder'], folder / 'decoder.jit')
+    arrays.release(folder)
 
 
 if __name__ == '__main__':

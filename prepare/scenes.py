@@ -381,7 +381,7 @@ def main(*arguments, **overrides):
     if there and not extra:
         raise UserError(f'{folder} exists already: delete it, choose another --out, or add modalities by --extra=')
     meta = read_meta(folder) if there else make_scenes(settings)
-    for name in set(assigned) - {'extra', 'out', 'workers'}:
+    for name in set(assigned) - {'extra', 'out', 'workers'} if meta['prepare'] == 'scenes' else ():  # else: see `begin`
         if settings[name] != meta['settings'][name]:
             raise UserError(f'{folder} has {name}={meta["settings"][name]}: leave {name} out, or choose another --out')
     for name in dict.fromkeys(extra):

@@ -115,6 +115,9 @@ def pack(path, encoding, documents):
             for piece in pieces(document):
                 np.array(encoding.encode_ordinary(piece), dtype).tofile(file)
             np.array(end, dtype).tofile(file)
+    if not path.stat().st_size:
+        path.unlink()
+        raise UserError(f'{path.parent}: nothing to write: the documents hold no text')
     return np.memmap(path, dtype, mode='r')
 
 
@@ -139,14 +142,16 @@ def write(folder, encoding, splits, meta):
 def write_split(folder, encoding, documents, val_share, meta):
     """`write` for one sequence of documents, whose last fraction val_share is for validation. Raises UserError if it
     is too short."""
-    arrays.begin(folder, meta['prepare'], keep_meta=True)  # until all documents are read
+    arrays.begin(folder, meta['prepare'])
     tokens = pack(folder / 'tokens.tmp', encoding, documents)
     cut = int(len(tokens) * (1 - val_share))
-    if not 0 < cut < len(tokens):
-        raise UserError(f'val_share={val_share} of {len(tokens)} tokens leaves nothing for training or validation')
-    write(folder, encoding, dict(train=tokens[:cut], val=tokens[cut:]), meta)
-    del tokens  # Windows deletes no file that is mapped
-    (folder / 'tokens.tmp').unlink()
+    try:
+        if not 0 < cut < len(tokens):
+            raise UserError(f'val_share={val_share} of {len(tokens)} tokens leaves nothing for training or validation')
+        write(folder, encoding, dict(train=tokens[:cut], val=tokens[cut:]), meta)
+    finally:
+        del tokens  # Windows deletes no file that is mapped
+        (folder / 'tokens.tmp').unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

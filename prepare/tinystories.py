@@ -21,7 +21,7 @@ URL = 'https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/'
 FILES = dict(train='TinyStoriesV2-GPT4-train.txt', val='TinyStoriesV2-GPT4-valid.txt')
 MAKES = 'data/tinystories'
 SETTINGS = dict(
-    encoding='bpe',   # characters, bpe (trained on the stories), gpt2, smollm2
+    encoding='bpe',   # bpe (trained on the stories) or gpt2
     vocab_size=4096,  # of bpe
     n_stories=0,      # for training; 0 is all
     out=MAKES,        # the data folder
@@ -29,12 +29,15 @@ SETTINGS = dict(
 
 
 def stories(path):
-    """Yields the stories of a file, without white space around them."""
+    """Yields the stories of a file, without white space around them. Raises UserError."""
     rest = ''
-    with open(path, encoding='utf-8') as file:
-        while block := file.read(1 << 20):
-            *whole, rest = (rest + block).split(END)
-            yield from filter(None, map(str.strip, whole))
+    try:
+        with open(path, encoding='utf-8') as file:
+            while block := file.read(1 << 20):
+                *whole, rest = (rest + block).split(END)
+                yield from filter(None, map(str.strip, whole))
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: damaged or truncated, not UTF-8 text ({error}); delete it and run this again')
     if rest.strip():
         yield rest.strip()
 
@@ -44,9 +47,12 @@ def main(*arguments, **overrides):
     if settings['encoding'] not in ('bpe', 'gpt2') or settings['n_stories'] < 0:
         raise UserError('encoding must be bpe or gpt2, n_stories at least 0 (all)')
     folder, paths = Path(settings['out']), {split: download(URL + name, name) for split, name in FILES.items()}
+    for path in paths.values():
+        if next(stories(path), None) is None:
+            raise UserError(f'{path}: holds no stories; delete it and run this again')
     encoding = make_encoding(settings['encoding'], stories(paths['train']), settings['vocab_size'])
     documents = dict(train=islice(stories(paths['train']), settings['n_stories'] or None), val=stories(paths['val']))
-    arrays.begin(folder, 'tinystories', keep_meta=True)
+    arrays.begin(folder, 'tinystories')
     splits = {split: pack(folder / f'{split}.tmp', encoding, documents[split]) for split in FILES}
     write(folder, encoding, splits, dict(prepare='tinystories', encoding=settings['encoding'], settings=settings))
     del splits  # Windows deletes no file that is mapped

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+import config
 import train
 from config import UserError
 from engine import processes
-from prepare import arrays, text
+from prepare import arrays, multiclevr, scenes, text, toy2d
 from tests.tiny import GPT, losses, run, save_data
 
 
@@ -103,7 +104,7 @@ def test_damaged_data(here):
         run('out/a')
 
 
-@pytest.mark.parametrize('entry', [dict(fields=['tokens']), dict(views=['tokens']), dict(views=dict(tokens=0)), dict(fields=dict(tokens=9.5)),
+@pytest.mark.parametrize('entry', [dict(fields=['tokens']), dict(views=['tokens']), dict(views=dict(tokens=0)), dict(views=dict(a=2, b=4)), dict(fields=dict(tokens=9.5)),
                                    dict(files=dict(tokens=3)), dict(index=3)])
 def test_meta_json_of_a_wrong_kind(tmp_path, entry):
     save_data(tmp_path, 'rows', np.zeros((9, 9), int), np.zeros((9, 9), int), **entry)
@@ -375,6 +376,10 @@ def test_sums_of_all_arrays(here):
 def test_meta_json_comes_last_and_at_once(tmp_path, monkeypatch):
     """Its presence says that the data set is complete: removed first, written last; one that is replaced is never incomplete."""
     (tmp_path / 'meta.json').write_text('older')
+    arrays.begin(tmp_path)
+    with pytest.raises(UserError, match='nothing is left to write'):
+        arrays.write_rows(tmp_path / 'train', 'a', iter([]))
+    assert (tmp_path / 'meta.json').read_text() == 'older'
     arrays.write(tmp_path / 'train', dict(a=np.arange(3)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ['lock', 'train']
     meta = dict(kind='rows', prepare='text', fields={}, config={})
@@ -425,6 +430,42 @@ def test_one_process_makes_a_data_set(tmp_path, monkeypatch):
     assert Path('data/x/meta.json').exists()
     arrays.begin('data/x', 'x', keep_meta=True)
     assert Path('data/x/meta.json').exists()
+
+
+def test_a_field_that_a_data_set_never_had(tmp_path):
+    arrays.write(tmp_path / 'train', dict(a=np.arange(3)))
+    arrays.save_meta(tmp_path, dict(kind='rows', prepare='text', fields=dict(a=3), config={}))
+    with pytest.raises(UserError, match='train/label.npy: this data set has no label; it has a$'):
+        arrays.load(tmp_path / 'train/label.npy')
+    (tmp_path / 'train/a.npy').unlink()
+    with pytest.raises(UserError, match='a.npy: missing or damaged .* delete'):
+        arrays.load(tmp_path / 'train/a.npy')
+
+
+def test_a_rebuild_that_fails_keeps_the_older_data_set(tmp_path, monkeypatch):
+    """Whatever fails before the first array is written."""
+    monkeypatch.chdir(tmp_path)
+    toy2d.main(n_train=20, n_val=10)
+    before = Path('data/toy2d/meta.json').read_bytes()
+
+    def fail(n, random):
+        raise MemoryError('Unable to allocate 14.6 TiB')
+    monkeypatch.setitem(toy2d.DRAW, 'gaussians', fail)
+    monkeypatch.setattr(sys, 'argv', ['toy2d'])
+    with pytest.raises(SystemExit, match='error: not enough memory .Unable to allocate 14.6 TiB.: choose smaller sizes'):
+        config.run(toy2d.main)
+    assert Path('data/toy2d/meta.json').read_bytes() == before
+    with pytest.raises(UserError, match='n_train=1000000000000: must be at most'):
+        toy2d.main(n_train=1e12)
+
+
+def test_a_data_set_of_another_script_is_no_own_one(tmp_path):
+    arrays.write(tmp_path / 'train', dict(a=np.arange(3)))
+    arrays.save_meta(tmp_path, dict(kind='rows', prepare='text', fields=dict(a=3), config={}, settings={}))
+    for main in (lambda: multiclevr.main(source='docs', out=tmp_path), lambda: scenes.main(out=tmp_path, n_train=3, extra='grey')):
+        with pytest.raises(UserError, match='holds a data set of prepare/text.py: choose another --out='):
+            main()
+    assert (tmp_path / 'meta.json').is_file()
 
 
 def test_arrays_are_replaced_under_a_reader(tmp_path):

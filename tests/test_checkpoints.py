@@ -220,7 +220,7 @@ def test_a_run_by_its_file(here, monkeypatch):
     run('out/a', max_iters=1)
     shutil.copytree('out/a', 'C:runs')
     for name in ('a', 'out/a', 'out/a/', 'out/a/ckpt_last.pt', 'out/a/ckpt_best.pt', 'C:runs', 'C:runs/ckpt_last.pt'):
-        sources = checkpoints.read_sources(dict(init_from=(name, 'call')))
+        sources = checkpoints.read_sources(name)
         assert list(sources) == [''] and sources['']['step'] == 1
     with pytest.raises(UserError, match='no such checkpoint; the nearest are out/a/ckpt_'):
         checkpoints.read(Path('out/a/ckpt_last.pt/ckpt_last.pt'))

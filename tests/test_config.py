@@ -86,7 +86,7 @@ def test_model_fields_are_settings():
     (['--model=fourm', '--num_target_tokens=64,'], "'64,': num_target_tokens='' is not of type int"),
     (['--seed=9223372036854775808'], 'seed=9223372036854775808: must be at most 9223372036854775807'),
     (['--max_iters=0'], 'at least 1'),
-    (['--n_layer=-1'], 'n_layer=-1: must be at least 0'),
+    (['--n_layer=-1'], 'n_layer=-1: must be at least 1'),
     (['--n_head=0'], 'n_head=0: must be at least 1'), (['--n_embd=0'], 'n_embd=0: must be at least 1'),
     (['--model=gtp'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
     (['--model=os'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
@@ -530,3 +530,15 @@ def test_openmp_is_told_before_torch_is_imported(program):
     for own, expected in ({}, '10000'), (dict(GOMP_SPINCOUNT='7'), '7'):
         done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=environment | own, capture_output=True, text=True)
         assert done.stdout.strip() == expected, done.stderr
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='a shell of POSIX')
+@pytest.mark.parametrize('closed', ['>&-', '2>&-', '>&- 2>&-'])
+def test_closed_streams(tmp_path, closed):
+    """What a program prints is then discarded."""
+    program = tmp_path / 'program.py'
+    program.write_text('import sys\nimport config\ndef main():\n    print("a")\n    print("b", file=sys.stderr)\n'
+                       '    sys.stdout.write("c"), sys.stderr.write("d")\n    open("done", "w").close()\nconfig.run(main)\n')
+    environment = os.environ | dict(PYTHONPATH=str(config.ROOT))
+    done = subprocess.run(f'"{sys.executable}" program.py {closed}', shell=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and (tmp_path / 'done').exists()

@@ -32,14 +32,20 @@ class Handler(BaseHTTPRequestHandler):
             start = int(re.fullmatch(r'bytes=(\d+)-', self.headers['Range'])[1])
             if start >= len(content):
                 return self.head(416, {'Content-Range': f'bytes */{len(content)}'})
+        if fault == 'changed' and self.headers['If-Unmodified-Since']:
+            return self.head(412, {})
+        start = 0 if fault == 'whole' else start
         body = content[start:]
-        self.head(206 if server.knows_ranges else 200, {'Content-Length': len(body)})
+        total = {'Content-Range': f'bytes {start}-{len(content) - 1}/{len(content)}'} if server.knows_ranges else {}
+        self.head(206 if total else 200, total | {'Content-Length': '' if fault == 'short' else len(body)})
+        body = body[:-1] if fault == 'short' else body
         self.wfile.write(body[:len(body) // 2] if fault == 'cut' else body)
 
     def head(self, status, headers):
         self.send_response(status)
         for name, value in ({'Content-Length': 0} | headers).items():
-            self.send_header(name, str(value))
+            if value != '':
+                self.send_header(name, str(value))
         self.end_headers()
 
     def log_message(self, *arguments):
@@ -99,9 +105,43 @@ def test_complete_or_too_long_part(server, part):
     assert len(server.ranges) == (1 if part == CONTENT else 2)
 
 
-def test_empty_file(server):
-    server.files['file.bin'] = b''
-    assert download(server.url + 'file.bin', 'file.bin').read_bytes() == b''
+@pytest.mark.parametrize('content, message', [
+    (b'', 'the server sent nothing'), (b'\n <!DOCTYPE html><html>Login', 'a web page instead of the file'), (b'<html>', 'a web page')])
+def test_no_file(server, content, message):
+    """Nothing, or the page of a network as text/plain: not kept, with and without ranges."""
+    for server.knows_ranges in (True, False):
+        server.files['file.bin'] = content
+        with pytest.raises(UserError, match=f'file.bin: {message}'):
+            download(server.url + 'file.bin', 'file.bin')
+        assert [path.name for path in server.cache.iterdir()] == ['file.bin.lock']
+
+
+@pytest.mark.parametrize('fault', ['whole', 'short', 'changed', 204])
+def test_another_part_than_asked_for(server, fault):
+    """From its first byte, cut without a length, of a newer file: the file is complete in the end. 204 is nothing."""
+    leave_part(server, CONTENT[:1000])
+    server.faults = [fault]
+    if fault == 204:
+        server.cache.joinpath('file.bin.part').unlink()
+        with pytest.raises(UserError, match='the server sent nothing'):
+            download(server.url + 'file.bin', 'file.bin')
+    else:
+        assert download(server.url + 'file.bin', 'file.bin').read_bytes() == CONTENT and len(server.ranges) == 2
+
+
+def test_a_setting_that_no_attempt_mends(server, monkeypatch):
+    """A proxy of a kind that is not installed, a file of certificates that is missing: its reason, at once."""
+    paused = []
+    monkeypatch.setattr(module.time, 'sleep', paused.append)
+    with pytest.raises(UserError, match=r'cannot be downloaded \(InvalidSchema: No connection adapters'):
+        download('socks://127.0.0.1/file.bin', 'file.bin')
+    monkeypatch.setenv('REQUESTS_CA_BUNDLE', '/nonexistent.pem')
+    with pytest.raises(UserError, match='cannot be downloaded .*invalid path: /nonexistent.pem'):
+        download('https://127.0.0.1:9/file.bin', 'file.bin')
+    assert not paused
+    monkeypatch.setenv('NANO_CACHE', '~nosuchuser/x')
+    with pytest.raises(UserError, match='~nosuchuser/x: there is no such home folder for downloads: name another folder'):
+        cache_folder()
 
 
 def test_server_recovers(server):
@@ -178,7 +218,7 @@ def test_no_home(monkeypatch):
     """A user id without an entry, as in containers."""
     monkeypatch.delenv('NANO_CACHE', raising=False)
     monkeypatch.setattr('os.path.expanduser', lambda path: path)  # as it answers then
-    with pytest.raises(UserError, match='no home folder for downloads: name one in the variable NANO_CACHE'):
+    with pytest.raises(UserError, match='no such home folder for downloads: name another folder in the variable NANO_CACHE'):
         cache_folder()
     monkeypatch.setenv('NANO_CACHE', 'cache')
     assert cache_folder() == Path('cache')

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import train
 from config import UserError
 from engine import runs
-from tests.tiny import TINY, lines, read, run
+from tests.tiny import GPT, TINY, lines, read, run, save_data
 
 
 def test_what_a_killed_run_logged_is_done_again(tmp_path):
@@ -86,12 +87,55 @@ def test_weights_replace_no_other_run(here):
         runs.save_weights(Path('out/a'), weights)
 
 
+@pytest.fixture
+def toy_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    save_data(Path('data/toy'), 'stream', random.integers(0, 9, 500), random.integers(0, 9, 100), config=dict(vocab_size=9))
+
+
+def test_the_same_command_continues_a_fine_tuned_run(toy_data, capsys):
+    """Also if its source is gone, also after init_from was left out; but a run that began otherwise is not continued in its
+    name, nor one of another model."""
+    sizes = {name: value for name, value in GPT.items() if name not in ('n_layer', 'n_head', 'n_embd', 'block_size', 'max_iters')}
+    train.main(**GPT, out_dir='out/source')
+    train.main(**sizes, init_from='out/source', out_dir='out/tuned', max_iters=1)
+    Path('out/source').rename('out/moved')
+    train.main(**sizes, init_from='out/source', out_dir='out/tuned', max_iters=2)
+    train.main(**GPT | dict(max_iters=3), vocab_size=9, out_dir='out/tuned')
+    train.main(**sizes, init_from='out/source', out_dir='out/tuned', max_iters=4)
+    assert read('out/tuned')['step'] == 4 and read('out/tuned')['settings']['init_from'] == 'out/source'
+    with pytest.raises(UserError, match="out/moved holds a run with init_from='resume', not 'out/tuned': name the former to continue it"):
+        train.main(**sizes, init_from='out/tuned', out_dir='out/moved', max_iters=6)
+    capsys.readouterr()
+    train.main(**GPT | dict(max_iters=1), vocab_size=9, out_dir='out/tuned')  # fewer steps than it has made
+    assert 'finished at step 4' in (said := capsys.readouterr().out) and 'learning rates, ' not in said
+
+
+def test_a_restarted_job_continues_its_own_run_alone(toy_data, monkeypatch, capsys):
+    monkeypatch.setenv('SLURM_JOB_ID', '1')
+    train.main(**GPT, out_dir='out/a')
+    monkeypatch.setenv('SLURM_RESTART_COUNT', '1')
+    train.main(**GPT | dict(max_iters=4), out_dir='out/a', init_from='scratch')
+    assert read('out/a')['step'] == 4 and not Path('out/a.1').exists()
+    monkeypatch.setenv('SLURM_JOB_ID', '2')
+    train.main(**GPT, out_dir='out/a', init_from='scratch')
+    assert 'out/a held another run: moved to out/a.1' in capsys.readouterr().out and read('out/a')['step'] == 3
+
+
+def test_the_folder_itself_cannot_be_moved_aside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('ckpt_last.pt').touch()
+    with contextlib.ExitStack() as stack, pytest.raises(UserError, match=r'^\.: cannot be moved aside .*another --out_dir=$'):
+        runs.enter(Path('.'), dict(init_from='scratch'), (), stack)
+
+
 def test_the_newest_are_kept(tmp_path):
-    names = ['ckpt_999999.pt', 'ckpt_1000000.pt', 'ckpt_1000001.pt', 'ckpt_last.pt', 'ckpt_best.pt']
+    names = ['ckpt_999999.pt', 'ckpt_1000000.pt', 'ckpt_1000001.pt', 'ckpt_last.pt', 'ckpt_best.pt', 'ckpt_3.pt', 'ckpt_1000002_good.pt']
     for name in names:
         (tmp_path / name).touch()
     runs.prune(tmp_path, 0)
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.iterdir())) == 7
     runs.prune(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 

@@ -32,7 +32,7 @@ def test_features_agree(saved, monkeypatch):
     monkeypatch.setattr(siglip, 'download', lambda url, name: folder / name.split('/')[1])
     monkeypatch.chdir(folder)
     siglip.main()
-    sources = checkpoints.read_sources(dict(init_from=('vision_encoder:siglip,projector:out/siglip', 'call')))
+    sources = checkpoints.read_sources('vision_encoder:siglip,projector:out/siglip')
     checkpoint = sources['vision_encoder']
     assert checkpoints.find('siglip').is_file()
     ours = VisionEncoder(Config(**checkpoint['model_config'])).eval()

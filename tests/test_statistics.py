@@ -127,3 +127,9 @@ def test_tables():
     assert statistics.markdown_table(rows).splitlines() == [
         '| name | speed | n | share | none |', '|---|---|---|---|---|',
         '| a\\|b | 1,234 | 3 |  |  |', '| c |  |  | 0.12 |  |']
+
+
+def test_one_sample_has_no_interval():
+    score = statistics.bootstrap(np.array([[[2.068, 1.0]]]))
+    assert statistics.table_row('nll', score).split() == ['nll', '2.068'] and score['n'] == 1
+    assert '..' in statistics.table_row('nll', statistics.bootstrap(np.array([[[2.0, 1.0]], [[3.0, 1.0]]])))

@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from config import UserError
 from prepare import shakespeare, text, text_tokenizers, tinystories
+from prepare.files import visible
 from prepare.text import Dataset, first, pieces
 from prepare.text_tokenizers import END, GPT2_PATTERN, Characters, load_encoding, merge, save_encoding, train_bpe
 from tests.test_download import server  # noqa: F401, a fixture
@@ -148,7 +149,26 @@ def test_bad_input(folder, arguments, message):
     (folder / 'wide.txt').write_bytes('without a mark'.encode('utf-16-le'))
     with pytest.raises(UserError, match=message):
         text.main(*arguments)
-    assert not (folder / 'data/text/meta.json').exists()
+    assert not (folder / 'data/text/meta.json').exists() and not list(folder.glob('data/text/*.tmp'))
+
+
+def test_linked_texts(folder, capsys):
+    """Links to folders are followed, in a circle and twice, too; a link to nothing is named."""
+    (folder / 'other').mkdir()
+    (folder / 'other/z.txt').write_text('linked')
+    for name, target in (('z', 'other'), ('zz', 'other'), ('circle', 'in'), ('none.txt', 'nowhere')):
+        (folder / 'in' / name).symlink_to(folder / target)
+    found = visible(folder / 'in')
+    assert [path.name for path in found].count('z.txt') == 1 and len(found) == len(set(path.resolve() for path in found))
+    assert f'left out: {folder}/in/none.txt: a link to nothing\n' == capsys.readouterr().out
+
+
+@pytest.mark.parametrize('content, message', [(b'', 'holds no stories'), ('Once, é'.encode()[:-1], 'damaged or truncated, not UTF-8')])
+def test_damaged_stories(folder, monkeypatch, content, message):
+    (folder / 'stories.txt').write_bytes(content)
+    monkeypatch.setattr(tinystories, 'download', lambda url, name: folder / 'stories.txt')
+    with pytest.raises(UserError, match=f'stories.txt: {message}.*delete it and run this again'):
+        tinystories.main()
 
 
 def test_hidden_copies_are_no_texts(folder):

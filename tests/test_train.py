@@ -340,6 +340,8 @@ def test_a_run_from_another_runs_weights(here):
     (dict(train_modalities='rgb sound'), "there is no modality 'sound'"),
     (dict(micro_batch_size=3), 'does not split into micro-batches of 3'),
     (dict(n_head=5), 'must be a multiple'), (dict(n_head=0), 'n_head=0: must be at least 1'), (dict(n_embd=-8), 'n_embd=-8: must be at least 1'),
+    (dict(n_layer_encoder=0), 'n_layer_encoder=0: must be at least 1'), (dict(min_lr=5.0), 'min_lr=5.0: must be at most 1'),
+    (dict(decay=2.0), 'decay=2.0: must be at most 1'),
     (dict(device='gpu'), "device='gpu' does not work here"),
     (dict(dtype='float8'), 'choose auto, float32, bfloat16 or float16'),
     (dict(grad_clip=-1.0), 'grad_clip=-1.0: must be at least 0'),

@@ -89,7 +89,7 @@ def test_an_interruption_keeps_what_is_finished(tiny_run, monkeypatch):
 
 @pytest.mark.parametrize('setting, message', [
     ('--task=size', 'task is one of count, shape, color, label, given one of rgb, depth'),
-    ('--given=caption', 'given one of rgb'), ('--task=label', 'label.npy: missing or damaged'),
+    ('--given=caption', 'given one of rgb'), ('--task=label', 'label.npy: this data set has no label; it has caption'),
     ('--labels=2', 'labels=2: numbers from 4 to 96'), ('--labels=50,1000', 'numbers from 4 to 96'),
     ('--labels=many', 'not of type int'), ('--steps=0', 'at least 1'), ('--out_dir=out/none', 'no such checkpoint')])
 def test_faults(tiny_run, setting, message):
