@@ -117,7 +117,7 @@ def check_room(out_dir, model):
 
 
 def prune(out_dir, keep):
-    """Deletes all checkpoints ckpt_STEP.pt except the newest `keep`, and no copies of other names; none if keep is 0."""
+    """Deletes all checkpoints ckpt_STEP.pt except the newest `keep`, no copies of other names; none if keep is 0."""
     steps = {int(path.stem[5:]): path for path in out_dir.glob('ckpt_*.pt') if re.fullmatch(r'ckpt_\d{6,}', path.stem)}
     if is_main() and keep:
         for step in sorted(steps)[:-keep]:

@@ -202,7 +202,8 @@ def choices(run):
 
 def score_texts(run):
     """{metric: its value, interval and bounds}."""
-    return {metric: f'{score["value"]:.4g}' + f' [{score["low"]:.4g}, {score["high"]:.4g}]' * (score['low'] < score['high'])
+    return {metric: f'{score["value"]:.4g}'
+            + f' [{score["low"]:.4g}, {score["high"]:.4g}]' * (score['low'] < score['high'])
             + ''.join(f'; {bound} {score[bound]:.4g}' for bound in BOUNDS if bound in score)
             for metric, score in run.scores.items()}
 

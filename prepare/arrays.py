@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from config import UserError
+from config import UserError, elsewhere
 from engine import processes
 from engine.checkpoints import digest
 
@@ -45,12 +45,12 @@ def begin(folder, prepare='', keep_meta=False):
         lock.acquire(timeout=0)
     except Timeout:
         del LOCKS[folder.resolve()]
-        raise UserError(f'{folder}: another process is making this data set; wait until it (or its notebook) ends, or '
-                        'choose another --out=')
-    meta = folder / 'meta.json'
-    if prepare and meta.is_file() and (other := read_meta(folder)['prepare']) != prepare:
+        raise UserError(f'{folder}: another process is making this data set; wait for it, or choose another --out=')
+    other = read_meta(folder)['prepare'] if prepare and (folder / 'meta.json').is_file() else prepare
+    if other != prepare or any(folder.glob('*/meta.json')):
         release(folder)
-        raise UserError(f'{folder} holds a data set of prepare/{other}.py: choose another --out=, or delete it')
+        raise UserError(f'{folder} holds ' + (f'a data set of prepare/{other}.py: choose another --out=, or delete it'
+                                              if other != prepare else 'other data sets: choose another --out='))
     KEEPS_META[folder.resolve()] = keep_meta
 
 
@@ -141,7 +141,7 @@ def read_meta(folder):
             assert all(isinstance(value, kind) and value >= least for value in meta.get(name, {}).values())
         assert len(set(meta.get('views', {}).values())) < 2, 'its fields have different numbers of views'
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f'{path}: not the description of a data set ({str(error) or type(error).__name__}); correct it, '
+        raise UserError(f'{path}: not the description of a data set ({str(error) or type(error).__name__}); correct it '
                         f'or delete {folder} and run python -m prepare.{Path(folder).name}')
     return meta
 
@@ -151,7 +151,7 @@ def find(dataset):
     folder, known = Path('data', dataset), processes.scripts('data')
     if dataset not in known and not (folder / 'meta.json').is_file():
         raise UserError(f'dataset={dataset!r}: there is neither {folder}/meta.json nor a script prepare/{dataset}.py '
-                        f'that makes it (there are {", ".join(known)})'
+                        f'that makes it (there are {", ".join(known)}){elsewhere()}'
                         + '; leave out the data/ before the name' * dataset.startswith('data/'))
     processes.make_once(dataset, folder / 'meta.json')
     return folder, read_meta(folder)
@@ -164,7 +164,7 @@ def load(path):
         assert array.ndim and array.dtype.kind in 'iufb', f'not an array of numbers: {array.dtype}'
     except Exception as error:  # NumPy fails in many ways
         folder = Path(path).parent.parent
-        remedy = f'delete {folder} to make it again' if folder.exists() else f'run python -m prepare.{folder.name} first'
+        remedy = f'delete {folder} to make it again' if folder.exists() else f'run python -m prepare.{folder.name}'
         sums = read_meta(folder).get('sums') if (folder / 'meta.json').is_file() else None
         if sums and Path(path).relative_to(folder).as_posix() not in sums:
             there = ', '.join(sorted({Path(name).stem for name in sums}))
@@ -356,8 +356,8 @@ class Data:
             valid = valid[..., 1:] if name in ('loss_mask', 'tokens') else valid  # the first may be a class, or given
             empty &= ~valid.reshape(len(valid), -1).any(1)[self.index.get(name, slice(None))]
         if names and empty.any():
-            raise UserError(f'{path(names[0])}: {empty.sum():,} of {self.n:,} rows have no target, row {empty.argmax()} '
-                            f'first: only padding (-1){", or a loss mask of 0" * (names[0] == "loss_mask")}')
+            raise UserError(f'{path(names[0])}: {empty.sum():,} of {self.n:,} rows have no target, row {empty.argmax()}'
+                            f' first: only padding (-1){", or a loss mask of 0" * (names[0] == "loss_mask")}')
 
     def rows(self, ids, shift=0, view=0):
         """{field: (B, ...)} of the samples with these ids: int64, or float32 for reals; -1 after the end of a

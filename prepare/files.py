@@ -10,7 +10,8 @@ def visible(folder):
     folders are followed, each folder is read once."""
     found, seen, faults = [], set(), []
     for parent, folders, names in os.walk(folder, onerror=faults.append, followlinks=True):
-        folders[:], names = ([name for name in some if not name.startswith(('.', '__MACOSX'))] for some in (folders, names))
+        folders[:], names = ([name for name in some if not name.startswith(('.', '__MACOSX'))]
+                             for some in (folders, names))
         if (real := os.path.realpath(parent)) in seen:
             folders.clear()
             continue

@@ -427,6 +427,8 @@ def test_one_process_makes_a_data_set(tmp_path, monkeypatch):
     assert second.communicate()[1] == '' and second.returncode == 0 and arrays.read_meta('data/x')['prepare'] == 'x'
     with pytest.raises(UserError, match='data/x holds a data set of prepare/x.py: choose another --out='):
         arrays.begin('data/x', 'text')
+    with pytest.raises(UserError, match='data holds other data sets: choose another --out='):
+        arrays.begin('data', 'text')
     assert Path('data/x/meta.json').exists()
     arrays.begin('data/x', 'x', keep_meta=True)
     assert Path('data/x/meta.json').exists()
