@@ -104,7 +104,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('arguments, message', [
     (['--n_embd=64'], "unknown setting 'n_embd'"),
     (['--backend=cudnn', '--device=cpu'], "backend='cudnn': on cpu there are flash, math"),
-    (['--plot=x.gif'], 'name a file that ends in .png'), (['--dtype'], 'are written --name=value'),
+    (['--plot=x.gif'], 'name a file that ends in .png'), (['--dtype'], 'are written --dtype=value'),
     (['config/nope.py'], 'config/nope.py: no such config file'), (['config/gpt_mnist.py', '--n_hed=2'], "did you mean 'n_head'"),
     (['config/gpt_mnist.py', '--all=True', '--n_head=2'], 'n_head: with --all=True configs are measured as they are')])
 def test_faults(arguments, message, monkeypatch):

@@ -257,7 +257,7 @@ def test_the_folder(folder):
     assert (tokens[:, 0, 0] == labels).all() and images.dtype == labels.dtype == np.uint8
     assert (mnist.to_tokens(dataset.decode(tokens[:, 0]), labels) == tokens[:, 0]).all()
     assert (dataset.decode(tokens[:, 0]) == mnist.binary(images)).all() and len(dataset.classes) == 10
-    with pytest.raises(UserError, match='absent.npy: missing or damaged'):
+    with pytest.raises(UserError, match='absent.npy: this data set has no absent; it has image, label, tokens'):
         dataset.load('val', 'absent')
     (folder / 'bad.pt').write_bytes(b'no judge')
     with pytest.raises(UserError, match='bad.pt: missing, truncated or not an evaluation classifier'):

@@ -428,7 +428,7 @@ def test_new_pairs():
 def test_scenes_are_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for module in (scenes_qa, scenes_align):
-        with pytest.raises(UserError, match='run python -m prepare.scenes first'):
+        with pytest.raises(UserError, match='run python -m prepare.scenes$'):
             module.main()
 
 
