@@ -102,7 +102,8 @@ def help(assigned):
 def main(*arguments, **overrides):
     """Trains as the config files and settings say. Returns the values of the last evaluation, or {'stopped': signal
     number}. Raises UserError."""
-    with ExitStack() as stack:  # in the end restores signal handlers, releases the lock, leaves the process group
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        # the stack in the end restores signal handlers, releases the lock, leaves the process group
         runs.keep_printing(stack)
         return run(config.read(arguments, overrides), arguments, stack)
 

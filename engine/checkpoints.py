@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import time
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +34,15 @@ class Damaged(UserError):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
+def replace(new, path):
+    """os.replace, tried for a second: on Windows it is refused while another program reads the file."""
+    for _ in range(10):
+        with suppress(PermissionError):
+            return os.replace(new, path)
+        time.sleep(0.1)
+    os.replace(new, path)
+
+
 def save(path, checkpoint):
     """Writes a checkpoint to a temporary file, syncs it and renames it, so that the previous file is never lost. Raises
     UserError."""
@@ -42,12 +52,12 @@ def save(path, checkpoint):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f'{path}: cannot be written ({error}); the checkpoint before it is untouched. Free disk space '
-                        'or choose another out_dir, then run the same command again')
+        raise UserError(f'{path}: cannot be written ({error}); the checkpoint before it is untouched. Free disk space, '
+                        'end a program that reads it, or choose another out_dir; then run the same command again')
 
 
 def sync_folder(path):

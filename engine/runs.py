@@ -69,7 +69,8 @@ def enter(out_dir, settings, free, stack):
         aside = next(path for i in range(1, 10 ** 6) if not (path := Path(f'{out_dir}.{i}')).exists())
         try:
             with lock(out_dir):
-                out_dir.rename(aside)
+                pass  # no process trains there; Windows does not rename a folder with an open file
+            out_dir.rename(aside)
         except OSError as error:
             raise UserError(f'{out_dir}: cannot be moved aside ({error.strerror}); choose another --out_dir=')
         print(f'{out_dir} held another run: moved to {aside}')

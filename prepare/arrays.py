@@ -15,7 +15,6 @@ import importlib
 import json
 import math
 import os
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +24,17 @@ from filelock import FileLock, Timeout
 from config import UserError, elsewhere
 from engine import processes
 from engine.checkpoints import digest
+from prepare.files import KEEPS_META, LOCKS, release, writing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing: `begin`, then `write` for each split, then `save_meta`. meta.json exists only while the data set is complete:
 # the first file that is replaced removes it, and a script that fails before leaves the older data set as it was.
 
-LOCKS = {}  # {data folder: its lock} of the data sets that this process is making
-KEEPS_META = {}  # {data folder: whether a script only adds fields to it}
-
-
 def begin(folder, prepare='', keep_meta=False):
-    """Locks a data folder until `save_meta`; keep_meta is for a script that only adds fields. Raises UserError if
-    another process is making the data set, or if another script than `prepare` made it."""
+    """Locks a data folder until `save_meta`, or until the script ends (`making`); keep_meta is for a script that only
+    adds fields. Raises UserError if another process is making the data set, or if another script than `prepare` made
+    it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = LOCKS.setdefault(folder.resolve(), FileLock(folder / 'lock'))
@@ -52,32 +49,6 @@ def begin(folder, prepare='', keep_meta=False):
         raise UserError(f'{folder} holds ' + (f'a data set of prepare/{other}.py: choose another --out=, or delete it'
                                               if other != prepare else 'other data sets: choose another --out='))
     KEEPS_META[folder.resolve()] = keep_meta
-
-
-def release(folder):
-    if lock := LOCKS.pop(Path(folder).resolve(), None):
-        lock.release(force=True)
-
-
-@contextmanager
-def writing(path):
-    """A file that replaces `path` when it is complete: a run that has mapped the older one can still read it. Raises
-    UserError if the disk is full."""
-    new = Path(f'{path}.tmp')
-    try:
-        new.parent.mkdir(parents=True, exist_ok=True)
-        with open(new, 'wb') as file:
-            yield file
-        for folder in Path(path).resolve().parents[:2]:  # of the data set, or of a split
-            if folder in LOCKS and not KEEPS_META[folder] and Path(path).suffix != '.tmp':
-                (folder / 'meta.json').unlink(missing_ok=True)
-        os.replace(new, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
-        raise UserError(f'{path}: cannot be written ({getattr(error, "strerror", "") or error}); free disk space, or '
-                        'choose another --out=')
-    finally:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
 
 
 def write(folder, arrays):

@@ -18,6 +18,7 @@ import config
 from config import UserError
 from prepare import arrays, judge
 from prepare.download import download
+from prepare.files import making
 
 MAKES = 'data/cifar10'
 SETTINGS = dict(
@@ -84,6 +85,7 @@ class Dataset:
 # ---------------------------------------------------------------------------------------------------------------------
 # Making the data set
 
+@making()
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     splits = fetch()

@@ -12,6 +12,7 @@ import config
 from config import UserError
 from prepare.arrays import begin, write
 from prepare.cifar10 import CLASSES, fetch, views
+from prepare.files import making
 from prepare.folder import check, make
 
 MAKES = 'data/cifar10_modalities'
@@ -24,6 +25,7 @@ SETTINGS = dict(
 )
 
 
+@making()
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     out = Path(settings['out'])

@@ -1,8 +1,59 @@
 """
-The files of a user's folder, and what is said of those that cannot be used.
+The files of a data set while they are made, and those of a user's folder.
 """
 import os
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from config import UserError
+from engine.checkpoints import replace
+
+LOCKS = {}  # {data folder: its lock} of the data sets that this process is making
+KEEPS_META = {}  # {data folder: whether a script only adds fields to it}
+
+
+def release(folder):
+    if lock := LOCKS.pop(Path(folder).resolve(), None):
+        lock.release(force=True)
+
+
+@contextmanager
+def making():
+    """Decorates the main of a script: however it ends, in a notebook too, it leaves no data folder locked."""
+    before = {*LOCKS}
+    try:
+        yield
+    finally:
+        for folder in {*LOCKS} - before:
+            release(folder)
+
+
+@contextmanager
+def writing(path):
+    """A file that replaces `path` when it is complete: a run that has mapped the older one can still read it. The first
+    one of a data set removes its meta.json. Raises UserError, and leaves all as it was, if that is impossible: the disk
+    is full, or on Windows a program reads the older file."""
+    new, meta, text = Path(f'{path}.tmp'), None, None
+    for folder in Path(path).resolve().parents[:2]:  # of the data set, or of a split
+        if folder in LOCKS and not KEEPS_META[folder] and Path(path).suffix != '.tmp':
+            meta = folder / 'meta.json'
+    try:
+        new.parent.mkdir(parents=True, exist_ok=True)
+        with open(new, 'wb') as file:
+            yield file
+        if meta and meta.is_file():
+            text = meta.read_bytes()
+            meta.unlink()
+        replace(new, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+        if text:
+            meta.write_bytes(text)
+        remedy = 'end the program that reads it' if isinstance(error, PermissionError) else 'free disk space'
+        raise UserError(f'{path}: cannot be written ({getattr(error, "strerror", "") or error}); {remedy}, or choose '
+                        'another --out=')
+    finally:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
 
 
 def visible(folder):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import config
 from config import UserError
 from prepare import arrays
-from prepare.files import tell, visible
+from prepare.files import making, tell, visible
 from prepare.image_tokenizers import ImageTokenizer
 from prepare.pictures import (
     ENDINGS,
@@ -234,6 +234,7 @@ def make(folder, splits, settings):
     arrays.save_meta(folder, meta)
 
 
+@making()
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     source, folder, size, views = Path(settings['source']), Path(settings['out']), settings['size'], settings['views']

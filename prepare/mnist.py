@@ -28,6 +28,7 @@ import config
 from config import UserError
 from prepare import arrays, judge
 from prepare.download import download
+from prepare.files import making
 from prepare.pictures import read_square
 
 MAKES = 'data/mnist'
@@ -186,6 +187,7 @@ class Dataset:
 # ---------------------------------------------------------------------------------------------------------------------
 # Making the data set
 
+@making()
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     if settings['subset'] not in ('', 't10k') or settings['views'] < 1:

@@ -36,6 +36,7 @@ from tqdm import tqdm
 import config
 from config import UserError
 from prepare import arrays
+from prepare.files import making
 from prepare.scenes import caption, drawing, parse_text, scene_desc, typical, words
 from prepare.scenes_render import open_pool
 from prepare.scenes_scores import score_objects
@@ -313,6 +314,7 @@ class Dataset:
 # ---------------------------------------------------------------------------------------------------------------------
 # Making the data set
 
+@making()
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     source, folder = settings['source'], Path(settings['out'])

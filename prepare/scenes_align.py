@@ -17,6 +17,7 @@ import numpy as np
 
 import config
 from prepare.arrays import load, write
+from prepare.files import making
 from prepare.scenes import COLOR_NAMES, MATERIALS, SHAPES, SIZES
 from prepare.scenes_qa import Scene, begin, cell, cell_words, encoding_name, first_rows, has_new_pair, link, where
 from prepare.vqa import Dataset, write_meta, write_questions, write_rows  # noqa: F401  (Dataset: for sample.py)
@@ -52,6 +53,7 @@ def patch_labels(objects, size, template):
     return ids
 
 
+@making()
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     out, scenes, template, size = begin(settings, 'scenes_align')

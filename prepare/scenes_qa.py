@@ -38,6 +38,7 @@ import config
 from config import UserError
 from prepare import arrays
 from prepare.arrays import load, read_meta
+from prepare.files import making
 from prepare.scenes import COLOR_NAMES, MATERIALS, NAMES, SHAPES, SIZES
 from prepare.text_tokenizers import save_words
 from prepare.vqa import Dataset, load_template, write_meta, write_questions, write_rows  # noqa: F401  (Dataset: lab)
@@ -311,6 +312,7 @@ def begin(settings, prepare, thinks=False):
     return out, scenes, load_template('', out, thinks), size
 
 
+@making()
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     out, scenes, template, size = begin(settings, 'scenes_qa', thinks=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import config
 from prepare.download import download
+from prepare.files import making
 from prepare.text import Dataset, make_encoding, write_split  # Dataset: for sample.py
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -17,6 +18,7 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 MAKES = 'data/shakespeare'
 
 
+@making()
 def main(*arguments, **overrides):
     config.apply(config.read(arguments, overrides), {})  # no settings
     text = download(URL, 'tinyshakespeare.txt', SHA256).read_text(encoding='utf-8')

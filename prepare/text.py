@@ -26,7 +26,7 @@ import config
 from config import UserError
 from engine.checkpoints import digest
 from prepare import arrays
-from prepare.files import tell, visible
+from prepare.files import making, tell, visible
 from prepare.text_tokenizers import Characters, gpt2_encoding, load_encoding, save_encoding, train_bpe
 
 MAKES = 'data/text'
@@ -195,6 +195,7 @@ def read_files(files):
         yield text
 
 
+@making()
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     if not settings['input']:

@@ -14,6 +14,7 @@ import config
 from config import UserError
 from prepare import arrays
 from prepare.download import download
+from prepare.files import making
 from prepare.text import Dataset, make_encoding, pack, write  # Dataset: for sample.py
 from prepare.text_tokenizers import END
 
@@ -42,6 +43,7 @@ def stories(path):
         yield rest.strip()
 
 
+@making()
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     if settings['encoding'] not in ('bpe', 'gpt2') or settings['n_stories'] < 0:

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 import config
 from config import UserError
 from prepare.arrays import begin, save_meta, write
+from prepare.files import making
 
 MAKES = 'data/toy2d'
 SETTINGS = dict(
@@ -166,6 +167,7 @@ class Dataset:
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
+@making()
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     if settings['name'] not in DRAW or min(settings['n_train'], settings['n_val']) < 1:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import config
 from config import UserError
 from prepare import arrays
-from prepare.files import tell
+from prepare.files import making, tell
 from prepare.pictures import read_picture
 from prepare.text_tokenizers import load_words
 
@@ -253,6 +253,7 @@ def write_questions(path, images, talks, families=None):
         file.write(''.join(f'{line}\n' for line in lines).encode())
 
 
+@making()
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     if not settings['input']:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 import config
 import train
 from config import UserError
 from engine import processes
-from prepare import arrays, multiclevr, scenes, text, toy2d
+from prepare import arrays, files, multiclevr, scenes, text, toy2d
 from tests.tiny import GPT, losses, run, save_data
 
 
@@ -510,3 +511,30 @@ def test_the_module_that_made_the_data(here):
     for name in ('sneaky', '../train', 'download', 'os'):
         with pytest.raises(UserError, match='data/scenes was made by prepare/'):
             arrays.open_dataset(Path('data/scenes'), meta | dict(prepare=name))
+
+
+def test_no_folder_stays_locked_after_an_error(tmp_path, monkeypatch):
+    """In a notebook, where the process lives on: another process may make the data set."""
+    monkeypatch.chdir(tmp_path)
+    Path('short.txt').write_text('too short', encoding='utf-8')
+    before = {*arrays.LOCKS}
+    with pytest.raises(UserError):
+        text.main(input='short.txt', out='data/x', val_share=0.0)
+    with FileLock(Path('data/x/lock')).acquire(timeout=0):
+        assert {*arrays.LOCKS} == before
+
+
+def test_a_file_that_another_program_reads(tmp_path, monkeypatch):
+    """As on Windows: the older data set stays complete."""
+    monkeypatch.chdir(tmp_path)
+    write_text('abcdefgh')
+    before = Path('data/toy/meta.json').read_bytes()
+
+    def refuse(new, path):
+        raise PermissionError(13, 'Access is denied')
+    monkeypatch.setattr(files, 'replace', refuse)
+    arrays.begin('data/toy')
+    with pytest.raises(UserError, match='train/tokens.npy: cannot be written .Access is denied.; end the program that reads it, or'):
+        arrays.write('data/toy/train', dict(tokens=np.zeros(4, np.uint8)))
+    arrays.release('data/toy')
+    assert Path('data/toy/meta.json').read_bytes() == before

@@ -54,3 +54,13 @@ def test_flops_are_counted_without_numbers():
 
 def test_the_matmul_rate_is_a_rate():
     assert 1e8 < devices.matmul_rate(torch.device('cpu'), torch.float32, seconds=0.05) < 1e14
+
+
+def test_another_default_dtype_is_named():
+    """As an earlier cell of a notebook may have set it."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(UserError, match='torch.set_default_dtype or set_default_device has been called'):
+            devices.find('cpu')
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -141,6 +141,13 @@ def test_finished_scratch_and_changed_settings(here, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation, pictures, the end
 
+def test_gradients_that_an_earlier_cell_switched_off(here):
+    run('out/a', max_iters=4)
+    with torch.inference_mode():
+        run('out/b', max_iters=4)
+    assert losses('out/a') == losses('out/b')
+
+
 def test_target_loss_stops(here, capsys):
     run('out/a', target_loss=100.0)
     assert ' <= target_loss 100, best' in capsys.readouterr().out
