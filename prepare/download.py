@@ -18,6 +18,7 @@ from config import UserError
 
 TIMEOUT = 10, 60    # seconds to wait for a connection, and for the next bytes
 PAUSES = 1, 3, 10   # seconds before the second, third and last attempt
+HTML = 'text/html', 'application/xhtml+xml'
 PAGE = 'a web page instead of the file; does the network ask for a login?'
 
 
@@ -66,7 +67,7 @@ def unusable(path):
     """A message if a file is empty or a web page, otherwise ''."""
     with open(path, 'rb') as file:
         start = file.read(1000).lstrip(b'\xef\xbb\xbf \t\r\n').lower()
-    page = start.startswith((b'<html', b'<!doctype html'))
+    page = re.match(rb'(<\?xml.*?\?>|<!--.*?-->|\s)*+<(!doctype\s+)?html', start, re.DOTALL)
     return PAGE if page else '' if start else 'the server sent nothing'
 
 
@@ -88,6 +89,7 @@ def fetch_once(url, path, digest):
             return
         part = path.with_name(f'{path.name}.part')
         from_server = fetch(url, part)
+        part.with_suffix('.version').unlink(missing_ok=True)
         if fault := mismatch(part, digest or from_server) or unusable(part):
             part.unlink()  # or the next run would resume it
             raise UserError(f'{url}: {fault}; the download has been deleted, run this again')
@@ -110,24 +112,32 @@ def fetch(url, part):
 
 
 def stream(url, part):
-    """One attempt: appends the missing bytes to `part`. An incomplete transfer raises an error of requests."""
+    """One attempt: appends the missing bytes to `part`. An incomplete transfer raises an error of requests.
+
+    The total size and the ETag of the file are kept in a file .version: a part of another version begins anew.
+    """
     part.touch()
-    size = part.stat().st_size
+    size, version = part.stat().st_size, part.with_suffix('.version')
     headers = {'Range': f'bytes={size}-', 'Accept-Encoding': 'identity'}  # identity: not compressed
     if size:  # otherwise 412: the part is of an older file
         headers['If-Unmodified-Since'] = formatdate(part.stat().st_mtime, usegmt=True)
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         status, sent = response.status_code, response.headers.get('Content-Range', '')  # 'bytes FIRST-LAST/TOTAL'
-        if status == 416 and sent == f'bytes */{size}':  # nothing is left
+        told = f'{sent.rpartition("/")[2]} {response.headers.get("ETag", "")}'  # 416 may lack the ETag
+        other = size and version.is_file() and not version.read_text(encoding='utf-8').startswith(told)
+        if status == 416 and sent == f'bytes */{size}' and not other:  # nothing is left
             return server_digest(response)
-        if status in (412, 416) or status == 206 and not sent.startswith(f'bytes {size}-'):
+        if status in (412, 416) or status == 206 and (other or not sent.startswith(f'bytes {size}-')):
             part.unlink()
             raise requests.ConnectionError('the partial download does not belong to this file')
         response.raise_for_status()
-        if response.headers.get('Content-Type', '').startswith('text/html'):
+        if response.headers.get('Content-Type', '').startswith(HTML):
             raise UserError(f'{url}: {PAGE}')
         size *= response.status_code == 206  # 200: the server has no ranges and sends the whole file
-        left = int(response.headers.get('Content-Length', 0))
+        if not size:
+            version.write_text(told, encoding='utf-8')
+        left = response.raw.length_remaining or 0  # None: no Content-Length, or no number
+        response.raw.headers.discard('Content-Encoding')  # the bytes as sent: requests would unpack a .gz
         with (open(part, 'ab' if size else 'wb') as file,
               tqdm(desc=part.stem, initial=size, total=size + left or None, unit='B', unit_scale=True,
                    disable=None) as bar):

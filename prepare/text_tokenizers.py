@@ -58,9 +58,9 @@ def gpt2_encoding():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(cache_folder() / 'tiktoken'))
     try:
         return tiktoken.get_encoding('gpt2')
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: another hash, as of a page for a login
         raise UserError(f'GPT-2\'s encoding is not in {os.environ["TIKTOKEN_CACHE_DIR"]} and cannot be downloaded '
-                        f'({error})')
+                        f'({error}); run this again, or copy its two files there from a machine that has them')
 
 
 def merge(ids, pair, new):

@@ -1,4 +1,5 @@
 """Downloads, from a local server that misbehaves on demand."""
+import gzip
 import hashlib
 import re
 import threading
@@ -18,7 +19,8 @@ SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdiges
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves server.files. The next of server.faults, if any, is how this request goes wrong: a status, or 'cut' halfway."""
+    """Serves server.files with server.headers. The next of server.faults, if any, is how this request goes wrong: a
+    status, or 'cut' halfway."""
     def do_GET(self):
         server, name = self.server, self.path.lstrip('/')
         server.ranges.append(self.headers['Range'])
@@ -37,7 +39,8 @@ class Handler(BaseHTTPRequestHandler):
         start = 0 if fault == 'whole' else start
         body = content[start:]
         total = {'Content-Range': f'bytes {start}-{len(content) - 1}/{len(content)}'} if server.knows_ranges else {}
-        self.head(206 if total else 200, total | {'Content-Length': '' if fault == 'short' else len(body)})
+        length = {'Content-Length': '' if fault == 'short' else len(body)}
+        self.head(206 if total else 200, total | length | server.headers)
         body = body[:-1] if fault == 'short' else body
         self.wfile.write(body[:len(body) // 2] if fault == 'cut' else body)
 
@@ -58,6 +61,7 @@ def server(tmp_path, monkeypatch):
     httpd = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     httpd.files, httpd.faults, httpd.ranges, httpd.etag, httpd.knows_ranges = {'file.bin': CONTENT}, [], [], SHA256, True
     httpd.url, httpd.cache = f'http://127.0.0.1:{httpd.server_port}/', tmp_path / 'cache'
+    httpd.headers = {}
     threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv('NANO_CACHE', str(httpd.cache))
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
@@ -106,7 +110,9 @@ def test_complete_or_too_long_part(server, part):
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'', 'the server sent nothing'), (b'\n <!DOCTYPE html><html>Login', 'a web page instead of the file'), (b'<html>', 'a web page')])
+    (b'', 'the server sent nothing'), (b'\n <!DOCTYPE html><html>Login', 'a web page instead of the file'),
+    (b'<html>', 'a web page'),
+    (b'<?xml version="1.0"?>\n<!-- Login -->\n<!DOCTYPE html PUBLIC', 'a web page')])
 def test_no_file(server, content, message):
     """Nothing, or the page of a network as text/plain: not kept, with and without ranges."""
     for server.knows_ranges in (True, False):
@@ -127,6 +133,33 @@ def test_another_part_than_asked_for(server, fault):
             download(server.url + 'file.bin', 'file.bin')
     else:
         assert download(server.url + 'file.bin', 'file.bin').read_bytes() == CONTENT and len(server.ranges) == 2
+
+
+@pytest.mark.parametrize('content, etags', [
+    (CONTENT[::-1], ['"1"', '"2"']), (CONTENT[::-1] + b'longer', ['', '']),
+    (CONTENT[::-1][:len(CONTENT) * 15 // 16], ['', ''])])
+def test_a_part_of_another_version(server, content, etags):
+    """The server ignores If-Unmodified-Since; the last content is as long as the part is by then."""
+    server.faults, server.headers = ['cut'] * 4, {'ETag': etags[0]}
+    with pytest.raises(UserError, match='run this again to resume it'):
+        download(server.url + 'file.bin', 'file.bin')
+    server.files['file.bin'], server.headers = content, {'ETag': etags[1]}
+    assert download(server.url + 'file.bin', 'file.bin').read_bytes() == content and len(server.ranges) == 6
+    assert {path.name for path in server.cache.iterdir()} == {'file.bin', 'file.bin.lock'}
+
+
+@pytest.mark.parametrize('faults', [[], ['cut']])
+def test_an_archive_is_stored_as_it_is_sent(server, faults):
+    """Some servers name the packing of a .gz file as the encoding of the transfer."""
+    content = gzip.compress(CONTENT)
+    server.files['file.gz'], server.headers, server.faults = content, {'Content-Encoding': 'gzip'}, faults
+    assert download(server.url + 'file.gz', 'file.gz').read_bytes() == content
+
+
+@pytest.mark.parametrize('length', [f'{len(CONTENT)}, {len(CONTENT)}', 'unknown'])
+def test_a_length_that_is_no_number(server, length):
+    server.headers = {'Content-Length': length}
+    assert download(server.url + 'file.bin', 'file.bin').read_bytes() == CONTENT
 
 
 def test_a_setting_that_no_attempt_mends(server, monkeypatch):
@@ -224,10 +257,10 @@ def test_no_home(monkeypatch):
     assert cache_folder() == Path('cache')
 
 
-def test_the_page_of_a_network_is_no_file(server, monkeypatch):
+@pytest.mark.parametrize('kind', ['text/html; charset=utf-8', 'application/xhtml+xml'])
+def test_the_page_of_a_network_is_no_file(server, kind):
     """Some networks answer every request with a page for their login."""
-    monkeypatch.setattr(Handler, 'send_response', lambda self, status, send=Handler.send_response: (
-        send(self, status), self.send_header('Content-Type', 'text/html; charset=utf-8')))
+    server.headers = {'Content-Type': kind}
     with pytest.raises(UserError, match='file.bin: a web page instead of the file; does the network ask for a login'):
         download(server.url + 'file.bin', 'file.bin')
     assert not (server.cache / 'file.bin').exists()

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import regex
+import tiktoken.load
 from hypothesis import given, settings, strategies as st
 
 from config import UserError
@@ -257,6 +258,14 @@ def test_stories_across_blocks(tmp_path):
     long = 'x' * (1 << 20)
     (tmp_path / 'stories.txt').write_text(f'{long[:-5]}{END}a{END}\n\n{END}{long}b')  # the first end lies across two blocks
     assert list(tinystories.stories(tmp_path / 'stories.txt')) == [long[:-5], 'a', long + 'b']
+
+
+def test_gpt2_from_a_network_with_a_login(tmp_path, monkeypatch):
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    monkeypatch.delitem(tiktoken.registry.ENCODINGS, 'gpt2', raising=False)
+    monkeypatch.setattr(tiktoken.load, 'read_file', lambda url: b'<html>Login')
+    with pytest.raises(UserError, match=f'is not in {tmp_path} and .* .Hash mismatch .*; run this again, or copy'):
+        text_tokenizers.gpt2_encoding()
 
 
 def test_gpt2_from_the_cache(monkeypatch):
