@@ -31,13 +31,17 @@ def folder_of(settings, arguments):
 
 def lock(out_dir):
     """The lock of a run folder. The system releases it when the process ends, also after a crash. Raises UserError."""
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f'{out_dir} is a file or a link to nothing: remove it, or choose another --out_dir=')
     held = FileLock(out_dir / 'lock')
     try:
         return held.acquire(timeout=0)
     except Timeout:
         srun = 'RANK' not in os.environ and os.environ.get('SLURM_NTASKS', '1') != '1'
         raise UserError(f'{out_dir}: another process is training there; wait for it, or choose another --out_dir='
+                        f' (if it has died on another node, delete {out_dir}/lock)'
                         + '. Under srun each process needs RANK, LOCAL_RANK, WORLD_SIZE: config/scitas.sbatch' * srun)
 
 

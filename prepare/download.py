@@ -17,6 +17,7 @@ from tqdm import tqdm
 from config import UserError
 
 TIMEOUT = 10, 60    # seconds to wait for a connection, and for the next bytes
+DATES = 'ETag', 'Last-Modified'  # headers that tell versions of a file apart
 PAUSES = 1, 3, 10   # seconds before the second, third and last attempt
 HTML = 'text/html', 'application/xhtml+xml'
 PAGE = 'a web page instead of the file; does the network ask for a login?'
@@ -114,7 +115,7 @@ def fetch(url, part):
 def stream(url, part):
     """One attempt: appends the missing bytes to `part`. An incomplete transfer raises an error of requests.
 
-    The total size and the ETag of the file are kept in a file .version: a part of another version begins anew.
+    The total size, ETag and date of the file are kept in a file .version: a part of another version begins anew.
     """
     part.touch()
     size, version = part.stat().st_size, part.with_suffix('.version')
@@ -123,20 +124,26 @@ def stream(url, part):
         headers['If-Unmodified-Since'] = formatdate(part.stat().st_mtime, usegmt=True)
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         status, sent = response.status_code, response.headers.get('Content-Range', '')  # 'bytes FIRST-LAST/TOTAL'
-        told = f'{sent.rpartition("/")[2]} {response.headers.get("ETag", "")}'  # 416 may lack the ETag
-        other = size and version.is_file() and not version.read_text(encoding='utf-8').startswith(told)
+        left = response.raw.length_remaining or 0  # None: no Content-Length, or no number
+        told = [sent.rpartition('/')[2] or str(left or ''), *(response.headers.get(name, '') for name in DATES)]
+        before = version.read_text(encoding='utf-8').split('\n') if size and version.is_file() else []
+        other = any(a and b and a != b for a, b in zip(told, before))  # an answer may lack one of them
         if status == 416 and sent == f'bytes */{size}' and not other:  # nothing is left
             return server_digest(response)
         if status in (412, 416) or status == 206 and (other or not sent.startswith(f'bytes {size}-')):
             part.unlink()
             raise requests.ConnectionError('the partial download does not belong to this file')
         response.raise_for_status()
+        if status not in (200, 204, 206):
+            raise UserError(f'{url}: the server answers {status} in place of the file; run this again later')
+        if response.headers.get('Content-Encoding', 'identity') != 'identity' and not part.stem.endswith('.gz'):
+            raise UserError(f'{url}: the server sends it compressed, although asked not to; copy the file to '
+                            f'{part.with_suffix("")} from elsewhere')
         if response.headers.get('Content-Type', '').startswith(HTML):
             raise UserError(f'{url}: {PAGE}')
         size *= response.status_code == 206  # 200: the server has no ranges and sends the whole file
         if not size:
-            version.write_text(told, encoding='utf-8')
-        left = response.raw.length_remaining or 0  # None: no Content-Length, or no number
+            version.write_text('\n'.join(told), encoding='utf-8')
         response.raw.headers.discard('Content-Encoding')  # the bytes as sent: requests would unpack a .gz
         with (open(part, 'ab' if size else 'wb') as file,
               tqdm(desc=part.stem, initial=size, total=size + left or None, unit='B', unit_scale=True,

@@ -20,7 +20,7 @@ SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdiges
 
 class Handler(BaseHTTPRequestHandler):
     """Serves server.files with server.headers. The next of server.faults, if any, is how this request goes wrong: a
-    status, or 'cut' halfway."""
+    status, 'cut' halfway, or 'plain': cut, and without Content-Range."""
     def do_GET(self):
         server, name = self.server, self.path.lstrip('/')
         server.ranges.append(self.headers['Range'])
@@ -38,11 +38,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.head(412, {})
         start = 0 if fault == 'whole' else start
         body = content[start:]
-        total = {'Content-Range': f'bytes {start}-{len(content) - 1}/{len(content)}'} if server.knows_ranges else {}
+        total = {'Content-Range': f'bytes {start}-{len(content) - 1}/{len(content)}'} if server.knows_ranges and fault != 'plain' else {}
         length = {'Content-Length': '' if fault == 'short' else len(body)}
         self.head(206 if total else 200, total | length | server.headers)
         body = body[:-1] if fault == 'short' else body
-        self.wfile.write(body[:len(body) // 2] if fault == 'cut' else body)
+        self.wfile.write(body[:len(body) // 2] if fault in ('cut', 'plain') else body)
 
     def head(self, status, headers):
         self.send_response(status)
@@ -94,6 +94,21 @@ def test_cut_stream(server):
     server.faults = ['cut', 'cut']
     assert download(server.url + 'file.bin', 'file.bin').read_bytes() == CONTENT
     assert server.ranges == ['bytes=0-', f'bytes={len(CONTENT) // 2}-', f'bytes={len(CONTENT) * 3 // 4}-']
+
+
+def test_the_first_answer_lacks_the_range(server):
+    server.faults, server.headers = ['plain'], {'ETag': '"x"'}
+    assert download(server.url + 'file.bin', 'file.bin').read_bytes() == CONTENT
+    assert server.ranges == ['bytes=0-', f'bytes={len(CONTENT) // 2}-']
+
+
+@pytest.mark.parametrize('faults, headers, message', [
+    ([202], {}, 'answers 202 in place of the file'), ([], {'Content-Encoding': 'gzip'}, 'sends it compressed')])
+def test_another_answer_than_the_file(server, faults, headers, message):
+    server.faults, server.headers = faults, headers
+    with pytest.raises(UserError, match=message):
+        download(server.url + 'file.bin', 'file.bin')
+    assert not (server.cache / 'file.bin').exists()
 
 
 def test_server_without_ranges_starts_anew(server):

@@ -54,9 +54,16 @@ def test_the_folder_of_a_run():
     assert runs.folder_of(settings | dict(out_dir='there'), ('config/mine.py',)) == Path('there')
 
 
+def test_a_link_to_nothing(here):
+    Path('out').mkdir(exist_ok=True)
+    Path('out/gone').symlink_to('/nowhere/at/all')
+    with pytest.raises(UserError, match='out/gone is a file or a link to nothing: remove it, or choose another --out_dir='):
+        run('out/gone')
+
+
 def test_one_run_a_folder(here, monkeypatch):
     with runs.lock(Path('out/a')):
-        with pytest.raises(UserError, match='out/a: another process is training there.*choose another --out_dir=$'):
+        with pytest.raises(UserError, match='out/a: another process is training there.*choose another --out_dir= .if it has died on another node, delete out/a/lock.$'):
             run('out/a')
         monkeypatch.setenv('SLURM_NTASKS', '2')
         with pytest.raises(UserError, match='Under srun each process needs RANK'):
