@@ -57,6 +57,7 @@ def read(arguments, overrides=None):
     """['config/x.py', '--name=value', ...] and {name: value} -> {name: (value, where it was set)}; the last assignment
     counts."""
     assigned = {}
+    print_anything()
     for argument in map(str, arguments):
         if argument.startswith(DASHES) or '=' in argument and not argument.endswith('.py'):
             name, equals, value = argument.lstrip(''.join(DASHES)).partition('=')
@@ -68,6 +69,13 @@ def read(arguments, overrides=None):
         else:
             assigned |= {name: (value, argument) for name, value in execute(argument).items()}
     return assigned | {name: (value, 'call') for name, value in (overrides or {}).items()}
+
+
+def print_anything():
+    """From here on printing never fails, whatever the terminal's encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
 
 
 def elsewhere():
@@ -296,9 +304,7 @@ def run(main, stopped='stopped', **overrides):
     for stream in ('stdout', 'stderr'):
         if getattr(sys, stream) is None:  # closed, as by 2>&-
             setattr(sys, stream, open(os.devnull, 'w', encoding='utf-8'))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')  # printing never fails, whatever the terminal's encoding
+    print_anything()
     arguments = [argument for argument in sys.argv[1:] if argument not in ('-h', '--help')]
     try:
         if len(arguments) < len(sys.argv) - 1:

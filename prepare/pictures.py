@@ -30,8 +30,9 @@ def read_picture(path, background='white'):
                 white = top(values.max(), image.mode)
                 if not np.isfinite(values).all() or values.min() < -0.01 * white:
                     raise ValueError('holds values that are not finite, or negative')
-                values = values * (255 / white)
-                image = Image.fromarray(np.round(values).clip(0, 255).astype(np.uint8))
+                clear = values == image.info.get('transparency', np.nan)  # of 16-bit grey: one value
+                image = Image.fromarray(np.round(values * (255 / white)).clip(0, 255).astype(np.uint8))
+                image.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
             if 'A' in image.mode or 'transparency' in image.info:
                 image = image.convert('RGBA')
                 image = Image.alpha_composite(Image.new('RGBA', image.size, background), image)

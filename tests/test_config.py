@@ -1,6 +1,7 @@
 """Settings: what is known is applied, what is not is named; --help of every program."""
 import dataclasses
 import importlib
+import io
 import math
 import os
 import re
@@ -542,3 +543,12 @@ def test_closed_streams(tmp_path, closed):
     environment = os.environ | dict(PYTHONPATH=str(config.ROOT))
     done = subprocess.run(f'"{sys.executable}" program.py {closed}', shell=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0 and (tmp_path / 'done').exists()
+
+
+def test_printing_never_fails_in_a_call(monkeypatch):
+    """Not only on the command line: a script of a student prints to a terminal of another encoding."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding='cp1252')
+    monkeypatch.setattr(sys, 'stdout', stream)
+    config.read([])
+    print('\N{GRINNING FACE}', flush=True)
+    assert stream.buffer.getvalue() == b'\\U0001f600\n'

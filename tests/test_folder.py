@@ -163,3 +163,12 @@ def test_a_run(work, capsys):
                dtype='float32', compile=False, out_dir='out/gpt')  # other chapters read tokens, or pixels
     assert Path('out/gpt/sample_000001.png').is_file()
     sample.main('--out_dir=out/gpt', '--complete=0.5', '--n=2')
+
+
+def test_transparency_of_16_bits(tmp_path):
+    """One value of a grey PNG is transparent: there the background is seen, elsewhere nothing changes."""
+    values = np.full((8, 8), 30000, np.uint16)
+    values[0] = 1000
+    Image.fromarray(values).save(tmp_path / 'a.png', transparency=1000)
+    seen = np.asarray(pictures.read_picture(tmp_path / 'a.png'))
+    assert (seen[0] == 255).all() and (seen[1:] == round(30000 * 255 / 65535)).all()
