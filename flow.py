@@ -181,7 +181,7 @@ def log_likelihood(velocity_fn, x, probes=None, tolerance=1e-4, max_nfe=1000):
 def dequantize(image, generator, logits=False):
     """Integers (B, H, W) or (B, H, W, C) -> x = (integer + U(0, 1)) / 128 - 1, (B, C, H, W) in [-1, 1] (1511.01844), or
     logit((x + 1) / 2) / SCALE (1605.08803, section 4.1): widens grey level 0 from 0.008, too thin to learn, to 1.4."""
-    x = torch.rand(image.shape, generator=generator).add_(image).div_(128).sub_(1)  # in place
+    x = torch.rand(image.shape, generator=generator).add_(image).div_(128).sub_(1)
     x = torch.logit(0.5 + (0.5 - MARGIN) * x) / SCALE if logits else x
     return x[:, None] if x.ndim == 3 else x.movedim(-1, 1)
 

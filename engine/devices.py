@@ -15,9 +15,8 @@ from engine import threads
 
 def find(name='auto'):
     """The torch.device of this name; under torchrun, the GPU of this process. Raises UserError."""
-    if torch.get_default_dtype() != torch.float32 or torch.get_default_device().type == 'meta':
-        raise UserError('torch.set_default_dtype or set_default_device has been called: set float32 and "cpu", or '
-                        'restart the notebook')
+    if torch.get_default_dtype() != torch.float32:
+        raise UserError('torch.set_default_dtype has been called: set torch.float32 again, or restart the notebook')
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if name == 'cuda':  # one GPU per process

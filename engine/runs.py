@@ -60,7 +60,7 @@ def sources_of(settings, out_dir):
     if settings['init_from'] in ('resume', 'scratch'):
         return {}
     own = checkpoints.read_newest(out_dir)[1]
-    return {'own': own} if own else checkpoints.read_sources(settings['init_from'])
+    return {'own': {'model_config': own['model_config']}} if own else checkpoints.read_sources(settings['init_from'])
 
 
 def enter(out_dir, settings, free, stack):

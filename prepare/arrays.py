@@ -43,11 +43,12 @@ def begin(folder, prepare='', keep_meta=False):
     except Timeout:
         del LOCKS[folder.resolve()]
         raise UserError(f'{folder}: another process is making this data set; wait for it, or choose another --out=')
-    other = read_meta(folder)['prepare'] if prepare and (folder / 'meta.json').is_file() else prepare
-    if other != prepare or any(folder.glob('*/meta.json')):
+    if prepare and (folder / 'meta.json').is_file() and (other := read_meta(folder)['prepare']) != prepare:
         release(folder)
-        raise UserError(f'{folder} holds ' + (f'a data set of prepare/{other}.py: choose another --out=, or delete it'
-                                              if other != prepare else 'other data sets: choose another --out='))
+        raise UserError(f'{folder} holds a data set of prepare/{other}.py: choose another --out=, or delete it')
+    if any(folder.glob('*/meta.json')):
+        release(folder)
+        raise UserError(f'{folder} holds other data sets: choose another --out=')
     KEEPS_META[folder.resolve()] = keep_meta
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from config import UserError
 
 TIMEOUT = 10, 60    # seconds to wait for a connection, and for the next bytes
-DATES = 'ETag', 'Last-Modified'  # headers that tell versions of a file apart
+VALIDATORS = 'ETag', 'Last-Modified'  # headers that tell versions of a file apart (RFC 9110, section 8.8)
 PAUSES = 1, 3, 10   # seconds before the second, third and last attempt
 HTML = 'text/html', 'application/xhtml+xml'
 PAGE = 'a web page instead of the file; does the network ask for a login?'
@@ -115,7 +115,7 @@ def fetch(url, part):
 def stream(url, part):
     """One attempt: appends the missing bytes to `part`. An incomplete transfer raises an error of requests.
 
-    The total size, ETag and date of the file are kept in a file .version: a part of another version begins anew.
+    The total size, ETag and date of the file are kept in a file .version: a part of another version is dropped.
     """
     part.touch()
     size, version = part.stat().st_size, part.with_suffix('.version')
@@ -125,7 +125,7 @@ def stream(url, part):
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         status, sent = response.status_code, response.headers.get('Content-Range', '')  # 'bytes FIRST-LAST/TOTAL'
         left = response.raw.length_remaining or 0  # None: no Content-Length, or no number
-        told = [sent.rpartition('/')[2] or str(left or ''), *(response.headers.get(name, '') for name in DATES)]
+        told = [sent.rpartition('/')[2] or str(left or ''), *(response.headers.get(name, '') for name in VALIDATORS)]
         before = version.read_text(encoding='utf-8').split('\n') if size and version.is_file() else []
         other = any(a and b and a != b for a, b in zip(told, before))  # an answer may lack one of them
         if status == 416 and sent == f'bytes */{size}' and not other:  # nothing is left

@@ -344,7 +344,6 @@ def main(*arguments, **overrides):
             (folder / split / 'texts.jsonl').unlink()
     if settings['decoder']:
         shutil.copyfile(settings['decoder'], folder / 'decoder.jit')
-    arrays.release(folder)
 
 
 if __name__ == '__main__':

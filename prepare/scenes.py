@@ -370,15 +370,15 @@ def make_scenes(settings):
 
 @making()
 def main(*arguments, **overrides):
-    settings = config.apply(assigned := config.read(arguments, overrides), SETTINGS)
+    assigned = config.read(arguments, overrides)
+    settings = config.apply(assigned, SETTINGS)
     extra, folder, size = settings.pop('extra').replace(',', ' ').split(), Path(settings['out']), settings['size']
+    there = (folder / 'meta.json').is_file()
     if unknown := [name for name in extra if name not in EXTRA]:
         raise UserError(f'extra: there is no modality {unknown[0]!r}; there are {", ".join(EXTRA)}')
     if not 2 <= settings['max_objects'] <= 10 or size % 8 or size < 32:
         raise UserError('max_objects must be 2..10, size a multiple of 8 from 32')
-    if settings['workers'] < 0:
-        raise UserError('workers must be at least 0')
-    if (there := (folder / 'meta.json').is_file()) and not extra:
+    if there and not extra:
         raise UserError(f'{folder} exists already: delete it, choose another --out, or add modalities by --extra=')
     meta = read_meta(folder) if there else make_scenes(settings)
     for name in set(assigned) - {'extra', 'out', 'workers'} if meta['prepare'] == 'scenes' else ():  # else: see `begin`

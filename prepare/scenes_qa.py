@@ -35,7 +35,6 @@ import numpy as np
 from tqdm import tqdm
 
 import config
-from config import UserError
 from prepare import arrays
 from prepare.arrays import load, read_meta
 from prepare.files import making
@@ -303,8 +302,6 @@ def write_split(out, template, objects, index, name, random, settings, size):
 def begin(settings, prepare, thinks=False):
     """Return the folder of conversations, with a vocabulary in it, the folder of scenes, template and image size."""
     out, scenes = Path(settings['out']), Path(settings['scenes'])
-    if settings['length'] < 2 or settings.get('n_turns', 1) < 1 or settings.get('n_where', 0) < 0:
-        raise UserError('length must be at least 2, n_turns at least 1, n_where at least 0')
     size = load(scenes / 'val' / 'raw_rgb.npy').shape[1]
     read_meta(scenes)  # complete
     arrays.begin(out, prepare)

@@ -60,7 +60,7 @@ def test_another_default_dtype_is_named():
     """As an earlier cell of a notebook may have set it."""
     torch.set_default_dtype(torch.float64)
     try:
-        with pytest.raises(UserError, match='torch.set_default_dtype or set_default_device has been called'):
+        with pytest.raises(UserError, match='torch.set_default_dtype has been called'):
             devices.find('cpu')
     finally:
         torch.set_default_dtype(torch.float32)
