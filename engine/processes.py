@@ -5,13 +5,13 @@ one process does for all.
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -64,6 +64,23 @@ def barrier():
         dist.barrier()
 
 
+@contextmanager
+def waiting(path):
+    """Holds the lock file `path`. While another process has it, this one waits, and says so."""
+    held = FileLock(path)
+    try:
+        held.acquire(timeout=1)
+    except Timeout:
+        if is_main():
+            print(f'waiting for the process that holds {path} (if it died on another node, delete this file)',
+                  flush=True)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
 def make_once(name, path):
     """Runs python -m prepare.NAME if `path`, the file that it writes last, is missing. Of several processes or runs,
     one runs it and the others wait for its lock. If it fails, the next one tries, so that none waits forever. Raises
@@ -71,7 +88,7 @@ def make_once(name, path):
     if path.is_file():
         return
     path.parent.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{path.parent}.lock'):
+    with waiting(f'{path.parent}.lock'):
         if path.is_file():
             return
         print(f'{path} is missing: running python -m prepare.{name}', flush=True)

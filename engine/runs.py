@@ -41,7 +41,7 @@ def lock(out_dir):
     except Timeout:
         srun = 'RANK' not in os.environ and os.environ.get('SLURM_NTASKS', '1') != '1'
         raise UserError(f'{out_dir}: another process is training there; wait for it, or choose another --out_dir='
-                        f' (if it has died on another node, delete {out_dir}/lock)'
+                        f' (if it died on another node, delete {out_dir}/lock)'
                         + '. Under srun each process needs RANK, LOCAL_RANK, WORLD_SIZE: config/scitas.sbatch' * srun)
 
 

@@ -42,7 +42,8 @@ def begin(folder, prepare='', keep_meta=False):
         lock.acquire(timeout=0)
     except Timeout:
         del LOCKS[folder.resolve()]
-        raise UserError(f'{folder}: another process is making this data set; wait for it, or choose another --out=')
+        raise UserError(f'{folder}: another process is making this data set; wait for it, or choose another --out= '
+                        f'(if it died on another node, delete {folder}/lock)')
     if prepare and (folder / 'meta.json').is_file() and (other := read_meta(folder)['prepare']) != prepare:
         release(folder)
         raise UserError(f'{folder} holds a data set of prepare/{other}.py: choose another --out=, or delete it')

@@ -11,10 +11,10 @@ from email.utils import formatdate
 from pathlib import Path
 
 import requests
-from filelock import FileLock
 from tqdm import tqdm
 
 from config import UserError
+from engine.processes import waiting
 
 TIMEOUT = 10, 60    # seconds to wait for a connection, and for the next bytes
 VALIDATORS = 'ETag', 'Last-Modified'  # headers that tell versions of a file apart (RFC 9110, section 8.8)
@@ -85,7 +85,7 @@ def mismatch(path, digest):
 def fetch_once(url, path, digest):
     """Downloads a file. Of two processes, the second one waits and finds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{path}.lock'):
+    with waiting(f'{path}.lock'):
         if path.is_file():
             return
         part = path.with_name(f'{path.name}.part')
@@ -151,8 +151,8 @@ def stream(url, part):
             for block in response.iter_content(1 << 16):
                 file.write(block)
                 bar.update(len(block))
-        if sent and sent.rpartition('/')[2] not in ('*', str(part.stat().st_size)):
-            raise requests.ConnectionError('the connection ended before the file')
+        if told[0] not in ('', '*', str(part.stat().st_size)):  # the connection ended, or another process writes too
+            raise requests.ConnectionError('the file has another size than the server says')
         return server_digest(response)
 
 

@@ -1,7 +1,9 @@
 """
 The files of a data set while they are made, and those of a user's folder.
 """
+import multiprocessing
 import os
+import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,6 +22,8 @@ def release(folder):
 @contextmanager
 def making():
     """Decorates the main of a script: however it ends, in a notebook too, it leaves no data folder locked."""
+    if getattr(multiprocessing.current_process(), '_inheriting', False):  # a worker runs a script without its
+        sys.exit(1)                                                       # if __name__ == '__main__': see open_pool
     before = {*LOCKS}
     try:
         yield

@@ -241,8 +241,8 @@ def main(*arguments, **overrides):
     if not settings['source'] or not source.is_dir():
         raise UserError(f'--source={settings["source"]}: name a folder with images, NAME.jpg, and their captions, '
                         'NAME.txt')
-    if size < SIDE or size % SIDE or views < 1:
-        raise UserError(f'size must be a multiple of {SIDE}, views at least 1')
+    if size % SIDE:
+        raise UserError(f'size={size} must be a multiple of {SIDE}')
     check(settings)
     if (folder / 'meta.json').is_file():
         raise UserError(f'{folder} exists already: delete it, or choose another --out')

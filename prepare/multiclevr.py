@@ -175,7 +175,7 @@ def pack(source, folder, split, stems, pool, size=50):
     jobs = [(source, split, stems[start:start + size]) for start in range(done, len(stems), size)]
     bar = tqdm(total=len(stems), initial=done, desc=f'pack {split}', unit='sample')
     with bar, open(path / 'texts.jsonl', 'a', encoding='utf-8') as file:
-        for tokens, lines in (pool.imap if pool else map)(read_chunk, jobs):
+        for tokens, lines in (pool.map if pool else map)(read_chunk, jobs):
             for whole, part in zip(wholes, tokens):
                 whole[done:done + len(lines)] = part
             file.write(''.join(lines))

@@ -13,10 +13,17 @@ A dict `scenes` holds, for S scenes of up to K objects:
 Simplifications: one distant light with hard shadows; reflections of a gradient instead of traced ones.
 """
 import multiprocessing
+import os
 import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 import numpy as np
 from tqdm import tqdm
+
+from config import UserError
 
 SHAPES = ('cube', 'sphere', 'cylinder')
 COLORS = {'blue': (42, 75, 215), 'brown': (129, 74, 25), 'cyan': (41, 208, 208), 'gray': (87, 87, 87),
@@ -285,9 +292,24 @@ def make_chunk(job):
     return arrays | {name: scenes[name].astype(np.int8) for name in ('shape', 'color', 'material', 'size')}
 
 
+def start_worker():
+    """A worker ignores Ctrl-C, which its parent process handles, and ends with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+@contextmanager
 def open_pool(workers):
-    """A pool of processes (None: one per core) that ignore Ctrl-C, which the parent process handles."""
-    return multiprocessing.get_context('spawn').Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    """A pool of processes (None: one per core). Raises UserError if one of them is killed, or cannot start."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), start_worker)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise UserError('a worker process has ended early. In a script of your own, put the calls under "if __name__ == '
+                        '\'__main__\':", as each worker runs the lines outside it; otherwise it was killed, as for lack '
+                        'of memory: give fewer --workers=') from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def make(n, seed, size=64, max_objects=5, workers=None):
@@ -295,7 +317,7 @@ def make(n, seed, size=64, max_objects=5, workers=None):
     jobs = [(min(128, n - start), seed, start // 128, size, max_objects) for start in range(0, n, 128)]
     arrays = None
     with open_pool(workers) as pool, tqdm(total=n, desc='render', unit='scene') as bar:
-        for i, part in enumerate(pool.imap(make_chunk, jobs)):
+        for i, part in enumerate(pool.map(make_chunk, jobs)):
             arrays = arrays or {name: np.empty((n, *v.shape[1:]), v.dtype) for name, v in part.items()}
             for name, v in part.items():
                 arrays[name][128 * i:128 * i + len(v)] = v

@@ -258,8 +258,8 @@ def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     if not settings['input']:
         raise UserError('which conversations? python -m prepare.vqa --input=FILE.jsonl --images=FOLDER')
-    if settings['size'] < 1 or not 0 < settings['val_share'] < 1:
-        raise UserError(f'size={settings["size"]} must be at least 1, val_share={settings["val_share"]} in 0..1')
+    if not 0 < settings['val_share'] < 1:
+        raise UserError(f'val_share={settings["val_share"]} must be between 0 and 1')
     path, out, length, size = Path(settings['input']), Path(settings['out']), settings['length'], settings['size']
     images, conversations = Path(settings['images'] or path.parent), read_conversations(path)
     template = load_template('smollm2')

@@ -4,6 +4,7 @@ import hashlib
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdiges
 
 class Handler(BaseHTTPRequestHandler):
     """Serves server.files with server.headers. The next of server.faults, if any, is how this request goes wrong: a
-    status, 'cut' halfway, or 'plain': cut, and without Content-Range."""
+    status, 'cut' halfway, 'plain': cut, and without Content-Range, and others."""
     def do_GET(self):
         server, name = self.server, self.path.lstrip('/')
         server.ranges.append(self.headers['Range'])
@@ -34,6 +35,9 @@ class Handler(BaseHTTPRequestHandler):
             start = int(re.fullmatch(r'bytes=(\d+)-', self.headers['Range'])[1])
             if start >= len(content):
                 return self.head(416, {'Content-Range': f'bytes */{len(content)}'})
+        if fault == 'beside':  # another process writes to the part
+            with open(server.cache / 'file.bin.part', 'ab') as file:
+                file.write(content[start:start + 100])
         if fault == 'changed' and self.headers['If-Unmodified-Since']:
             return self.head(412, {})
         start = 0 if fault == 'whole' else start
@@ -260,6 +264,15 @@ def test_two_processes_fetch_a_file_once(server):
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(lambda _: download(server.url + 'file.bin', 'file.bin', SHA256), range(4)))
     assert len(server.ranges) == 1 and len(set(paths)) == 1 and paths[0].read_bytes() == CONTENT
+
+
+def test_two_processes_on_a_file_system_that_does_not_lock(server, monkeypatch):
+    """As Lustre with localflock on two nodes. The length of the file tells, where there is no digest."""
+    monkeypatch.setattr(module, 'waiting', nullcontext)
+    leave_part(server, CONTENT[:1000])
+    server.faults = ['beside']
+    assert download(server.url + 'file.bin', 'file.bin').read_bytes() == CONTENT
+    assert server.ranges == ['bytes=1000-', f'bytes={len(CONTENT) + 100}-', 'bytes=0-']
 
 
 def test_no_home(monkeypatch):

@@ -95,7 +95,7 @@ def test_faults_are_named_and_left_out(work, tmp_path, capsys):
         assert any(line in found for found in lines), line
     with pytest.raises(UserError, match='0 images with captions'):
         folder.read_folder(tmp_path / 'mine/none', 8, 1, None)
-    for settings, line in ((dict(source=''), 'name a folder'), (dict(source='mine', size=20), 'size must be a multiple of 8'),
+    for settings, line in ((dict(source=''), 'name a folder'), (dict(source='mine', size=20), 'size=20 must be a multiple of 8'),
                            (dict(source='mine', steps=0), 'steps=0: must be at least 1'),
                            (dict(source='mine', vocab_size=10), 'vocab_size=10: must be at least 257'),
                            (dict(source='mine', caption_tokens=1), 'caption_tokens=1: must be at least 2'),

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,11 +62,15 @@ def test_torchrun_prints_one_line_for_a_fault(toy):
     assert own.startswith('error: out/held: another process is training there; wait for it, or choose another --out_dir=')
 
 
-def together(world, chapter, out_dir, **changes):
-    """The run on so many processes, with micro-batches of two."""
+def free_port():
     with socket.socket() as free:
         free.bind(('localhost', 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def together(world, chapter, out_dir, **changes):
+    """The run on so many processes, with micro-batches of two."""
+    port = free_port()
     started = [faults.start(chapter, out_dir, dict(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank),
                                                    MASTER_ADDR='localhost', MASTER_PORT=str(port)),
                             micro_batch_size=2, **changes) for rank in range(world)]
@@ -135,6 +140,7 @@ def shapes(value):
 
 def test_scitas(here):
     """The batch script against stand-ins of SLURM's commands: two processes, saved and queued again at USR1, then finished."""
+    job_id = str(40000 + free_port() % 10000)  # its MASTER_PORT is 50000 to 59999
     (here / 'bin').mkdir()
     stubs = dict(scontrol='[ "$1" = requeue ] && echo "$2" > requeued || echo localhost', srun="""
         shift; pids=(); trap 'kill -USR1 "${pids[@]}"' USR1
@@ -146,17 +152,19 @@ def test_scitas(here):
     (here / 'train.py').symlink_to(train.__file__)
     environment = {name: value for name, value in os.environ.items() if name != 'WANDB_MODE'} | dict(
         PATH=f'{here}/bin:{Path(sys.executable).parent}:{os.environ["PATH"]}', SLURM_JOB_NODELIST='localhost',
-        SLURM_JOB_ID='19612', OMP_NUM_THREADS='1', USER='student')
+        SLURM_JOB_ID=job_id, OMP_NUM_THREADS='1', USER='student')
     settings = TINY | dict(out_dir='out/a', max_iters=400, eval_interval=20, log_interval=2)
     job = ['bash', 'config/scitas.sbatch', *(f'--{name}={value}' for name, value in settings.items())]
     process = subprocess.Popen(job, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not Path('out/a/ckpt_last.pt').exists():
+    for _ in range(3000):
+        if Path('out/a/ckpt_last.pt').exists():
+            break
         time.sleep(0.02)
         assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGUSR1)
     printed = process.communicate(timeout=60)
     step = read('out/a')['step']
-    assert process.returncode == 0 and Path('requeued').read_text() == '19612\n', printed
+    assert process.returncode == 0 and Path('requeued').read_text() == f'{job_id}\n', printed
     assert f'stopped by signal after step {step}' in printed[0] and 20 <= step < 400
     done = subprocess.run([*job, f'--max_iters={step + 2}'], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and f'{step + 2} steps' in done.stdout, done.stderr[-500:]
@@ -203,6 +211,22 @@ def test_no_process_waits_for_data_that_another_failed_to_make(tmp_path, monkeyp
     found = {queue.get(timeout=5) for _ in started}
     assert (calls, found) == ((['prepare.toy'], {'made'}) if code == 0 else
                               (['prepare.toy'] * 3, {'python -m prepare.toy failed: see its message above'}))
+
+
+def test_who_waits_says_for_what(tmp_path, capsys):
+    """Where locks are only files, that of a process that died on another node stays."""
+    ready, released = threading.Event(), []
+
+    def other():
+        with processes.FileLock(tmp_path / 'x.lock'):
+            ready.set()
+            time.sleep(1.5)
+            released.append(True)
+    threading.Thread(target=other).start()
+    ready.wait()
+    with processes.waiting(tmp_path / 'x.lock'):
+        assert released
+    assert f'waiting for the process that holds {tmp_path}/x.lock (if it died on another node, delete' in capsys.readouterr().out
 
 
 def test_a_script_that_makes_something_else_is_told(tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def test_a_link_to_nothing(here):
 
 def test_one_run_a_folder(here, monkeypatch):
     with runs.lock(Path('out/a')):
-        with pytest.raises(UserError, match='out/a: another process is training there.*choose another --out_dir= .if it has died on another node, delete out/a/lock.$'):
+        with pytest.raises(UserError, match='out/a: another process is training there.*choose another --out_dir= .if it died on another node, delete out/a/lock.$'):
             run('out/a')
         monkeypatch.setenv('SLURM_NTASKS', '2')
         with pytest.raises(UserError, match='Under srun each process needs RANK'):

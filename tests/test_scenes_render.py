@@ -1,8 +1,18 @@
 """The ray caster against geometry that is known otherwise."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from prepare.scenes_render import FOCAL, choose, draw_attributes, make, make_chunk, object_normal, render, sample_scenes
+from config import UserError
+from prepare.scenes_render import (FOCAL, choose, draw_attributes, make, make_chunk, object_normal, open_pool, render,
+                                   sample_scenes)
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope='module')
@@ -123,3 +133,37 @@ def test_ten_objects_and_other_sizes():
     scenes = sample_scenes(128, np.random.default_rng(0), max_objects=10)  # large ones would fit nowhere, and take for ever
     view = render(choose(scenes, np.arange(2)), size=96)
     assert view['rgb'].shape == (2, 96, 96, 3) and view['depth'].dtype == np.float32
+
+
+def test_a_worker_that_is_killed_ends_the_pool():
+    """A pool of multiprocessing would wait for its answer for ever."""
+    with pytest.raises(UserError, match='a worker process has ended early.*fewer --workers='):
+        with open_pool(1) as pool:
+            list(pool.map(os._exit, [1]))
+
+
+def test_workers_end_with_their_parent():
+    code = ('import os, time; from prepare.scenes_render import open_pool\n'
+            'with open_pool(1) as pool:\n    print(pool.submit(os.getpid).result(), flush=True); time.sleep(60)')
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+            ended = 'Z' in Path(f'/proc/{worker}/stat').read_text().rpartition(')')[2][:3]  # nobody has waited for it
+        except OSError:
+            ended = True
+        if ended:
+            break
+        time.sleep(0.1)
+    assert ended
+
+
+def test_a_script_without_its_guard(tmp_path, monkeypatch):
+    """Each worker runs the script from its first line, and would make the data set again."""
+    monkeypatch.chdir(tmp_path)
+    Path('own.py').write_text("from prepare import scenes\nprint('first line')\nscenes.main(n_train=4, n_val=4, size=32, workers=1)")
+    done = subprocess.run([sys.executable, 'own.py'], env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode and done.stdout.count('first line') == 2 and done.stderr.count('Traceback') == 1
+    assert 'put the calls under "if __name__ == \'__main__\':"' in done.stderr.splitlines()[-1]
