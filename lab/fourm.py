@@ -8,6 +8,7 @@ Chapter 3's models at work: any modality from any others, in-painting, editing, 
     python -m lab.score --out_dir=out/nano4m --given=rgb
 """
 import difflib
+import os
 import re
 import time
 from dataclasses import dataclass, replace
@@ -15,7 +16,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 import lab
@@ -24,7 +24,7 @@ from lab import options, retrieval
 from lab.chains import generate, parse_chain, stream
 from lab.figures import save_grid
 from lab.statistics import alone, bootstrap, judged
-from prepare.pictures import ENDINGS, read_picture
+from prepare.pictures import ENDINGS, read_picture, squares
 
 
 @dataclass
@@ -157,12 +157,13 @@ def replace_words(run, text, ids, known):
     old, _, new = text.partition('=')
     if not old or not new:
         raise UserError(f'replace={text!r}: write OLD=NEW, as in "red=blue"')
-    word, all_texts = re.compile(rf'\b{re.escape(old)}\b'), [one for texts in known.values() for one in texts]
+    first, last = (r'\b' * (c.isalnum() and c < '\u0e00') for c in (old[0], old[-1]))  # beyond: Thai to Chinese, emoji
+    word, all_texts = re.compile(first + re.escape(old) + last), [one for texts in known.values() for one in texts]
     if not any(map(word.search, all_texts)):
         raise UserError(f'replace={text!r}: {old!r} is no word of {", ".join(known)}; one such text is '
                         f'{all_texts[0]!r}')
-    return {name: torch.cat([run.dataset.read_text(name, word.sub(new, one)) for one in run.dataset.decode(name, rows)])
-            for name, rows in ids.items()}
+    return {name: torch.cat([run.dataset.read_text(name, word.sub(lambda _: new, one))
+                             for one in run.dataset.decode(name, rows)]) for name, rows in ids.items()}
 
 
 def hidden_words(run, m, ids, what):
@@ -181,7 +182,7 @@ def hidden_words(run, m, ids, what):
 
 def hidden_pixels(run, settings, ids, m, what, generator):
     """Which pixels (B, H, W) of an image modality m are hidden: a box x0,y0,x1,y1, all 'outside' it, a file's white
-    pixels, or objects, 'red cube', by the segmentation that is given or predicted."""
+    pixels (1, S, S), or objects, 'red cube', by the segmentation that is given or predicted."""
     height, width = run.dataset.picture(m.name, run.dataset.decode(m.name, ids[m.name][:1])[0]).shape[:2]
     if box := re.fullmatch(r'(outside )?(\d+),(\d+),(\d+),(\d+)', re.sub(' *, *', ',', what.strip())):
         x0, y0, x1, y1 = map(int, box.groups()[1:])
@@ -192,12 +193,13 @@ def hidden_pixels(run, settings, ids, m, what, generator):
         pixels[:, y0:y1, x0:x1] ^= True
         return pixels
     if what.lower().endswith(ENDINGS):
-        mask = np.asarray(read_picture(what, 'black').convert('L').resize((width, height), Image.BOX)) > 127
-        if not mask.any():
-            raise UserError(f'hide={settings.hide!r}: the mask is empty: paint white what is generated again')
-        return np.broadcast_to(mask, (len(ids[m.name]), height, width))
+        mask = read_picture(os.path.expanduser(what), 'black').convert('L')
+        if not (pixels := squares(mask, min(mask.size), 1, None) > 127).any():  # (1, S, S), cropped as images are
+            raise UserError(f"hide={settings.hide!r}: the mask's central square is empty: paint white what is changed")
+        return pixels
     if 'segmentation' not in run.model.batch_keys or not hasattr(run.dataset, 'classes_named'):
-        raise UserError(f'hide={settings.hide!r}: this model has no segmentation that could find objects: give a box')
+        raise UserError(f'hide={settings.hide!r}: no box x0,y0,x1,y1 in whole pixels and no file {", ".join(ENDINGS)}; '
+                        'this model has no segmentation that could find objects')
     if 'segmentation' in ids:
         classes = run.dataset.decode('segmentation', ids['segmentation'])
     else:
@@ -218,8 +220,8 @@ def hide(run, settings, ids, generator):
         hidden = hidden_words(run, m, ids[name], what)
     else:
         pixels = hidden_pixels(run, settings, ids, m, what, generator)
-        pixels = torch.from_numpy(pixels.astype(np.float32))[:, None]  # (B, 1, H, W)
-        hidden = F.adaptive_max_pool2d(pixels, m.grid).flatten(1) > 0  # (B, max_tokens)
+        pixels = torch.from_numpy(pixels.astype(np.float32))[:, None]  # (B or 1, 1, H, W)
+        hidden = F.adaptive_max_pool2d(pixels, m.grid).flatten(1) > 0  # (B or 1, max_tokens)
     return ids | {name: ids[name].masked_fill(hidden, -1)}
 
 
@@ -358,6 +360,8 @@ def cells_of(run, settings):
     else:
         sources, targets = names_in(settings.given) or names, names_in(settings.target) or names
         cells = [f'{a}>{b}' for b in targets for a in sources if a.partition(':')[0] != b.partition(':')[0]]
+    if not cells:
+        raise UserError(f'given={settings.given!r} and target={settings.target!r}: name two different modalities')
     return {cell: parse_chain(cell, settings, run.model, hidden_name(settings)) for cell in cells}
 
 

@@ -41,6 +41,7 @@ from prepare.pictures import (
     from_tokens,
     pixel_error,
     read_picture,
+    squares,
     to_tokens,
     tokenize,
     train_tokenizer,
@@ -72,17 +73,6 @@ def read_caption(path):
     except (OSError, UnicodeDecodeError, AssertionError) as error:
         raise UserError(f'{path}: no caption in UTF-8 ({getattr(error, "strerror", "") or error})')
     return ' '.join(words)
-
-
-def squares(image, size, views, random):
-    """(views, size, size, 3): the central square, then random squares of at least 0.8 of its side."""
-    pictures = []
-    for view in range(views):
-        side = min(image.size) * (random.uniform(0.8, 1) if view else 1)
-        left, top = (np.array(image.size) - side) * (random.uniform(size=2) if view else 0.5)
-        box = left, top, min(left + side, image.width), min(top + side, image.height)
-        pictures.append(np.asarray(image.resize((size, size), Image.BICUBIC, box)))
-    return np.stack(pictures)
 
 
 def read_folder(source, size, views, random):

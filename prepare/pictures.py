@@ -60,6 +60,18 @@ def read_square(path, best):
     return image
 
 
+def squares(image, size, views, random):
+    """(views, size, size, 3), without the 3 if it is grey: the central square, then random squares of at least 0.8 of
+    its side."""
+    pictures = []
+    for view in range(views):
+        side = min(image.size) * (random.uniform(0.8, 1) if view else 1)
+        left, top = (np.array(image.size) - side) * (random.uniform(size=2) if view else 0.5)
+        box = left, top, min(left + side, image.width), min(top + side, image.height)
+        pictures.append(np.asarray(image.resize((size, size), Image.BICUBIC, box)))
+    return np.stack(pictures)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Modalities: images (n, H, W, 3) uint8 -> uint8
 

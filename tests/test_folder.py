@@ -14,8 +14,8 @@ from config import UserError
 from lab import score
 from prepare import arrays, folder, pictures
 from prepare.files import tell
-from prepare.folder import shorten, squares
-from prepare.pictures import COLORS, MAKE, color_tokens, edges, grey, low, palette, token_colors
+from prepare.folder import shorten
+from prepare.pictures import COLORS, MAKE, color_tokens, edges, grey, low, palette, squares, token_colors
 from prepare.text_tokenizers import train_bpe
 
 HALVES = np.zeros((1, 16, 16, 3), np.uint8)  # left black, right red
@@ -156,6 +156,9 @@ def test_a_run(work, capsys):
     sample.main('--out_dir=out/mine', '--n=2', '--given=caption', '--text=a picture', '--target=edges')
     assert 'caption: a picture\n' in capsys.readouterr().out
     sample.main('--out_dir=out/mine', '--n=2', '--chain=rgb>grey:mean2,low:mean2')
+    for part in ('1.5,2,5,5', 'mask.tga'):
+        with pytest.raises(UserError, match='no box x0,y0,x1,y1 in whole pixels and no file .jpg, .jpeg, '):
+            sample.main('--out_dir=out/mine', '--given=rgb', f'--hide=rgb={part}')
     sample.main('--out_dir=out/mine', '--n=2', '--retrieve=rgb', '--given=caption')
     scores = score.main('--out_dir=out/mine', '--n_score=2', '--given=rgb', '--target=caption,palette')
     assert scores['rgb>caption/words']['ceiling'] == 1 and scores['rgb>palette/error']['ceiling'] < 16

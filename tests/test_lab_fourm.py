@@ -1,5 +1,6 @@
 """lab/fourm.py on a tiny run: grids, chains, editing, faults in one line."""
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import train
 from config import UserError
 from lab import retrieval
 from lab.chains import generate
-from lab.fourm import AnyToAny, given_ids, read_chains
+from lab.fourm import AnyToAny, given_ids, read_chains, replace_words
 from tests import toys
 from tests.tiny import TINY
 
@@ -57,7 +58,7 @@ def test_chains_of_every_kind(out_dir):
     assert draw(out_dir, '--chain=rgb>depth:mean2;caption>depth').size[0] == (1 + 2 + 2) * 132 - 4  # the truth once
 
 
-def test_what_is_hidden_is_generated_and_the_rest_stays(run):
+def test_what_is_hidden_is_generated_and_the_rest_stays(run, monkeypatch):
     """Inside a box, around it, and where an object is: the patches that are given come back as they were."""
     def hidden(hide, given='rgb'):
         settings = AnyToAny(given=given, hide=hide, steps=2)
@@ -76,7 +77,12 @@ def test_what_is_hidden_is_generated_and_the_rest_stays(run):
     layer = Image.new('RGBA', (64, 64), (0, 0, 0, 0))
     layer.paste('white', (16, 8, 32, 40))  # white on a transparent layer
     layer.save('LAYER.PNG')
-    assert torch.equal(hidden('rgb=LAYER.PNG'), box.flatten().expand(2, -1))
+    monkeypatch.setenv('HOME', str(Path.cwd())), monkeypatch.setenv('USERPROFILE', str(Path.cwd()))
+    assert torch.equal(hidden('rgb=~/LAYER.PNG'), box.flatten().expand(2, -1))
+    wide = Image.new('L', (1400, 700))  # cropped as an image is; a thin stroke counts
+    wide.paste('white', (350 + 180, 100, 350 + 181, 430))
+    wide.save('wide.png')
+    assert torch.equal(hidden('rgb=wide.png'), box.flatten().expand(2, -1) & (torch.arange(64) % 8 == 2))
     whole = torch.zeros(8, 8, dtype=torch.bool)
     whole[1:5, 2:4] = True
     assert torch.equal(hidden('depth=outside 16,8,32,40', 'rgb,depth'), ~whole.flatten().expand(2, -1))
@@ -106,6 +112,15 @@ def test_images_before_and_after(out_dir, capsys):
     texts = [line for line in capsys.readouterr().out.splitlines() if line.startswith('caption: ')]
     assert texts and all(text.startswith('caption: a large red') for text in texts)
     assert draw(out_dir, '--given=rgb', '--image=own.png', '--hide=rgb=outside 8,8,32,32').size[0] == 2 * 132 - 4
+
+
+@pytest.mark.parametrize('change, text, expected', [
+    (r'C=D\data', 'a C, no CD', r'a D\data, no CD'), ('狗=猫', '一只狗在跑', '一只猫在跑'), ('🙂=:)', 'well🙂done', 'well:)done'),
+    ('кот=пёс', 'кот и которые', 'пёс и которые'), ('C++=Rust', 'C++ code', 'Rust code')])
+def test_words_of_all_scripts_are_replaced(change, text, expected):
+    same = SimpleNamespace(dataset=SimpleNamespace(decode=lambda name, rows: rows, read_text=lambda name, text: torch.tensor([*text.encode()])))
+    found = replace_words(same, change, dict(caption=[text]), dict(caption=[text]))
+    assert bytes(found['caption'].tolist()).decode() == expected
 
 
 def test_a_change_that_changes_nothing_gets_a_line(out_dir, run, capsys):
@@ -177,8 +192,8 @@ def test_same_seed_same_image(out_dir):
     (['--given=caption', '--text=a unicorn'], "'unicorn' is not in the vocabulary of this data set: it has a, and, large, small, "),
     (['--scene=32'], 'scene=32: this split has the scenes 0 to 31'),
     (['--given=rgb', '--hide=rgb=nothing.png'], 'nothing.png: no such image'),
-    (['--given=rgb', '--hide=rgb=black.png'], 'the mask is empty: paint white what is generated again'),
-    (['--given=rgb', '--hide=rgb=BLACK.JPG'], 'the mask is empty'), (['--given=rgb', '--hide=rgb=nothing.jpg'], 'no such image'),
+    (['--given=rgb', '--hide=rgb=black.png'], "the mask's central square is empty: paint white what is changed"),
+    (['--given=rgb', '--hide=rgb=BLACK.JPG'], 'central square is empty'), (['--given=rgb', '--hide=rgb=nothing.jpg'], 'no such image'),
     (['--given=caption', '--target=depth', '--text=a red cube', '--image=own.png'], '--text and --image together need'),
     (['--given=rgb', '--target=depth', '--text=a red cube', '--image=own.png'], '--text and --image together need'),
     (['--retrieve=rgb', '--given=caption', '--text=a red cube', '--image=own.png'], 'text and image do not go together'),

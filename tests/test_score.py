@@ -87,6 +87,7 @@ def test_scores_are_those_of_the_weights(out_dir, tmp_path):
 @pytest.mark.parametrize('arguments, message', [
     (['--n_score=0'], 'n_score=0: must be at least 1'),
     (['--given=sound'], "there is no modality 'sound'"),
+    (['--given=rgb', '--target=rgb'], "given='rgb' and target='rgb': name two different modalities"),
     (['--chain=rgb'], 'write given>target'),
     (['--chain=rgb>depth', '--target=depth'], 'chain and target do not go together'),
     (['--text=two red spheres', '--given=caption'], 'text is a setting of sample.py; here are those of lab/fourm.py .Scores.'),
