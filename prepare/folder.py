@@ -68,11 +68,11 @@ def read_caption(path):
     """A caption as one line. Raises UserError."""
     try:
         text = path.read_text(encoding='utf-8-sig')
-        assert '\0' not in text, 'it holds zero bytes, as UTF-16 does'
-        assert (words := text.split()), 'empty'
-    except (OSError, UnicodeDecodeError, AssertionError) as error:
+        if '\0' in text or not text.split():
+            raise ValueError('it holds zero bytes, as UTF-16 does' if '\0' in text else 'empty')
+    except (OSError, ValueError) as error:
         raise UserError(f'{path}: no caption in UTF-8 ({getattr(error, "strerror", "") or error})')
-    return ' '.join(words)
+    return ' '.join(text.split())
 
 
 def read_folder(source, size, views, random):
@@ -82,16 +82,19 @@ def read_folder(source, size, views, random):
     paths = [path for path in files if path.suffix.lower() in ENDINGS]
     stems, texts = ({path.with_suffix(''): path for path in reversed(some)}  # the first one of each name
                     for some in (paths, [path for path in files if path.suffix.lower() == '.txt']))
-    faults = [f'{path}: no image beside it that is {", ".join(ENDINGS)}' for stem, path in texts.items()
-              if stem not in stems]
-    first = {}  # contents -> its path
+    mute = {str(stem).casefold() for stem in stems if stem not in texts}
+    loose = {str(stem).casefold(): path for stem, path in texts.items() if stem not in stems}  # photo.txt of Photo.jpg
+    faults = [f'{path}: no image beside it that is {", ".join(ENDINGS)}' for name, path in loose.items()
+              if name not in mute]
+    first = {}  # size and contents -> its path
     for path in tqdm(paths, 'read', unit='image'):
         stem = path.with_suffix('')
         try:
             if stems[stem] != path:
                 raise UserError(f'{path}: {stems[stem].name} has the same name, and the same caption')
-            caption, image = read_caption(texts.get(stem, path.with_suffix('.txt'))), read_picture(path)
-            if (other := first.setdefault(hashlib.sha256(image.tobytes()).digest(), path)) != path:
+            text = texts.get(stem) or loose.get(str(stem).casefold(), path.with_suffix('.txt'))
+            caption, image = read_caption(text), read_picture(path)
+            if (other := first.setdefault((image.size, hashlib.sha256(image.tobytes()).digest()), path)) != path:
                 raise UserError(f'{path}: the same picture as {other}')
         except UserError as error:
             faults.append(error)
@@ -106,9 +109,12 @@ def read_folder(source, size, views, random):
 
 
 def shorten(text, encoding, most):
-    """Removes words at the end until the text has fewer than `most` tokens, so that an end token fits."""
+    """Removes words at the end until the text has fewer than `most` tokens, so that an end token fits. Characters, as
+    long as the last word is more than half of the text."""
+    text = text[:most * max(map(len, encoding.token_byte_values()))]  # more never fits: each token has some bytes
     while len(encoding.encode_ordinary(text)) >= most:
-        text = text.rpartition(' ')[0] or text[:-1]  # without spaces: the last character
+        rest = text.rpartition(' ')[0]
+        text = rest if 2 * len(rest) >= len(text) else text[:-1]
     return text
 
 

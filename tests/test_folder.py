@@ -1,6 +1,7 @@
 """A folder of pictures of all kinds: modalities, faults, a run."""
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,9 @@ def test_captions_are_shortened_by_words():
     encoding = train_bpe(['the cat sat on the mat. ' * 20], 300)
     short = shorten('the cat sat on the mat', encoding, 4)
     assert 'the cat sat on the mat'.startswith(short + ' ') and len(encoding.encode_ordinary(short)) < 4
+    assert shorten('照片 ' + '猫' * 39, encoding, 12) == '照片 猫'  # a byte a token; the space belongs to a word
+    started = time.perf_counter()
+    assert shorten('the cat ' * 10_000, encoding, 4) == shorten('the cat ' * 4, encoding, 4) and time.perf_counter() < started + 1
     assert shorten('the', encoding, 4) == 'the' and shorten('x' * 99, encoding, 4) == 'xxx'
 
 
@@ -117,7 +121,14 @@ def test_hidden_copies_and_pictures_of_one_name(tmp_path, capsys):
     Image.new('RGB', (8, 8), 'green').save(tmp_path / 't.png')
     (tmp_path / 't.txt').write_bytes('caption of t'.encode('utf-16-le'))
     (tmp_path / 'folder.png').mkdir()
-    assert folder.read_folder(tmp_path, 8, 1, None)[1] == ['caption of p', 'caption of q']
+    pair = 'zy' if (tmp_path / 'FOLDER.PNG').exists() else 'zZ'  # where case matters, names that differ in it alone
+    for name, size in zip(pair, ((10, 20), (20, 10))):  # the same bytes
+        Image.new('RGB', size).save(tmp_path / f'{name}.png')
+        (tmp_path / f'{name}.txt').write_text(f'caption of {name}')
+    Image.new('RGB', (9, 9)).save(tmp_path / 'Photo.png')
+    (tmp_path / 'photo.txt').write_text('caption of a photo')
+    captions = folder.read_folder(tmp_path, 8, 1, None)[1]
+    assert sorted(captions) == sorted(f'caption of {name}' for name in ('a photo', 'p', 'q', *pair))
     said = capsys.readouterr().out
     for line in ('p.png: p.jpg has the same name', 'p.webp: p.jpg has the same', 'r.txt: no caption in UTF-8 (empty)',
                  f's.bmp: the same picture as {tmp_path}/q.png', 't.txt: no caption in UTF-8 (it holds zero bytes'):
