@@ -13,9 +13,10 @@ Your own images with questions and answers: a JSONL file. Each line has one imag
 
 A conversation longer than --length tokens continues in another row, which repeats the image; a turn longer than a row
 is left out. Images of any size and mode are resized to size x size RGB without keeping their proportions, as in SigLIP;
-each file is stored once. All conversations about an image are in the same split: training or validation. Pictures that
-cannot be read are named and left out with their conversations.
+each picture is stored once. All conversations about it, or about a copy, are in the same split: training or
+validation. Pictures that cannot be read are named and left out with their conversations.
 """
+import hashlib
 import json
 import os
 from collections import Counter
@@ -161,7 +162,9 @@ def from_llava(entry):
         raise ValueError('not an entry of LLaVA-Instruct: it has no conversations')
     if 'image' not in entry:
         return {}
-    said = [(part['from'], part['value'].replace('<image>', '').strip()) for part in entry['conversations']]
+    if not all(isinstance(part, dict) and isinstance(part.get('value'), str) for part in entry['conversations']):
+        raise ValueError('conversations is not a list of {"from": "human" or "gpt", "value": "a text"}')
+    said = [(part.get('from'), part['value'].replace('<image>', '').strip()) for part in entry['conversations']]
     if [who for who, _ in said] != ['human', 'gpt'] * (len(said) // 2):
         raise ValueError('human and gpt do not take turns')
     return dict(image=entry['image'], turns=[[q, a] for (_, q), (_, a) in zip(said[::2], said[1::2])])
@@ -183,7 +186,7 @@ def read_conversations(path):
                 line = from_llava(line)
             if line:
                 conversations.append(check_line(line))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{place}: {error}')
     if not conversations:
         raise UserError(f'{path}: holds no conversations')
@@ -226,22 +229,17 @@ def write_rows(folder, rows, image_index):
     arrays.write(folder, dict(tokens=tokens.astype(np.int32), loss_mask=loss_mask.astype(np.uint8), scene=image_index))
 
 
-def write_images(folder, images, names, size):
-    """Write the pictures with these names in the folder `images`; return {name: number} of those that can be read."""
-    numbers, faults = {}, []
-
-    def pixels():
-        for name in tqdm(names, desc=f'{folder.name} images', unit='image'):
-            try:
-                yield read_resized(images / name, size)
-                numbers[name] = len(numbers)
-            except UserError as error:
-                faults.append(error)
-    try:
-        arrays.write_rows(folder, 'images', pixels())
-    finally:
-        tell(faults)
-    return numbers
+def find_copies(images, names, size):
+    """Return {name: the first name of the same pixels} of the pictures in the folder `images` that can be read. Prints
+    a line for each other one."""
+    first, copies, faults = {}, {}, []
+    for name in tqdm(names, desc='check images', unit='image'):
+        try:
+            copies[name] = first.setdefault(hashlib.sha256(read_resized(images / name, size)).digest(), name)
+        except UserError as error:
+            faults.append(error)
+    tell(faults)
+    return copies
 
 
 def write_questions(path, images, talks, families=None):
@@ -264,6 +262,11 @@ def main(*arguments, **overrides):
     images, conversations = Path(settings['images'] or path.parent), read_conversations(path)
     template = load_template('smollm2')
     conversations = drop_long_turns(conversations, template, length, path)
+    copies = find_copies(images, dict.fromkeys(name for names, _ in conversations for name in names), size)
+    conversations = [([copies[name] for name in names], turns) for names, turns in conversations
+                     if copies.keys() >= set(names)]
+    if not conversations:
+        raise UserError(f'{path}: no conversation has images that can be read')
     splits = split_by_image(conversations, max(1, round(settings['val_share'] * len(conversations))),
                             np.random.default_rng(settings['seed']))
     if not splits['train']:
@@ -272,8 +275,9 @@ def main(*arguments, **overrides):
     arrays.begin(out, 'vqa')
     for split, part in splits.items():
         part = [conversations[i] for i in part]
-        numbers = write_images(out / split, images, dict.fromkeys(name for names, _ in part for name in names), size)
-        part = [(names, turns) for names, turns in part if numbers.keys() >= set(names)]
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(name for names, _ in part for name in names))}
+        arrays.write_rows(out / split, 'images', (
+            read_resized(images / name, size) for name in tqdm(numbers, desc=f'{split} images', unit='image')))
         index = [[numbers[name] for name in names] for names, _ in part]
         rows = [template.rows(turns, length, len(names)) for names, turns in part]
         write_rows(out / split, [row for some in rows for row in some],

@@ -140,6 +140,10 @@ def test_faults_of_files(tmp_path):
     (tmp_path / 'x.json').write_text('[{"image": "a", "conversations": [{"from": "gpt", "value": "x"}]}]')
     with pytest.raises(UserError, match='x.json, entry 1: human and gpt do not take turns'):
         vqa.main(input=str(tmp_path / 'x.json'))
+    for part in ('{"from": "human", "value": 3}', '{"from": "human"}', '"Is it?"'):
+        (tmp_path / 'x.json').write_text('[{"image": "a", "conversations": [%s]}]' % part)
+        with pytest.raises(UserError, match='x.json, entry 1: conversations is not a list of {"from"'):
+            vqa.main(input=str(tmp_path / 'x.json'))
 
 
 def test_llava_becomes_a_data_set(tmp_path, monkeypatch):
@@ -210,8 +214,16 @@ def test_pictures_that_cannot_be_read_are_left_out(tmp_path, monkeypatch, capsys
         Image.new('RGB', (9, 9), (20 * i, 0, 0)).save(f'{i}.png')
     Path('3.png').write_bytes(b'no picture')
     lines = [dict(image=f'{i}.png', turns=[['Red?', 'Yes.' * (i + 1)]]) for i in range(9)] + [
-        dict(image='./0.png', turns=[['Red?', 'No.']]), dict(image='gone.png', turns=[['Red?', 'No.']])]
+        dict(image=name, turns=[['Red?', 'No.']]) for name in ('./0.png', str(tmp_path / '1.png'), 'copy.png', 'gone.png')]
+    Path('copy.png').write_bytes(Path('2.png').read_bytes())
     Path('some.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    for seed in range(4):  # before the split, which would hold out 3.png alone
+        Path('few.jsonl').write_text('\n'.join(map(json.dumps, lines[2:5])))
+        vqa.main(input='few.jsonl', size=16, length=90, out=f'few{seed}', seed=seed)
+    Path('few.jsonl').write_text(json.dumps(lines[3]))
+    with pytest.raises(UserError, match='few.jsonl: no conversation has images that can be read'):
+        vqa.main(input='few.jsonl', size=16, length=90)
+    capsys.readouterr()
     vqa.main(input='some.jsonl', size=16, length=90, val_share=0.3)
     said = capsys.readouterr().out
     assert 'left out: 3.png: truncated' in said and 'left out: gone.png: no such image' in said
@@ -224,8 +236,8 @@ def test_pictures_that_cannot_be_read_are_left_out(tmp_path, monkeypatch, capsys
         for row, number, line in zip(tokens, scene[:, 0], found[split]):
             assert line['image'] == [number] and dataset.decode(row).endswith(line['turns'][0][1])
             assert line['turns'][0][1] == 'No.' or pixels[number, 0, 0, 0] == 20 * (line['turns'][0][1].count('Yes') - 1)
-    assert len(found['train']) + len(found['val']) == 9 and not list(Path('data/vqa').rglob('*.tmp'))
-    assert sum(len(np.load(f'data/vqa/{split}/images.npy')) for split in found) == 8  # 0.png and ./0.png are one
+    assert len(found['train']) + len(found['val']) == 11 and not list(Path('data/vqa').rglob('*.tmp'))
+    assert sum(len(np.load(f'data/vqa/{split}/images.npy')) for split in found) == 8  # ./0.png and copies are stored once
 
 
 def test_splits_share_no_image():
@@ -248,7 +260,7 @@ def test_long_turns_are_in_neither_rows_nor_questions(tmp_path, monkeypatch, cap
     (tmp_path / 'tokenizer.json').write_text(json.dumps(TOKENIZER).replace('<special 5>', '<filename>'))
     monkeypatch.chdir(tmp_path)
     for i in range(4):
-        Image.new('RGB', (9, 9)).save(f'{i}.png')
+        Image.new('RGB', (9, 9), (i, 0, 0)).save(f'{i}.png')
     lines = [dict(image=f'{i}.png', turns=[['x' * 50, 'No.'], ['Red?', 'No.']][:1 + (i < 3)]) for i in range(4)]
     Path('long.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     vqa.main(input='long.jsonl', size=16, length=40, val_share=0.3)
