@@ -157,8 +157,8 @@ class Dataset:
 
     @staticmethod
     def read_image(path):
-        """A user's image file of a white digit on black -> tokens (1, 49). Raises UserError."""
-        image = read_square(path, 28).convert('L').resize((28, 28), Image.BOX)
+        """A user's image file of a white digit on black or transparent -> tokens (1, 49). Raises UserError."""
+        image = read_square(path, 28, 'black').convert('L').resize((28, 28), Image.BOX)
         return torch.from_numpy(to_tokens(halve(np.asarray(image)[None]), [0])[:, 1:]).long()
 
     @staticmethod

@@ -5,6 +5,7 @@ modality, write a function of images and add it to TOKENIZED or COLORS.
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from tqdm import tqdm
 
 from config import UserError
@@ -23,13 +24,15 @@ def read_picture(path, background='white'):
     """Reads an image file of any mode as an RGB Image: values of more than 8 bits are scaled to 0..255 by `top`, the
     background is seen through transparent parts, the rotation by a camera (EXIF) is undone. Raises UserError."""
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(('I', 'F')):  # 16 bits and more
+        with Image.open(path) as file:
+            tags, image = getattr(file, 'tag_v2', {}), ImageOps.exif_transpose(file)  # tags of a TIFF
+            if image.mode.startswith(('I', 'F')):  # more than 8 bits
                 values = np.asarray(image, np.float32)
-                white = top(values.max(), image.mode)
+                white = top(values.max(), image.mode, tags.get(BITSPERSAMPLE, [16])[0])
                 if not np.isfinite(values).all() or values.min() < -0.01 * white:
                     raise ValueError('holds values that are not finite, or negative')
+                if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # the value 0 is white
+                    values = white - values
                 clear = values == image.info.get('transparency', np.nan)  # of 16-bit grey: one value
                 image = Image.fromarray(np.round(values * (255 / white)).clip(0, 255).astype(np.uint8))
                 image.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
@@ -44,17 +47,17 @@ def read_picture(path, background='white'):
                         f'{error})')
 
 
-def top(largest, mode):
-    """The value that is white: 65,535 of 16 bits; of real numbers and of 32 bits one of several, as the largest value
-    tells, which may be 1% larger by rounding. Not the largest value itself: a dark picture stays dark."""
-    ranges = dict(F=(1, 255, 65535), I=(255, 65535, 2 ** 31)).get(mode, (65535,))
+def top(largest, mode, bits):
+    """The value that is white: 4,095 of 12 bits, 65,535 of 16; of real numbers and of 32 bits one of several, as the
+    largest value tells, which may be 1% larger by rounding. Not the largest value itself: a dark picture stays dark."""
+    ranges = dict(F=(1, 255, 65535), I=(255, 65535, 2 ** 31)).get(mode, (2 ** bits - 1,))
     return next((value for value in ranges if largest <= 1.01 * value), largest)
 
 
-def read_square(path, best):
+def read_square(path, best, background='white'):
     """read_picture for an image that must be square; `best` is the recommended side in the error message. Raises
     UserError."""
-    image = read_picture(path)
+    image = read_picture(path, background)
     if image.width != image.height:
         raise UserError(f'{path}: {image.width}x{image.height} pixels; give a square image ({best}x{best} is best)')
     return image

@@ -1,6 +1,7 @@
 """A folder of pictures of all kinds: modalities, faults, a run."""
 import json
 import os
+import struct
 import time
 from pathlib import Path
 
@@ -186,3 +187,14 @@ def test_transparency_of_16_bits(tmp_path):
     Image.fromarray(values).save(tmp_path / 'a.png', transparency=1000)
     seen = np.asarray(pictures.read_picture(tmp_path / 'a.png'))
     assert (seen[0] == 255).all() and (seen[1:] == round(30000 * 255 / 65535)).all()
+
+
+@pytest.mark.parametrize('bits, photometric, grey', [(12, 1, [0, 255]), (16, 1, [0, 16]), (16, 0, [255, 239])])
+def test_tiff_of_many_bits(tmp_path, bits, photometric, grey):
+    """Pixels 0 and 4095: white is 2^bits - 1, or 0 if the photometric interpretation is 0."""
+    pixels = bytes([0x00, 0x0F, 0xFF]) if bits == 12 else struct.pack('<2H', 0, 4095)
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(pixels)}
+    entries = b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in tags.items())
+    (tmp_path / 'a.tif').write_bytes(struct.pack('<2sHI', b'II', 42, 8 + 4) + pixels.ljust(4, b'\0')
+                                     + struct.pack('<H', len(tags)) + entries + bytes(4))
+    assert np.asarray(pictures.read_picture(tmp_path / 'a.tif'))[0, :, 0].tolist() == grey

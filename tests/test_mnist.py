@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from config import UserError
 from engine import processes
@@ -244,6 +245,16 @@ def test_independent_pixels_have_the_classes_means():
     blind = judge.independent_pixels(images, labels, np.repeat([0, 9], 500))
     assert blind[:500].mean(0) == pytest.approx(images[labels == 0].mean(0), abs=30)
     assert blind[500:].mean() > 3 * blind[:500].mean()
+
+
+@pytest.mark.parametrize('ground', [(0, 0, 0, 255), (0, 0, 0, 0), (255, 255, 255, 0)])
+def test_a_digit_of_the_user(tmp_path, ground):
+    """White on black, or on a transparent layer."""
+    Image.new('RGBA', (28, 28), ground).save(tmp_path / 'a.png')
+    image = Image.open(tmp_path / 'a.png')
+    image.paste('white', (4, 8, 8, 12))  # one of 7 x 7 patches
+    image.save(tmp_path / 'a.png')
+    assert mnist.Dataset.read_image(tmp_path / 'a.png')[0].tolist() == [25 if i == 2 * 7 + 1 else 10 for i in range(49)]
 
 
 def test_the_folder(folder):
