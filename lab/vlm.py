@@ -5,6 +5,7 @@ Chapter 5's models at work: answers to questions about images, a chat, and accur
     python sample.py --out_dir=out/vlm_scenes --image=FILE.png --text="How many red cubes are there?"
     python -m lab.score --out_dir=out/vlm_scenes --text_only_run=out/vlm_scenes_text_only
 """
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -162,14 +163,22 @@ def read_question():
 def chat(run, images, settings):
     """Answer questions from the keyboard, token by token; images and all earlier turns stay in the cache."""
     cache, last = prefill_images(run, images), []
+    if hasattr(sys.stdin, 'reconfigure'):
+        sys.stdin.reconfigure(errors='replace')  # bytes that are not UTF-8
     print('Ask about the image; an empty line ends.')
     while question := read_question():
         ids, shown = [], ''
         try:
             stream = answer_stream(run, cache, [question], settings, last)
         except UserError:  # the context is full: only the images are kept
-            cache = prefill_images(run, images)
-            stream = answer_stream(run, cache, [question], settings)
+            images_alone = prefill_images(run, images)
+            try:
+                stream = answer_stream(run, images_alone, [question], settings)
+            except UserError as error:
+                print(error)
+                continue
+            cache = images_alone
+            print('the context is full: earlier turns are left out')
         for token in stream:
             ids.append(int(token))
             text = run.dataset.decode(ids)

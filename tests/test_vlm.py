@@ -1,4 +1,5 @@
 """nanoVLM: its parts against references, answers with a cache against answers without, training in two stages."""
+import io
 import os
 from pathlib import Path
 from unittest import mock
@@ -291,10 +292,13 @@ def test_answers(run, capsys):
 
 def test_chat(run, capsys, monkeypatch):
     Image.new('L', (20, 20)).save('grey.png')
-    said = iter(['Are there any cubes?'] * 9 + [''])  # more turns than the context holds
-    monkeypatch.setattr('builtins.input', lambda _: next(said))
+    asked = b'What \xe9?\n' + 3 * b'Are there any cubes?\n' + b'x' * 99 + 6 * b'\nAre there any cubes?'
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(asked), 'utf-8'))
     sample.main(f'--out_dir={run}', '--image=grey.png', '--chat=True', '--max_new_tokens=3')
-    assert capsys.readouterr().out.count('\n') == 10
+    said, full = capsys.readouterr().out, 'the context is full: earlier turns are left out\n'
+    assert said.count('the question has 101 tokens, and the context has room for 59') == 1
+    assert 1 <= said.count(full) < 5  # more turns than the context holds
+    assert said.replace(full, '').count('\n') == 1 + 1 + 3 + 1 + 6
 
 
 def test_chat_shows_no_half_characters(run, capsys, monkeypatch):
