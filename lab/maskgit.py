@@ -102,7 +102,7 @@ def draw(run, settings, path):
         raise UserError(f'show is one of {", ".join(SHOWS)}, shape one of {", ".join(SHAPES)}')
     if not 0 <= settings.complete < 1:
         raise UserError(f'complete={settings.complete} must be at least 0 and below 1')
-    if not settings.complete and (settings.image or settings.shape != 'half' and settings.show != 'swap'):
+    if not settings.complete and settings.show != 'swap' and (settings.image or settings.shape != 'half'):
         raise UserError('image and shape need complete, the fraction that is given, as in --complete=0.5')
     if settings.complete and settings.labels and not settings.image and settings.show != 'swap':
         raise UserError('labels: held-out images are completed in their own classes: leave it out, or take show=swap')
