@@ -157,12 +157,7 @@ class Dataset:
     @functools.cached_property
     def parser(self):
         """The parser, which predicts objects from images; trained on first use, in about a minute."""
-        path = self.folder / 'parser.pt'
-        if not path.is_file():
-            torch.manual_seed(0)
-            new, patches = scenes_parser.Parser(self.size), scenes_parser.pixel_patches
-            scenes_parser.train_parser(self.folder, new, 'raw_rgb', patches, device=self.device).save(path)
-        return scenes_parser.Parser.load(path)
+        return scenes_parser.load_or_train(self.folder, self.size, self.device)
 
     def load(self, split, name):
         return load(self.folder / split / f'{name}.npy')

@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import config
+from config import UserError
 from engine.checkpoints import load_network, save
 from engine.optimizers import fit
 from gpt import rms_norm, rope_cos_sin
@@ -127,6 +128,21 @@ def train_parser(folder, parser, field, patches_of, seed=0, steps=500, batch_siz
         ids = random.integers(0, len(rows), batch_size)
         return patches_of(rows[ids]), torch.from_numpy(objects[ids].astype(np.int64))
     return fit(parser, parser_loss, batch_of, steps, f'parser of {field}', device=device)
+
+
+def load_or_train(folder, size, device):
+    """The parser of a data folder, trained on the first call and kept there. In a folder that is read-only it is
+    trained again by each program."""
+    path = folder / 'parser.pt'
+    if path.is_file():
+        return Parser.load(path)
+    torch.manual_seed(0)
+    parser = train_parser(folder, Parser(size), 'raw_rgb', pixel_patches, device=device)
+    try:
+        parser.save(path)
+    except UserError:
+        print(f'{path}: cannot be written, so the next program trains the parser again; make the folder writable once')
+    return parser
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The data set: its texts, its files, its scores, more modalities."""
 import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -154,6 +155,21 @@ def test_parser_targets():
     assert heat[0, row, column] > 0.7 and heat[0].max() <= 1 and heat[0, 15, 0] < 1e-3
     at = torch.tensor([column, row]) * 4 + 1.5 + offset[0, :, row, column]
     assert at.tolist() == [40, 9] and classes[0, :, row, column].tolist() == [1, 6, 1, 1]
+
+
+def test_the_parser_of_a_read_only_folder(work, tmp_path, monkeypatch, capsys):
+    """It is kept in memory; where it can be written, it is read the next time."""
+    (tmp_path / 'train').symlink_to(work / 'data/scenes/train')
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, 'replace', mock.Mock(side_effect=PermissionError))
+        kept = scenes_parser.load_or_train(tmp_path, 64, 'cpu')
+    assert capsys.readouterr().out == (f'{tmp_path}/parser.pt: cannot be written, so the next program trains the parser again; make '
+                                       'the folder writable once\n')
+    for _ in range(2):
+        parser = scenes_parser.load_or_train(tmp_path, 64, 'cpu')
+        assert all(torch.equal(a, b) for a, b in zip(parser.state_dict().values(), kept.state_dict().values()))
+        monkeypatch.setattr(scenes_parser, 'train_parser', mock.Mock())
+    assert capsys.readouterr().out == ''
 
 
 def test_the_folder(work):
