@@ -78,7 +78,8 @@ def read(path):
             if damaged := file.testzip():
                 raise zipfile.BadZipFile(damaged)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        assert {'settings', 'model_config', 'meta', 'step', 'weights'} <= checkpoint.keys()
+        if {'settings', 'model_config', 'meta', 'step', 'weights'} - checkpoint.keys():
+            raise ValueError
     except (FileNotFoundError, NotADirectoryError):
         existing = {str(file) for file in (*Path('out').glob('*/ckpt_*.pt'), *path.parent.glob('ckpt_*.pt'))}
         near = ', '.join(difflib.get_close_matches(str(path), existing, 5, 0))

@@ -207,8 +207,8 @@ def log_lines(path):
     for line in path.read_bytes().splitlines(True):
         try:
             entry = json.loads(line)
-            assert entry['step'] >= 0
-        except (ValueError, TypeError, KeyError, AssertionError):
+            entry = entry if entry['step'] >= 0 else None
+        except (ValueError, TypeError, KeyError):
             entry = None
         lines += [(line, entry)] * line.endswith(b'\n')
     return lines

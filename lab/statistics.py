@@ -72,9 +72,10 @@ def read_scores(path, digest=None):
     try:
         found = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
         scores = found.get('scores', found)  # the files in docs/logs hold the scores alone
-        assert all(isinstance(score[key], (int, float))
-                   for score in scores.values() for key in ('value', 'low', 'high'))
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        if not all(isinstance(score[key], (int, float))
+                   for score in scores.values() for key in ('value', 'low', 'high')):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: not a file of scores ({type(error).__name__}); delete it and score again')
     return scores if digest in (None, found.get('checkpoint')) else {}
 

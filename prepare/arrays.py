@@ -109,11 +109,14 @@ def read_meta(folder):
     path = Path(folder, 'meta.json')
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
-        assert meta['kind'] in ('rows', 'stream') and meta['prepare'] and meta['fields'] and meta['config'] is not None
+        if meta['kind'] not in ('rows', 'stream') or not meta['prepare'] or not meta['fields'] or meta['config'] is None:
+            raise ValueError('kind, prepare, fields or config is empty or unknown')
         for name, kind, least in (('fields', int, 0), ('views', int, 1), ('files', str, ''), ('index', str, '')):
-            assert all(isinstance(value, kind) and value >= least for value in meta.get(name, {}).values())
-        assert len(set(meta.get('views', {}).values())) < 2, 'its fields have different numbers of views'
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            if not all(isinstance(value, kind) and value >= least for value in meta.get(name, {}).values()):
+                raise ValueError(f'{name} are not of type {kind.__name__} or too small')
+        if len(set(meta.get('views', {}).values())) > 1:
+            raise ValueError('its fields have different numbers of views')
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: not the description of a data set ({str(error) or type(error).__name__}); correct it '
                         f'or delete {folder} and run python -m prepare.{Path(folder).name}')
     return meta
@@ -134,7 +137,8 @@ def load(path):
     """A memory-mapped array. Raises UserError."""
     try:
         array = np.load(path, mmap_mode='r')
-        assert array.ndim and array.dtype.kind in 'iufb', f'not an array of numbers: {array.dtype}'
+        if not array.ndim or array.dtype.kind not in 'iufb':
+            raise ValueError(f'not an array of numbers: {array.dtype}')
     except Exception as error:  # NumPy fails in many ways
         folder = Path(path).parent.parent
         remedy = f'delete {folder} to make it again' if folder.exists() else f'run python -m prepare.{folder.name}'

@@ -165,8 +165,9 @@ def pack(source, folder, split, stems, pool, size=50):
     try:
         wholes = [np.lib.format.open_memmap(path / f'{name}.npy', 'r+' if done else 'w+', np.uint16,
                                             (len(stems), *SHAPE)) for name in IMAGES]
-        assert all(len(whole) == len(stems) for whole in wholes), 'samples were added to the source since'
-    except (OSError, ValueError, AssertionError) as error:
+        if any(len(whole) != len(stems) for whole in wholes):
+            raise ValueError('samples were added to the source since')
+    except (OSError, ValueError) as error:
         raise UserError(f'{path}: the files of an earlier run do not fit ({error}); delete {folder}, or choose another '
                         '--out')
     needed = (len(stems) - done) * 3 * 2 * CROPS * SIDE ** 2  # bytes; a full disk under a map is SIGBUS

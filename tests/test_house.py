@@ -204,6 +204,18 @@ def test_text_files_are_utf_8():
     assert wrong == []
 
 
+def test_asserts_check_no_input():
+    """python -O leaves them out: none is what a try waits for, and none has a side effect."""
+    wrong = []
+    for path in (path for path in sources(ROOT) if place(path) != 'tests'):
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding='utf-8'))):
+            caught = [*map(ast.walk, node.body)] if isinstance(node, ast.Try) else []
+            wrong += [f'{path}:{one.lineno}' for part in caught for one in part if isinstance(one, ast.Assert)]
+            if isinstance(node, ast.Assert) and any(isinstance(one, ast.NamedExpr) for one in ast.walk(node)):
+                wrong.append(f'{path}:{node.lineno}')
+    assert wrong == []
+
+
 def test_all_files_are_seen():
     there = sources(ROOT)
     assert {'train.py', 'config/__init__.py', 'engine/runs.py', 'prepare/arrays.py', 'tests/exercises/gpt.py'} <= set(there)
