@@ -28,7 +28,10 @@ Scores: python -m lab.score. A page about a run: python -m lab.report.
 from datetime import datetime
 from pathlib import Path
 
-import config
+import config  # before torch: it sets how OpenMP's threads wait
+
+import torch
+
 import lab
 from config import UserError
 from engine import checkpoints
@@ -72,6 +75,7 @@ def new_path(folder):
     return folder / next(f'{name}.png' for name in stems if not any(folder.glob(f'{name}.*')))
 
 
+@torch.inference_mode(False)
 def main(*arguments, **overrides):
     """Writes an image to the run folder, or prints texts. Raises UserError."""
     assigned = config.read(arguments, overrides)

@@ -17,6 +17,7 @@ import copy
 import math
 import signal
 import sys
+import threading
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -79,6 +80,7 @@ FREE = {  # settings that may change when a run is resumed
     'init_from', 'out_dir', 'max_iters', 'micro_batch_size', 'eval_interval', 'eval_iters', 'log_interval', 'pictures',
     'target_loss', 'keep_checkpoints', 'max_skipped_steps', 'wandb_log', 'device', 'dtype', 'compile', 'graphs',
     'shard', 'threads'}
+TRAINING = threading.Lock()  # one run at a time in a process
 
 
 @dataclass
@@ -99,11 +101,15 @@ def help(assigned):
     return ['', f'settings of {settings["model"]}.py:', *config.describe(explained, settings)]
 
 
+@torch.inference_mode(False)  # switches gradients on, which an earlier line may have switched off
 def main(*arguments, **overrides):
-    """Trains as the config files and settings say. Returns the values of the last evaluation, or {'stopped': signal
-    number}. Raises UserError."""
-    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
-        # the stack in the end restores signal handlers, releases the lock, leaves the process group
+    """Trains as the config files and settings say. Returns the values of the last evaluation, {'stopped': signal
+    number}, or {} if the run was finished before. Raises UserError."""
+    with ExitStack() as stack:  # in the end it restores signal handlers, releases locks, leaves the process group
+        if not TRAINING.acquire(blocking=False):
+            raise UserError('a run is being trained in another thread of this process, whose random numbers and output '
+                            'it needs for itself: wait for it, or start another process')
+        stack.callback(TRAINING.release)
         runs.keep_printing(stack)
         return run(config.read(arguments, overrides), arguments, stack)
 
@@ -278,7 +284,7 @@ def evaluate(model, data, s, rank, world, device, dtype):
     jobs = [(data, model, s, j % n) for j in local_micro]
     for j, batch in zip(local_micro, batches.prefetched(batches.evaluation_batch, jobs, device)):
         with devices.autocast(device, dtype):
-            logs = model(batches.to_device(batch, device))[1]
+            logs = meters.logs_of(model(batches.to_device(batch, device)))
         total = meters.add_logs(total, {name: value * (j < n) for name, value in logs.items()})
     model.train()
     return meters.means(total)[0]

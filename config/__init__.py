@@ -16,10 +16,12 @@ import importlib
 import io
 import math
 import os
+import re
 import sys
 import textwrap
 import time
 import tokenize
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -74,7 +76,7 @@ def read(arguments, overrides=None):
 def print_anything():
     """From here on printing never fails, whatever the terminal's encoding."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):
+        with suppress(AttributeError, ValueError):  # a notebook's stream, or None; a closed file
             stream.reconfigure(errors='backslashreplace')
 
 
@@ -85,7 +87,18 @@ def elsewhere():
 
 def files():
     """The config files of this folder."""
-    return sorted(path.as_posix() for path in Path('config').glob('[!_]*.py'))
+    return [path.as_posix() for path in python_files('config')]
+
+
+def python_files(folder):
+    """The Python files of a folder, sorted; not the hidden copies of editors and systems."""
+    return sorted(path for path in Path(folder).glob('[!._]*.py') if path.is_file())
+
+
+def files_with(folder, pattern):
+    """The names of the Python files of a folder that have a line which begins with a regular expression."""
+    return [path.stem for path in python_files(folder)
+            if re.search(f'^{pattern}', path.read_text(encoding='utf-8', errors='replace'), re.M)]
 
 
 def execute(path):
@@ -156,7 +169,7 @@ def apply(assigned, known):
 
 def chapter(name):
     """The module of a chapter: a top-level file that contains `Model = ...`. Raises UserError for any other name."""
-    chapters = sorted(path.stem for path in ROOT.glob('*.py') if '\nModel = ' in path.read_text(encoding='utf-8'))
+    chapters = files_with(ROOT, r'Model\s*=')
     if name not in chapters:
         raise UserError(f'model={name!r}: choose one of {", ".join(chapters)}')
     return importlib.import_module(name)
@@ -174,14 +187,15 @@ def resolve(assigned, known, sources={}):
             raise UserError(f'init_from names a run of model={source["settings"]["model"]!r}, not {name!r}')
         own |= {key: value for key, value in source['model_config'].items() if key in own}
     settings = apply(assigned, known | own)
-    for key in settings:
-        if not isinstance(settings[key], str) and settings[key] < 0:
-            raise UserError(f'{key}={settings[key]}: must be at least 0')
-        if key.endswith('_prob') and settings[key] > 1:
-            raise UserError(f'{key}={settings[key]}: must be at most 1')
-    for key in ('beta1', 'beta2', 'momentum', 'ema', 'dropout', 'label_dropout'):
-        if settings.get(key, 0) >= 1:
-            raise UserError(f'{key}={settings[key]}: must be below 1')
+    for key, value in settings.items():
+        if not isinstance(value, (int, float)):
+            continue
+        if value < (low := min(0, (known | own)[key])):
+            raise UserError(f'{key}={value}: must be at least {low}')
+        if key.endswith('_prob') and value > 1:
+            raise UserError(f'{key}={value}: must be at most 1')
+        if key in ('beta1', 'beta2', 'momentum', 'ema', 'dropout', 'label_dropout') and value >= 1:
+            raise UserError(f'{key}={value}: must be below 1')
     settings['micro_batch_size'] = min(settings['micro_batch_size'], settings['batch_size'])
     return settings, module
 

@@ -73,6 +73,7 @@ def sync_folder(path):
 def read(path):
     """A checkpoint as a dict: settings, meta, step, weights and all other state of a run. Raises UserError, or its
     subclass Damaged if another checkpoint has to be used."""
+    path = Path(path)
     try:
         with zipfile.ZipFile(path) as file:  # torch.save writes checksums, but torch.load does not compare them
             if damaged := file.testzip():

@@ -15,8 +15,11 @@ from engine import threads
 
 def find(name='auto'):
     """The torch.device of this name; under torchrun, the GPU of this process. Raises UserError."""
-    if torch.get_default_dtype() != torch.float32:
-        raise UserError('torch.set_default_dtype has been called: set torch.float32 again, or restart the notebook')
+    changed = {'torch.set_default_dtype': torch.get_default_dtype() != torch.float32,
+               'torch.set_default_device': torch.get_default_device().type != 'cpu',
+               'torch.autocast': torch.is_autocast_enabled('cpu') or torch.is_autocast_enabled('cuda')}
+    for call in filter(changed.get, changed):  # results would be others, silently
+        raise UserError(f'{call} is in effect, from an earlier line: call this without it, or restart the notebook')
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if name == 'cuda':  # one GPU per process
@@ -113,7 +116,8 @@ def count_flops(model, batch):
     """FLOPs of a forward and backward pass, counted operator by operator. Attention uses plain matrix products, so
     that they are counted on every device: the counter does not support the fused CPU kernel."""
     counter = FlopCounterMode(display=False)
-    with torch.compiler.set_stance('force_eager'), sdpa_kernel(SDPBackend.MATH), counter:
+    with (torch.compiler.set_stance('force_eager'), sdpa_kernel(SDPBackend.MATH), counter,
+          torch.autograd.set_detect_anomaly(False)):  # it reads values, which tensors on the meta device lack
         model(batch)[0].backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()

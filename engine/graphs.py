@@ -5,6 +5,7 @@ The host takes several times as long to launch hundreds of small kernels as a GP
 sequence of kernels that is captured once and then launched by one call, on the same memory. The results are the same.
 """
 from collections import Counter
+from types import MethodType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +17,7 @@ from engine.devices import is_block
 from engine.processes import is_main
 
 DEVICE = 'cuda'  # the type of device that has CUDA graphs; tests set another
+CACHES = WeakKeyDictionary()  # {KVCache: GraphedCache}
 
 
 def capture_cuda_graph(run, pool=None, device=None):
@@ -80,29 +82,30 @@ class GraphedSteps:
 def graph_decoding(model):
     """Let a GPT or VLM on a GPU decode by CUDA graphs in `stream` and `generate`; other models stay unchanged.
     All steps of a stream must run within one autocast context, because a graph reads its copies of the weights."""
-    if not any(isinstance(module, gpt.GPT) for module in model.modules()):
-        return
-    step, graphs = type(model).step.__get__(model), WeakKeyDictionary()  # {KVCache: GraphedCache}
+    own = hasattr(model, 'step') and any(isinstance(module, gpt.GPT) for module in model.modules())
+    if own and next(model.parameters()).device.type == DEVICE:
+        model.step = MethodType(step, model)  # a method, so that a copy of the model steps with its own weights
 
-    def graphed_step(tokens, cache):
-        grows = not cache.cur_len or cache.cur_len == cache.kv[0].size(3)
-        if tokens.device.type != DEVICE or tokens.size(1) > 1 or grows:
-            graphs.pop(cache, None)  # the cache may be reallocated
-            return step(tokens, cache)
-        graph = graphs.get(cache)
-        if graph is None or graph.kv is not cache.kv or cache.cur_len >= graph.kv_len:
-            graph = graphs[cache] = GraphedCache(step, cache, tokens)
-        cache.cur_len += 1
-        return graph(tokens, cache.cur_len - 1)
-    model.step = graphed_step
+
+def step(model, tokens, cache):  # pickled by this name: a model that is loaded has the step of its class
+    """model.step(tokens, cache), by a CUDA graph for one token per row."""
+    grows = not cache.cur_len or cache.cur_len == cache.kv[0].size(3)
+    if tokens.device.type != DEVICE or tokens.size(1) > 1 or grows:
+        CACHES.pop(cache, None)  # the cache may be reallocated
+        return type(model).step(model, tokens, cache)
+    graph = CACHES.get(cache)
+    if graph is None or graph.model is not model or graph.kv is not cache.kv or cache.cur_len >= graph.kv_len:
+        graph = CACHES[cache] = GraphedCache(model, cache, tokens)
+    cache.cur_len += 1
+    return graph(tokens, cache.cur_len - 1)
 
 
 class GraphedCache:
     """A KVCache for decoding steps of one token per row. `cache_pos`, the token's position, is a tensor on the GPU;
     attention always reads `kv_len` positions, and a mask excludes those after the token. The next step overwrites the
     logits of a step."""
-    def __init__(self, step, cache, tokens):
-        self.step, self.kv, self.left_padded, self.cur_len = step, cache.kv, cache.left_padded, cache.cur_len
+    def __init__(self, model, cache, tokens):
+        self.model, self.kv, self.left_padded, self.cur_len = model, cache.kv, cache.left_padded, cache.cur_len
         S, self.dtype = self.kv[0].size(3), self.kv[0].dtype  # each (2, B, nkv, S, hd)
         self.kv_len = min(S, max(256, 2 * self.cur_len))
         self.tokens, self.cache_pos, self.calls = torch.empty_like(tokens), tokens.new_empty(1), 0
@@ -132,7 +135,7 @@ class GraphedCache:
 
     def run(self):
         static = self.prev_embedding
-        logits = self.step(self.tokens, self)
+        logits = type(self.model).step(self.model, self.tokens, self)
         if static is not None:
             self.prev_embedding = static.copy_(self.prev_embedding)  # for the next token shift, at the same address
         return logits

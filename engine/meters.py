@@ -9,9 +9,21 @@ import time
 import torch
 import torch.distributed as dist
 
+from config import UserError
 from engine import devices
 from engine.batches import to_device
 from engine.processes import is_main
+
+
+def logs_of(outputs):
+    """The logs of what a chapter's `forward` returns, its loss and its logs. Raises UserError."""
+    loss, logs = outputs if isinstance(outputs, (tuple, list)) and len(outputs) == 2 else (None, None)
+    if not (isinstance(loss, torch.Tensor) and loss.ndim == 0 and isinstance(logs, dict)
+            and 'tokens' in logs and any(name.startswith('loss') for name in logs)
+            and all(isinstance(log, torch.Tensor) and log.shape == (2,) for log in logs.values())):
+        raise UserError('forward must return the loss, a tensor with one value, and the logs, a dict of tensors (sum, '
+                        'count) that has `tokens` and a name that begins with `loss`: see docs/yours.md')
+    return logs
 
 
 def add_logs(total, logs):

@@ -188,9 +188,11 @@ def optimizer_step(optimizers, scaler=torch.amp.GradScaler(enabled=False), set_t
 @torch.no_grad()
 def update_ema(ema_model, model, decay, step):
     """ema <- decay * ema + (1 - decay) * weights; the decay is smaller in the first steps, to forget the initial
-    weights."""
+    weights. Buffers, such as the running means of BatchNorm, are copied."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - decay)
+    for ema_buffer, buffer in zip(ema_model.buffers(), model.buffers()):
+        ema_buffer.copy_(buffer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

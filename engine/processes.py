@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import config
 from config import UserError
 from engine.devices import is_block
 
@@ -100,8 +101,7 @@ def make_once(name, path):
 
 def scripts(makes):
     """Names of the prepare scripts that make a data set ('data') or a run with weights ('out')."""
-    line = f"\nMAKES = '{makes}"
-    return sorted(path.stem for path in Path('prepare').glob('*.py') if line in path.read_text(encoding='utf-8'))
+    return config.files_with('prepare', rf'MAKES\s*=\s*[\'"]{makes}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

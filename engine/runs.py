@@ -154,6 +154,8 @@ def new_rates(before, settings, step):
 
 class Unfailing:
     """A text stream whose failures are ignored. A run outlives its terminal, and `tee` in a pipe, which Ctrl-C ends."""
+    FAILURES = OSError, ValueError, AttributeError  # of a device, of a stream that is closed, of None
+
     def __init__(self, stream):
         self.stream = stream
 
@@ -161,11 +163,11 @@ class Unfailing:
         return getattr(self.stream, name)
 
     def write(self, text):
-        with suppress(OSError):
+        with suppress(*self.FAILURES):
             self.stream.write(text)
 
     def flush(self):
-        with suppress(OSError):
+        with suppress(*self.FAILURES):
             self.stream.flush()
 
 

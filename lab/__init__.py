@@ -72,7 +72,7 @@ def open_run(path, device='auto', split='val', dtype='auto'):
         splits = sorted(part.name for part in folder.glob('*/'))
         if split not in splits:
             raise UserError(f'split={split!r}: {folder} has {", ".join(splits)}')
-    run = Run(path, model, checkpoint, folder, meta, arrays.open_dataset(folder, meta), split, dtype)
+    run = Run(Path(path), model, checkpoint, folder, meta, arrays.open_dataset(folder, meta), split, dtype)
     run.dataset.device = device  # for a judge that it may have to train first
     graphs.graph_decoding(model)
     return run

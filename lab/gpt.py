@@ -98,7 +98,8 @@ def read_prompts(run, settings):
 
 def read_draft(run, settings):
     """The smaller GPT of another run; its vocabulary must be the same. Raises UserError."""
-    draft = lab.open_run(checkpoints.find(settings.draft), run.device)
+    with torch.autocast(run.device.type, enabled=False):  # the text is written within one
+        draft = lab.open_run(checkpoints.find(settings.draft), run.device)
     own, its = run.model.config, draft.model.config
     if lab.chapter_of(draft.model) != 'gpt' or its.block_size < own.block_size:
         raise UserError(f'draft={settings.draft!r}: must be a GPT with a context of at least {own.block_size} tokens')

@@ -53,7 +53,7 @@ def title(kind):
 
 def all_settings():
     """The dataclasses of settings of all chapters, without the bases of others."""
-    modules = [lab.module_of(path.stem) for path in sorted(lab.HERE.glob('*.py'))
+    modules = [lab.module_of(path.stem) for path in config.python_files(lab.HERE)
                if (lab.HERE.parent / path.name).is_file()]
     return [kind for module in modules for kind in vars(module).values()
             if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__ and not kind.__subclasses__()]

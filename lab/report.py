@@ -93,7 +93,7 @@ def changed(run, base):
 def command(run):
     """The shortest command that starts this run: the best of all config files."""
     commands, folder = [], run.folder.as_posix()
-    for file in ['', *sorted(path.as_posix() for path in Path('config').glob('[!_]*.py'))]:
+    for file in ['', *config.files()]:
         try:
             base = config.apply(config.read([file] if file else []), run.defaults)
         except UserError:  # another chapter's settings
@@ -242,6 +242,7 @@ def write_page(runs, path, more=''):
     print(f'wrote {path}')
 
 
+@torch.inference_mode(False)
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     if not settings['compare']:

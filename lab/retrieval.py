@@ -220,6 +220,7 @@ def recalls(model, index):
     return found
 
 
+@torch.inference_mode(False)
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     device = devices.find(settings['device'])

@@ -15,6 +15,7 @@ The scores are defined in lab/CHAPTER.py, `score`. After an interruption, finish
 """
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import config
@@ -52,6 +53,7 @@ def help(assigned):
         return ['', 'more settings: python -m lab.score --out_dir=RUN --help', *[str(error)] * ('out_dir' in assigned)]
 
 
+@torch.inference_mode(False)
 def main(*arguments, **overrides):
     """Computes the scores and returns all scores in the file. Raises UserError."""
     assigned = config.read(arguments, overrides)

@@ -351,6 +351,7 @@ def read(arguments, overrides):
     return settings, assigned, files
 
 
+@torch.inference_mode(False)
 def main(*arguments, **overrides):
     settings, assigned, files = read(arguments, overrides)
     timing.make_folders(settings['save'], settings['trace'])

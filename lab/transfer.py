@@ -151,6 +151,7 @@ def predictions(model, given, ids, labels, val_ids, counts, settings):
             yield way, n, in_parts(classifier, val_ids, device).argmax(1).numpy()
 
 
+@torch.inference_mode(False)
 def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     device, task = devices.find(settings['device']), settings['task']

@@ -7,6 +7,8 @@ import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
+
 from config import UserError
 from engine.checkpoints import replace
 
@@ -21,12 +23,14 @@ def release(folder):
 
 @contextmanager
 def making():
-    """Decorates the main of a script: however it ends, in a notebook too, it leaves no data folder locked."""
+    """Decorates the main of a script: however it ends, in a notebook too, it leaves no data folder locked. It can
+    train networks, though an earlier line may have switched gradients off."""
     if getattr(multiprocessing.current_process(), '_inheriting', False):  # a worker runs a script without its
         sys.exit(1)                                                       # if __name__ == '__main__': see open_pool
     before = {*LOCKS}
     try:
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         for folder in {*LOCKS} - before:
             release(folder)

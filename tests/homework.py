@@ -135,6 +135,7 @@ def attempt(chapter, name, text, path):
             return BLANK
         solve_others(tree, chapter, name)
         module = types.ModuleType(f'homework_{chapter}')
+        sys.modules[module.__name__] = module  # where a dataclass looks if its annotations are strings
         exec(compile(tree, str(path), 'exec'), module.__dict__)
         torch.manual_seed(0)
         exercises(chapter)[name][1](module)

@@ -435,6 +435,16 @@ def test_one_process_makes_a_data_set(tmp_path, monkeypatch):
     assert Path('data/x/meta.json').exists()
 
 
+@pytest.mark.parametrize('off', [torch.inference_mode, torch.no_grad])
+def test_a_script_can_train_networks(off):
+    """Whatever an earlier cell of a notebook has switched off."""
+    @files.making()
+    def main():
+        return torch.ones(1, requires_grad=True).sum().requires_grad
+    with off():
+        assert main() and not torch.is_grad_enabled()
+
+
 def test_a_field_that_a_data_set_never_had(tmp_path):
     arrays.write(tmp_path / 'train', dict(a=np.arange(3)))
     arrays.save_meta(tmp_path, dict(kind='rows', prepare='text', fields=dict(a=3), config={}))

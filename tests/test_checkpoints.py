@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fourm
+import lab
 import train
 from config import UserError
 from engine import checkpoints, processes
@@ -107,8 +108,10 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(monkeypatch):
 
 def test_the_nearest_checkpoint_is_named(here):
     run('out/tiny', max_iters=1)
-    with pytest.raises(UserError, match='out/tinny/ckpt_last.pt: no such checkpoint; the nearest are out/tiny/ckpt_last.pt'):
-        read('out/tinny')
+    for reader in (lambda: read('out/tinny'), lambda: lab.open_run('out/tinny/ckpt_last.pt')):
+        with pytest.raises(UserError, match='out/tinny/ckpt_last.pt: no such checkpoint; the nearest are out/tiny/ckpt_last.pt'):
+            reader()
+    assert lab.open_run('out/tiny/ckpt_last.pt', 'cpu').path.parent == Path('out/tiny')
 
 
 @pytest.mark.parametrize('before', [dict(), dict(format=1), dict(format=checkpoints.FORMAT + 1)])

@@ -19,6 +19,7 @@ import lab
 import sample
 import train
 from config import UserError
+from engine import processes
 from lab import options
 from lab import speed
 from prepare import toy2d
@@ -117,6 +118,43 @@ def test_paths_from_a_notebook(tmp_path):
     path = write(tmp_path, 'batch_size = 3\n')
     settings = settings_of(Path(path), out_dir=Path('out', 'mine'))
     assert settings['out_dir'] == str(Path('out/mine')) and settings['batch_size'] == 3
+
+
+MINE = """
+from dataclasses import dataclass
+
+@dataclass
+class Config:
+    sizes: tuple = (1, 2)
+    path: str | None = None
+    dropout: float | None = None
+    offset: float = -0.5
+    scale: float = 1.0
+
+Model=dict
+"""
+
+
+def test_a_chapter_of_ones_own(tmp_path, monkeypatch):
+    """Between the files of editors and systems; with fields of other types, and a default below 0."""
+    for folder in (tmp_path, tmp_path / 'prepare', tmp_path / 'config'):
+        (folder / 'folder.py').mkdir(parents=True)
+        (folder / '._mine.py').write_bytes(b'\x00\x05\x16\x07\xff')
+        (folder / '.#mine.py').symlink_to('somebody@somewhere')
+        (folder / 'helper.py').write_bytes('# Straße\n'.encode('latin-1'))
+    (tmp_path / 'mine.py').write_text(MINE)
+    (tmp_path / 'prepare/sorting.py').write_text('MAKES="data/sorting"\n')
+    monkeypatch.chdir(tmp_path), monkeypatch.syspath_prepend(tmp_path), monkeypatch.setattr(config, 'ROOT', tmp_path)
+    settings = settings_of(model='mine', scale=2)
+    assert [settings[name] for name in ('sizes', 'path', 'dropout', 'offset', 'scale')] == [(1, 2), None, None, -0.5, 2.0]
+    for changes, message in ((dict(offset=-0.6), 'offset=-0.6: must be at least -0.5'), (dict(scale=-1), 'scale=-1.0: must be at least 0'),
+                             (dict(path='x'), "path='x' is not of type NoneType")):
+        with pytest.raises(UserError, match=message):
+            settings_of(model='mine', **changes)
+    with pytest.raises(UserError, match="model='gpt': choose one of mine$"):
+        settings_of(model='gpt')
+    assert processes.scripts('data') == ['sorting'] and processes.scripts('out') == [] and config.files() == ['config/helper.py']
+    monkeypatch.delitem(sys.modules, 'mine')
 
 
 def test_shipped_configs_are_valid(monkeypatch):

@@ -1,4 +1,6 @@
 """The machine: which device, dtype and kernels."""
+import contextlib
+
 import pytest
 import torch
 
@@ -49,6 +51,8 @@ def test_flops_are_counted_without_numbers():
         def forward(self, batch):
             return super().forward(batch['x']).sum(), {}
     model = Model(8, 4, bias=False, device='meta')
+    with torch.autograd.set_detect_anomaly(True):  # an earlier cell of a notebook may have done so
+        devices.count_flops(model, dict(x=torch.zeros(3, 8, device='meta')))
     assert devices.count_flops(model, dict(x=torch.zeros(3, 8, device='meta'))) == 4 * 3 * 8 * 4
 
 
@@ -56,11 +60,19 @@ def test_the_matmul_rate_is_a_rate():
     assert 1e8 < devices.matmul_rate(torch.device('cpu'), torch.float32, seconds=0.05) < 1e14
 
 
-def test_another_default_dtype_is_named():
-    """As an earlier cell of a notebook may have set it."""
+@contextlib.contextmanager
+def default_dtype():
     torch.set_default_dtype(torch.float64)
-    try:
-        with pytest.raises(UserError, match='torch.set_default_dtype has been called'):
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize('call, context', [
+    ('torch.set_default_dtype', default_dtype()), ('torch.set_default_device', torch.device('meta')),
+    ('torch.autocast', torch.autocast('cpu', torch.bfloat16))])
+def test_what_an_earlier_cell_of_a_notebook_has_changed(call, context):
+    """Autocast around a whole run would keep its first copies of the weights, so that it learns nothing."""
+    with context:
+        with pytest.raises(UserError, match=f'{call} is in effect') as error:
             devices.find('cpu')
-    finally:
-        torch.set_default_dtype(torch.float32)
+    assert '\n' not in str(error.value) and devices.find('cpu') == torch.device('cpu')

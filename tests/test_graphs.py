@@ -1,5 +1,7 @@
 """CUDA graphs, recorded and replayed on a CPU: training and decoding give the same results as without."""
 import contextlib
+import copy
+import pickle
 import signal
 from pathlib import Path
 
@@ -150,13 +152,36 @@ def test_unwritten_positions_are_not_read(replays, monkeypatch):
     assert torch.equal(model.generate(prompt, 20, temperature=0), plain) and replays
 
 
-def test_other_models_are_unchanged():
+def test_other_models_are_unchanged(monkeypatch):
     class Mine(torch.nn.Module):
         def step(self, x):
             return x
-    for model in (Mine(), flow.Flow(flow.Config(image_size=4, patch_size=2, **SMALL))):
-        graphs.graph_decoding(model)
-        assert 'step' not in vars(model)
+    class Wrapped(torch.nn.Module):  # a GPT, but no step
+        def __init__(self):
+            super().__init__()
+            self.gpt = gpt.GPT(gpt.Config(**SMALL))
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, 'DEVICE', 'cpu')
+        for model in (Mine(), Wrapped(), flow.Flow(flow.Config(image_size=4, patch_size=2, **SMALL))):
+            graphs.graph_decoding(model)
+            assert 'step' not in vars(model)
+    graphs.graph_decoding(on_cpu := gpt.GPT(gpt.Config(**SMALL)))
+    assert 'step' not in vars(on_cpu)
+
+
+@pytest.mark.parametrize('make', [lambda: random_model(gpt.GPT(gpt.Config(vocab_size=50, block_size=64, **SMALL))), make_vlm])
+def test_a_copy_generates_with_its_own_weights(replays, make):
+    model = make()
+    graphs.graph_decoding(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.step.__self__ is copied
+        with torch.no_grad():
+            cache = gpt.KVCache(64)
+            model.step(torch.tensor([[1]]), cache), model.step(torch.tensor([[2]]), cache)
+            for parameter in copied.parameters():
+                parameter.zero_()
+            assert not copied.step(torch.tensor([[3]]), cache)[0, :8].any()  # on the original's cache, too
+            assert model.step(torch.tensor([[3]]), cache)[0, :8].any()
 
 
 def test_training_by_graphs_needs_one_gpu(monkeypatch, capsys):

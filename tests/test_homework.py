@@ -451,6 +451,7 @@ EULER = 'return z + h * velocity_fn(z, t)'
     (EULER, 'raise NotImplementedError("exercise euler: mine"); return z', 'flow.py, line {}: NotImplementedError'),
     ('def euler(velocity_fn, z, t, h)', 'def euler(velocity_fn, z, t)', 'euler cannot be used as it is: TypeError: euler() takes'),
     ('def euler(', 'def eule(', 'flow.py has no function euler any more'),
+    ('import math\n', 'from __future__ import annotations\nimport math\n', ''),
     ('import math\n', 'import math, no_such_package\n', 'flow.py, line {}: ModuleNotFoundError: No module named '),
     ('import math\n', 'exit()\n', 'flow.py, line {}: SystemExit'),
     ('import math\n', '\0', 'source code string cannot contain null bytes'),

@@ -45,6 +45,14 @@ def test_images_of_digits(digits):
     assert draw(digits, '--n=2', '--show=path', '--steps=4', kind='gif').n_frames > 1
 
 
+@pytest.mark.parametrize('off', [torch.inference_mode, torch.no_grad])
+def test_gradients_that_an_earlier_cell_switched_off(points, off):
+    """A likelihood needs them."""
+    with off():
+        assert draw(points, '--n=20', '--steps=2')
+        assert math.isfinite(score.main(out_dir=points, device='cpu', n_score=1, steps='1')['KL(data || model), nats']['value'])
+
+
 def test_guidance_may_be_0(digits):
     """Scale 0 ignores the label: all classes give the same image."""
     columns = [np.asarray(draw(digits, '--n=1', '--show=guidance', '--labels=3', f'--seed={seed}')) for seed in (1, 1)]

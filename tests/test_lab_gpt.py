@@ -100,6 +100,7 @@ def test_a_draft_changes_nothing_but_the_speed(story, capsys):
         sample.main(f'--out_dir={story}', '--prompt=The cat', '--max_new_tokens=40', '--temperature=0', *draft.split())
     once, again = capsys.readouterr().out.split('The cat')[1:3]
     assert once == again
+    sample.main(f'--out_dir={story}', '--prompt=The cat', '--draft=story_draft', '--dtype=bfloat16')  # opened within no autocast
     for arguments, message in ((['--draft=story_short'], 'must be a GPT with a context of at least 16 tokens'),
                                (['--draft=other'], 'has other tokens than this run'),
                                (['--draft=nowhere'], 'no such checkpoint'),

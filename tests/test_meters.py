@@ -6,7 +6,10 @@ import torch
 
 import gpt
 import train
+from config import UserError
 from engine import devices, meters
+
+LOGS = dict(loss=torch.tensor([6.0, 2]), tokens=torch.tensor([9, 1]))
 
 
 def test_what_has_no_targets_has_no_loss():
@@ -22,6 +25,18 @@ def test_means_over_micro_batches_of_different_sizes():
         total = meters.add_logs(total, {name: torch.tensor(pair) for name, pair in logs.items()})
     assert meters.means(total) == (dict(loss=1.75, more=4.0), 4)
     assert meters.mean_loss(dict(loss_a=1.0, loss_b=3.0, accuracy=9.0)) == 2
+
+
+@pytest.mark.parametrize('outputs', [
+    torch.tensor(1.0), (torch.tensor([1.0, 2.0]), LOGS), (torch.tensor(1.0), None), (torch.tensor(1.0), dict(tokens=LOGS['tokens'])),
+    (torch.tensor(1.0), dict(loss=LOGS['loss'])), (torch.tensor(1.0), LOGS | dict(accuracy=(3, 4))),
+    (torch.tensor(1.0), LOGS | dict(accuracy=torch.tensor(0.5)))])
+def test_what_forward_returns_is_checked(outputs):
+    """In a chapter of a student's own."""
+    assert meters.logs_of((torch.tensor(1.0), LOGS)) is LOGS
+    with pytest.raises(UserError, match='forward must return the loss, .*a dict of tensors .sum, count.* docs/yours.md') as error:
+        meters.logs_of(outputs)
+    assert '\n' not in str(error.value)
 
 
 def test_a_line(monkeypatch):

@@ -86,6 +86,7 @@ def test_schedule():
 def test_update_ema():
     """The first steps count for little: after n steps of weights 1, 2, ... the average is near the last of them."""
     ema_model, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    ema_model.register_buffer('running_mean', torch.zeros(1)), model.register_buffer('running_mean', torch.tensor([7.0]))
     expected = ema_model.weight.item()
     for step in range(20):
         torch.nn.init.constant_(model.weight, step)
@@ -93,6 +94,7 @@ def test_update_ema():
         decay = min(0.6, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
         assert ema_model.weight.item() == pytest.approx(expected, rel=1e-5)
+    assert ema_model.running_mean == 7 and ema_model.running_mean is not model.running_mean
 
 
 # ---------------------------------------------------------------------------------------------------------------------

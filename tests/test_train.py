@@ -1,10 +1,12 @@
 """The loop: a run and its folder, exact resume, evaluation, a stop by a signal, and faults in one line each."""
+import io
 import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -141,11 +143,42 @@ def test_finished_scratch_and_changed_settings(here, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation, pictures, the end
 
-def test_gradients_that_an_earlier_cell_switched_off(here):
+@pytest.mark.parametrize('off', [torch.inference_mode, torch.no_grad])
+def test_gradients_that_an_earlier_cell_switched_off(here, off):
     run('out/a', max_iters=4)
-    with torch.inference_mode():
+    with off():
         run('out/b', max_iters=4)
+        assert not torch.is_grad_enabled()
     assert losses('out/a') == losses('out/b')
+
+
+def test_one_run_at_a_time(toy, monkeypatch):
+    """Another one in a thread would change its random numbers and its output."""
+    settings, set_lr, said = toy('gpt') | dict(max_iters=1), optimizers.set_lr, []
+
+    def other():
+        with pytest.raises(UserError, match='a run is being trained in another thread of this process.*wait for it') as error:
+            train.main(**settings, out_dir='out/b')
+        said.append(str(error.value))
+
+    def set_lr_meanwhile(*arguments):
+        thread = threading.Thread(target=other)
+        thread.start(), thread.join()
+        set_lr(*arguments)
+    monkeypatch.setattr(optimizers, 'set_lr', set_lr_meanwhile)
+    train.main(**settings, out_dir='out/a')
+    assert len(said) == 1 and '\n' not in said[0] and not Path('out/b').exists()
+    monkeypatch.setattr(optimizers, 'set_lr', set_lr)
+    assert train.main(**settings, out_dir='out/b')['loss'] > 0
+
+
+@pytest.mark.parametrize('stream', [None, io.StringIO()])
+def test_output_that_is_gone(toy, monkeypatch, stream):
+    """As in a program without a terminal, or after a cell that closed it."""
+    if stream:
+        stream.close()
+    monkeypatch.setattr(sys, 'stdout', stream), monkeypatch.setattr(sys, 'stderr', stream)
+    assert train.main(**toy('gpt') | dict(max_iters=1), out_dir='out/a')['loss'] > 0
 
 
 def test_target_loss_stops(here, capsys):
