@@ -272,7 +272,7 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generat
     argmax_i p_i / E_i, E_i ~ Exp(1), as in torch.multinomial, whose checks are a host-device sync."""
     logits = filter_logits(logits, temperature or 1.0, top_k, top_p, min_p)
     if temperature > 0:
-        logits = logits.softmax(-1).div_(torch.empty_like(logits).exponential_(generator=generator))
+        logits = logits.softmax(-1).div_(torch.empty_like(logits).exponential_(generator=generator).clamp_(1e-30))
     return logits.argmax(-1)
 
 

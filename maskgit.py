@@ -134,7 +134,7 @@ def iterative_decode(tokens, predict, grid, steps, order='random', schedule='cos
         if order == 'confidence':
             priority = -log_p.clamp(min=-1e30)  # finite: an unknown token with ln p = -inf comes before known ones
             if choice_temperature:
-                gumbel = -torch.empty_like(log_p).exponential_(generator=generator).log()
+                gumbel = -torch.empty_like(log_p).exponential_(generator=generator).clamp_(1e-30).log()
                 priority = priority - choice_temperature * (1 - progress) * gumbel
         rank = torch.where(tokens < 0, priority, torch.inf).argsort(-1).argsort(-1)  # known tokens last
         tokens = torch.where(rank < n_new[:, step, None], sampled, tokens)

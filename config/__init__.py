@@ -52,7 +52,7 @@ LISTS = dict(  # smallest and largest of several numbers with commas between, in
 DASHES = '-', '\u2013', '\u2014'  # a word processor makes a longer dash of two
 PATHS = {  # settings that are files or folders: ~ is the home folder, which shells do not expand in --out_dir=~/runs
     'out_dir', 'out', 'init_from', 'dataset', 'checkpoint', 'input', 'images', 'image', 'source', 'prompts', 'draft',
-    'against', 'compare', 'text_only_run', 'save', 'trace', 'plot', 'decoder'}
+    'against', 'compare', 'text_only_run', 'save', 'trace', 'plot', 'decoder', 'encoding'}
 
 
 def read(arguments, overrides=None):

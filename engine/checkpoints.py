@@ -25,6 +25,9 @@ from config import UserError
 from engine import processes
 
 FORMAT = 3  # of a checkpoint; other formats are refused
+# fields of a chapter's Config that change what the same weights compute: a run that starts from weights keeps them
+WITH_WEIGHTS = ('n_head', 'vision_head', 'activation', 'vision_activation', 'qk_norm', 'vision_qk_norm',
+                'tie_embeddings', 'prediction', 'logits')
 
 
 class Damaged(UserError):
@@ -132,11 +135,12 @@ def digest(path):
 
 
 def find(name):
-    """The path of ckpt_last.pt of the run with this name or folder, or of the checkpoint with this file. Weights that
-    prepare/NAME.py downloads are downloaded on their first use."""
+    """The path of ckpt_last.pt of the run with this name (in out/) or folder, or of the checkpoint with this file.
+    Weights that prepare/NAME.py downloads are downloaded on their first use."""
     if Path(name).is_file():
         return Path(name)
-    path = Path(name if Path(name).is_dir() else f'out/{name}', 'ckpt_last.pt')
+    paths = Path('out', name, 'ckpt_last.pt'), Path(name, 'ckpt_last.pt')
+    path = next(filter(Path.is_file, paths), paths[Path(name).is_dir()])
     if not path.is_file() and name in processes.scripts('out'):
         processes.make_once(name, path)
     return path
@@ -246,9 +250,16 @@ def load_part(model, part, source, folder, meta):
     tokens = not part or any(name.endswith('head.weight') for name in weights)
     now, before = ({name: value for name, value in one.items() if name != 'sums'} for one in (meta, source['meta']))
     if tokens and now.get('encoding', now) != before.get('encoding', before):
+        name = before.get('encoding', '')
+        name = f'data/{source["settings"]["dataset"]}' if '-' in name else name  # bpe-1A2B3C4D: trained on that text
         raise UserError(f'{folder} has other tokens than the run that init_from names '
                         f'({now.get("encoding", "its own")}, not {before.get("encoding", "these")}): make it with the '
-                        'same encoding')
+                        'same encoding' + f', as prepare.text does with --encoding={name}' * bool(name))
+    for field in WITH_WEIGHTS if not part else ():
+        value = getattr(model.config, field, None)
+        if (trained := source['model_config'].get(field, value)) != value:
+            raise UserError(f'the weights that init_from names were trained with {field}={trained!r}, not {value!r}: '
+                            'leave it out')
     try:
         model.get_submodule(part).load_state_dict(weights)
     except AttributeError:

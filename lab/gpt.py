@@ -237,7 +237,9 @@ def score(run, settings):
     nll = torch.cat(nll)[:, None].double().numpy()  # (n, 1, 2): nats and tokens of each window or image
     yield {'nats/token': bootstrap(nll) | dict(baseline=math.log(run.model.config.vocab_size))}
     if run.meta['kind'] == 'stream':
-        yield {'bits/byte': bootstrap(nll / [math.log(2), 1 / run.meta['bytes_per_token']]) | dict(baseline=8.0)}
+        n_bytes = run.meta['bytes_per_token']
+        n_bytes = n_bytes[run.split] if isinstance(n_bytes, dict) else n_bytes  # older data have one number
+        yield {'bits/byte': bootstrap(nll / [math.log(2), 1 / n_bytes]) | dict(baseline=8.0)}
     elif hasattr(run.dataset, 'classes'):
         yield {'nats/image given the class': bootstrap(nll / [1, 49])}
         yield score_digits(run, settings)

@@ -10,6 +10,7 @@ classifier.
 import contextlib
 import os
 import platform
+import re
 import shlex
 import time
 from dataclasses import dataclass
@@ -214,8 +215,12 @@ def newest_samples(run, page):
     for kind in ('png', 'gif', 'txt'):
         files = sorted(run.folder.glob(f'sample_*.{kind}'), key=lambda file: (file.stat().st_mtime, file.name))
         for file in files[-1:]:
-            found.append(f'```\n{file.read_text(encoding="utf-8", errors="replace")}\n```' if kind == 'txt' else
-                         f'![{file.name}]({Path(os.path.relpath(file, page.parent)).as_posix()})')
+            if kind == 'txt':
+                text = file.read_text(encoding='utf-8', errors='replace')
+                fence = max(re.findall('`+', text) + ['``'], key=len) + '`'  # longer than any in the text
+                found.append(f'{fence}\n{text}\n{fence}')
+            else:
+                found.append(f'![{file.name}]({Path(os.path.relpath(file, page.parent)).as_posix()})')
     return found
 
 

@@ -15,9 +15,8 @@ from gpt import KVCache, filter_logits
 
 def token_probs(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Return the distribution that gpt.sample_token samples from: logits (..., V) -> (..., V). Raises ValueError."""
-    if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
-    return filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
+    logits = filter_logits(logits, temperature or 1.0, top_k, top_p, min_p)
+    return logits.softmax(-1) if temperature else F.one_hot(logits.argmax(-1), logits.size(-1)).float()
 
 
 def speculative_accept(p, q, draft_tokens, generator=None):

@@ -103,9 +103,9 @@ def stream_reply(run, images, turns, question, settings):
         yield ids
 
 
-def final_answer(reply):
-    """Return the answer of a reply, without its chain of thought if there is one."""
-    return reply.rpartition('Answer:')[2].strip()
+def final_answer(run, reply):
+    """Return the answer of a reply, without its chain of thought if the model was trained to write one."""
+    return (reply.rpartition('Answer:')[2] if run.dataset.template.thinks else reply).strip()
 
 
 def in_rows(images, n):
@@ -128,7 +128,7 @@ def draw(run, settings, path):
     images = in_rows(run.dataset.images(run.split, [line['image'] for line in lines]), len(lines))
     turns = [(6 * line['turns'])[:6] for line in lines]  # the same number for each image
     replies = answers(run, images, [[question for question, _ in row] for row in turns], settings)
-    talks = [list(dict.fromkeys((question, final_answer(reply), truth) for (question, truth), reply in zip(*rows)))
+    talks = [list(dict.fromkeys((question, final_answer(run, reply), truth) for (question, truth), reply in zip(*rows)))
              for rows in zip(turns, replies)]
     save_answers(images[:, 0], talks, path)
 
@@ -186,7 +186,7 @@ def chat(run, images, settings):
                 print(text[len(shown):], end='', flush=True)
                 shown = text
         last = ids[-1:]  # sampled, not yet in the cache
-        print()
+        print(run.dataset.decode(ids)[len(shown):])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,8 +223,9 @@ def right_answers(run, settings, name='questions', shift=0):
         questions = [[question for question, _ in (n_turns * line['turns'])[:n_turns]] for line in part]
         for i, (line, row) in enumerate(zip(part, answers(run, images, questions, settings)), start):
             for (_, truth), family, reply in zip(line['turns'], line['families'], row):
+                right = final_answer(run, reply) == truth
                 for key in {family or 'all', 'all'}:
-                    families.setdefault(key, np.zeros((len(lines), 1, 2)))[i, 0] += (final_answer(reply) == truth, 1)
+                    families.setdefault(key, np.zeros((len(lines), 1, 2)))[i, 0] += (right, 1)
                 total += 1
     return families, total / (time.perf_counter() - started)
 

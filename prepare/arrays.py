@@ -7,9 +7,9 @@ determine. Optional:
     files {field: name of its array on disk, if it differs; '{split}' is replaced by the split}
     views {field: number of pre-made augmentations, along a second axis}
     index {field: name of an array with the row of each sample, if samples share rows, as questions share images}
-`save_meta` adds sums {file: SHA-256} of all arrays. A run keeps meta.json in its checkpoints and is not resumed on
-other contents. Data of an older version, or of a script without `save_meta`, have no sums: their contents are not
-compared.
+`save_meta` adds sums {file: SHA-256} of all arrays and vocabularies. A run keeps meta.json in its checkpoints and is
+not resumed on other contents. Data of an older version, or of a script without `save_meta`, have no sums: their
+contents are not compared.
 """
 import importlib
 import json
@@ -81,8 +81,10 @@ def write_header(file, row, n):
 
 
 def sums_of(folder, meta):
-    """{file: SHA-256} of all arrays in a folder, and of those of other data sets to which its meta.json refers."""
+    """{file: SHA-256} of all arrays in a folder, of its vocabularies (*.json), and of the arrays of other data sets to
+    which its meta.json refers."""
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob('*.npy'))]
+    files += [path.name for path in sorted(folder.glob('*.json')) if path.name != 'meta.json']
     links = [name for name in meta.get('files', {}).values() if name.startswith('..')]
     files += [f'{split.name}/{name.format(split=split.name)}.npy' for name in links
               for split in sorted(folder.glob('*/')) if (split / f'{name.format(split=split.name)}.npy').is_file()]
@@ -90,7 +92,7 @@ def sums_of(folder, meta):
 
 
 def save_meta(folder, meta):
-    """The last step of every preparation: SHA256SUMS of all arrays, for `sha256sum -c`; then meta.json. Releases the
+    """The last step of every preparation: SHA256SUMS of `sums_of`, for `sha256sum -c`; then meta.json. Releases the
     lock."""
     folder = Path(folder)
     sums = sums_of(folder, meta)
@@ -144,7 +146,7 @@ def load(path):
         remedy = f'delete {folder} to make it again' if folder.exists() else f'run python -m prepare.{folder.name}'
         sums = read_meta(folder).get('sums') if (folder / 'meta.json').is_file() else None
         if sums and Path(path).relative_to(folder).as_posix() not in sums:
-            there = ', '.join(sorted({Path(name).stem for name in sums}))
+            there = ', '.join(sorted({Path(name).stem for name in sums if name.endswith('.npy')}))
             raise UserError(f'{path}: this data set has no {Path(path).stem}; it has {there}')
         raise UserError(f'{path}: missing or damaged ({str(error) or type(error).__name__}); {remedy}')
     return array
@@ -159,6 +161,10 @@ def open_dataset(folder, meta):
     if not hasattr(module, 'Dataset'):
         raise UserError(f'{folder} was made by prepare/{name}.py, which is missing or has no class Dataset: restore '
                         'it, or write one (docs/yours.md)')
+    for file in (Path(folder, name) for name in meta.get('sums', {}) if name.endswith('.json')):
+        if file.is_file() and digest(file) != meta['sums'][file.name]:
+            raise UserError(f'{file} has changed since this data set was made: restore it, or delete {folder} to make '
+                            'it again')
     return module.Dataset(folder)
 
 

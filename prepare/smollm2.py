@@ -22,6 +22,7 @@ from config import UserError
 from engine import checkpoints, runs
 from gpt import Config
 from prepare.download import download
+from prepare.text_tokenizers import encode
 
 MAKES = 'out/smollm2'
 SETTINGS = dict(
@@ -88,7 +89,7 @@ class Dataset:
         self.start = self.end = self.encoding.eot_token
 
     def encode(self, text):
-        return torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.long)
+        return torch.tensor(encode(self.encoding, text), dtype=torch.long)
 
     def decode(self, ids):
         return self.encoding.decode([i for i in ids if i >= 0 and i != self.end])

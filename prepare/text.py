@@ -9,13 +9,13 @@ Your own text as one sequence of tokens: a file, or all text files of a folder.
     bpe         byte-pair encoding with vocab_size tokens, trained on the first 20 million characters
     gpt2        the 50,257 tokens of GPT-2
     smollm2     the 49,152 tokens of SmolLM2, to fine-tune it
+    data/NAME   those of another data set of text, to fine-tune a model that was trained on it
 
 Byte-pair encodings have an end token after each document (each file). The last fraction val_share of all tokens is for
 validation. All data sets of plain text use the functions of this file and its `Dataset`, which encodes prompts and
 decodes ids.
 """
 import hashlib
-import re
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,21 @@ from config import UserError
 from engine.checkpoints import digest
 from prepare import arrays
 from prepare.files import making, tell, visible
-from prepare.text_tokenizers import Characters, gpt2_encoding, load_encoding, save_encoding, train_bpe
+from prepare.text_tokenizers import (
+    Characters,
+    encode,
+    gpt2_encoding,
+    load_encoding,
+    pieces,
+    save_encoding,
+    token_lengths,
+    train_bpe,
+)
 
 MAKES = 'data/text'
 SETTINGS = dict(
     input='',               # a text file, or a folder of them
-    encoding='characters',  # characters, bpe (trained on the text), gpt2, smollm2
+    encoding='characters',  # characters, bpe (trained on the text), gpt2, smollm2, or data/NAME
     vocab_size=4096,        # of bpe
     out=MAKES,              # the data folder
     val_share=0.1,          # fraction at the end of the text that is held out
@@ -40,8 +49,6 @@ SETTINGS = dict(
 SUFFIXES = ('.txt', '.md', '.rst', '.tex')  # in a folder; a single file may have any
 ENCODINGS = ('characters', 'bpe', 'gpt2', 'smollm2')
 BPE_SAMPLE = 20_000_000  # characters
-LONGEST_RUN = 50_000     # characters
-LONG_RUN = re.compile(rf'(?<!\S)\S{{{LONGEST_RUN},}}|(?<!\s)\s{{{LONGEST_RUN},}}')
 
 
 class Dataset:
@@ -54,8 +61,7 @@ class Dataset:
 
     def encode(self, text):
         """Text -> ids (T,). Raises UserError if a character is not in the alphabet."""
-        return torch.tensor([i for piece in pieces(text) for i in self.encoding.encode_ordinary(piece)],
-                            dtype=torch.long)
+        return torch.tensor(encode(self.encoding, text), dtype=torch.long)
 
     def decode(self, ids):
         """A list of ids -> text, without end tokens and padding (-1)."""
@@ -66,7 +72,8 @@ class Dataset:
 # From documents to a data folder, with one document at a time in memory
 
 def make_encoding(name, documents, vocab_size):
-    """The encoding of this name: Characters or a tiktoken.Encoding. documents: an iterator of strings."""
+    """The encoding of this name or data folder: Characters or a tiktoken.Encoding. documents: an iterator of
+    strings."""
     if name == 'characters':
         alphabet = set()
         for document in documents:
@@ -79,7 +86,16 @@ def make_encoding(name, documents, vocab_size):
     if name == 'smollm2':
         from prepare import smollm2
         return smollm2.encoding()
-    raise UserError(f'encoding={name!r}: choose one of {", ".join(ENCODINGS)}')
+    if Path(name, 'encoding.json').is_file():
+        return load_encoding(Path(name, 'encoding.json'))
+    raise UserError(f'encoding={name!r}: choose one of {", ".join(ENCODINGS)}, or the folder of a data set of text')
+
+
+def check_vocab_size(assigned, encoding):
+    """Raises UserError if vocab_size is assigned, and the encoding is not to be trained."""
+    if 'vocab_size' in assigned and encoding != 'bpe':
+        raise UserError(f'{assigned["vocab_size"][1]}: vocab_size is for --encoding=bpe, and encoding={encoding!r} has '
+                        'a size of its own; leave it out')
 
 
 def first(documents, size):
@@ -89,21 +105,6 @@ def first(documents, size):
         size -= len(document)
         if size <= 0:
             return
-
-
-def pieces(document, size=1 << 20):
-    """Yields pieces of about `size` characters, cut before single white space between words, where no token crosses;
-    and in runs of more than LONGEST_RUN characters without white space, or of white space, which end tiktoken."""
-    start = 0
-    while start < len(document):
-        cut = re.compile(r'(?<=\S)[ \n](?=\S)').search(document, start + size)
-        end = cut.start() if cut else len(document)
-        for run in LONG_RUN.finditer(document, start, end):
-            for stop in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
-                yield document[start:stop]
-                start = stop
-        yield document[start:end]
-        start = end
 
 
 def pack(path, encoding, documents):
@@ -127,27 +128,35 @@ def write(folder, encoding, splits, meta):
     for split, tokens in splits.items():
         arrays.write(folder / split, dict(tokens=tokens))
     save_encoding(folder / 'encoding.json', encoding)
-    sizes, sample = {split: len(tokens) for split, tokens in splits.items()}, splits['val'][:1_000_000].tolist()
+    sizes = {split: len(tokens) for split, tokens in splits.items()}
     # bits per byte = nats per token / ln 2 / bytes_per_token
-    bytes_per_token = len(Dataset(folder).decode(sample).encode()) / len(sample)
+    bytes_per_token = {split: mean_length(tokens, encoding) for split, tokens in splits.items()}
     if meta['encoding'] in ('characters', 'bpe'):  # specific to this text
         meta['encoding'] += '-' + hashlib.sha256((folder / 'encoding.json').read_bytes()).hexdigest()[:8]
     meta = dict(kind='stream', fields=dict(tokens=encoding.n_vocab), config=dict(vocab_size=encoding.n_vocab),
                 sizes=sizes, bytes_per_token=bytes_per_token) | meta
     arrays.save_meta(folder, meta)
     print(f'{folder}: {encoding.n_vocab:,} symbols; {sizes["train"]:,} tokens for training, {sizes["val"]:,} for '
-          f'validation, of {bytes_per_token:.2f} bytes each')
+          f'validation, of {bytes_per_token["val"]:.2f} bytes each')
+
+
+def mean_length(tokens, encoding):
+    """Bytes per token of tokens (T,), in blocks to bound memory."""
+    blocks = (tokens[i:i + (1 << 20)] for i in range(0, len(tokens), 1 << 20))
+    counts = sum(np.bincount(block, minlength=encoding.n_vocab) for block in blocks)  # (V,)
+    return float(counts @ token_lengths(encoding) / len(tokens))
 
 
 def write_split(folder, encoding, documents, val_share, meta):
-    """`write` for one sequence of documents, whose last fraction val_share is for validation. Raises UserError if it
-    is too short."""
+    """`write` for one sequence of documents, whose last fraction val_share is for validation. Raises UserError if a
+    split would have fewer than 2 tokens."""
     arrays.begin(folder, meta['prepare'])
     tokens = pack(folder / 'tokens.tmp', encoding, documents)
     cut = int(len(tokens) * (1 - val_share))
     try:
-        if not 0 < cut < len(tokens):
-            raise UserError(f'val_share={val_share} of {len(tokens)} tokens leaves nothing for training or validation')
+        if not 2 <= cut <= len(tokens) - 2:  # the second one is predicted from the first
+            raise UserError(f'val_share={val_share} of {len(tokens)} tokens leaves fewer than 2 for training or '
+                            'validation: change it, or give more text')
         write(folder, encoding, dict(train=tokens[:cut], val=tokens[cut:]), meta)
     finally:
         del tokens  # Windows deletes no file that is mapped
@@ -197,13 +206,16 @@ def read_files(files):
 
 @making()
 def main(*arguments, **overrides):
-    settings = config.apply(config.read(arguments, overrides), SETTINGS)
+    assigned = config.read(arguments, overrides)
+    settings = config.apply(assigned, SETTINGS)
+    check_vocab_size(assigned, settings['encoding'])
     if not settings['input']:
-        raise UserError('which text? python -m prepare.text --input=FILE_OR_FOLDER --encoding=characters '
-                        '--out=data/text')
+        raise UserError('which text? python -m prepare.text --input=FILE_OR_FOLDER (--help: its encodings)')
     files = find_files(Path(settings['input']))
-    encoding = make_encoding(settings['encoding'], read_files(files), settings['vocab_size'])
-    meta = dict(prepare='text', encoding=settings['encoding'], settings=settings)
+    name = settings['encoding']
+    encoding = make_encoding(name, read_files(files), settings['vocab_size'])
+    name = name if name in ENCODINGS else arrays.read_meta(name)['encoding']
+    meta = dict(prepare='text', encoding=name, settings=settings)
     write_split(Path(settings['out']), encoding, read_files(files), settings['val_share'], meta)
 
 

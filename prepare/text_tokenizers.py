@@ -27,6 +27,8 @@ from prepare.download import cache_folder
 
 END = '<|endoftext|>'
 LONGEST = 100  # characters of a word in the training of a byte-pair encoding
+LONGEST_RUN = 50_000  # characters
+LONG_RUN = re.compile(rf'(?<!\S)\S{{{LONGEST_RUN},}}|(?<!\s)\s{{{LONGEST_RUN},}}')
 # words: a token never extends over two words
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -50,12 +52,32 @@ class Characters:
         return ''.join(alphabet[i] for i in ids)
 
 
+def pieces(document, size=1 << 20):
+    """Yields pieces of about `size` characters, cut before single white space between words, where no token crosses;
+    and in runs of more than LONGEST_RUN characters without white space, or of white space, which end tiktoken."""
+    start = 0
+    while start < len(document):
+        cut = re.compile(r'(?<=\S)[ \n](?=\S)').search(document, start + size)
+        end = cut.start() if cut else len(document)
+        for run in LONG_RUN.finditer(document, start, end):
+            for stop in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+                yield document[start:stop]
+                start = stop
+        yield document[start:end]
+        start = end
+
+
+def encode(encoding, text):
+    """Text of any length -> a list of ids."""
+    return [i for piece in pieces(text) for i in encoding.encode_ordinary(piece)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Byte-pair encodings
 
 def gpt2_encoding():
     """The encoding of GPT-2. Its two files are downloaded once; without internet, copy them to NANO_CACHE/tiktoken."""
-    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(cache_folder() / 'tiktoken'))
+    os.environ['TIKTOKEN_CACHE_DIR'] = os.environ.get('TIKTOKEN_CACHE_DIR') or str(cache_folder() / 'tiktoken')
     try:
         return tiktoken.get_encoding('gpt2')
     except (OSError, ValueError) as error:  # ValueError: another hash, as of a page for a login
@@ -141,17 +163,27 @@ def save_encoding(path, encoding):
 
 def load_encoding(path):
     """Reads a file of save_encoding. tiktoken's own loader caches files by path and could return an old one. Raises
-    UserError."""
+    UserError: tiktoken itself panics at some damaged files."""
     try:
         saved = json.loads(Path(path).read_text(encoding='utf-8'))
         if 'alphabet' in saved:
             return Characters(saved['alphabet'])
         ranks = {token.encode('latin-1'): i for token, i in saved['ranks'].items()}
+        ids = *ranks.values(), *saved['specials'].values()
+        assert END in saved['specials'] and sorted(ids) == list(range(len(ids))), 'ids are not 0, 1, 2, ...'
         return tiktoken.Encoding('saved', pat_str=saved['pattern'], mergeable_ranks=ranks,
                                  special_tokens=saved['specials'])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f'{path}: missing or no encoding ({type(error).__name__}); delete {Path(path).parent} to make '
                         'it again')
+
+
+def token_lengths(encoding):
+    """Bytes of each token in UTF-8, (V,); the end token has none."""
+    if isinstance(encoding, Characters):
+        return np.array([len(c.encode()) for c in encoding.ids])
+    return np.array([0 if i == encoding.eot_token else len(encoding.decode_single_token_bytes(i))
+                     for i in range(encoding.n_vocab)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,11 +200,11 @@ def word_encoding(name, words):
 
 def frequent_words(texts, most=4000):
     """The most frequent words of texts, for a closed vocabulary; a word includes a space before it."""
-    pieces, counts = Counter(), Counter()
+    parts, counts = Counter(), Counter()
     for text in texts:
-        pieces.update(text.replace(' ', '\0 ').split('\0'))  # few pieces: less work for the regex
-    for piece, n in pieces.items():
-        for word in re.findall(r' ?\w+|[^\w\s]+', piece):
+        parts.update(text.replace(' ', '\0 ').split('\0'))  # few parts: less work for the regex
+    for part, n in parts.items():
+        for word in re.findall(r' ?\w+|[^\w\s]+', part):
             counts[word] += n
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [word for word, _ in ordered if len(word.encode()) > 1][:most]
@@ -187,7 +219,7 @@ def load_words(path):
     """The encoding of the words in a JSON file. Raises UserError."""
     try:
         return word_encoding(Path(path).stem, json.loads(Path(path).read_text(encoding='utf-8')))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f'{path}: missing or not a vocabulary ({error}); delete {Path(path).parent} to make it again')
 
 
@@ -205,7 +237,7 @@ def encode_rows(encoding, texts, length):
     """Texts -> (n, length) rows of ids: tokens, one end token, then -1. Raises UserError if a text is too long."""
     rows = np.full((len(texts), length), -1, np.int32)
     for row, text in zip(rows, texts):
-        ids = encoding.encode_ordinary(text) + [encoding.n_vocab - 1]
+        ids = encode(encoding, text) + [encoding.n_vocab - 1]
         if len(ids) > length:
             raise UserError(f'the text {text[:60]!r}... has {len(ids)} tokens with its end token, the modality holds '
                             f'{length}')

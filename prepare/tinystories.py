@@ -15,7 +15,7 @@ from config import UserError
 from prepare import arrays
 from prepare.download import download
 from prepare.files import making
-from prepare.text import Dataset, make_encoding, pack, write  # Dataset: for sample.py
+from prepare.text import Dataset, check_vocab_size, make_encoding, pack, write  # Dataset: for sample.py
 from prepare.text_tokenizers import END
 
 URL = 'https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/'
@@ -45,7 +45,9 @@ def stories(path):
 
 @making()
 def main(*arguments, **overrides):
-    settings = config.apply(config.read(arguments, overrides), SETTINGS)
+    assigned = config.read(arguments, overrides)
+    settings = config.apply(assigned, SETTINGS)
+    check_vocab_size(assigned, settings['encoding'])
     if settings['encoding'] not in ('bpe', 'gpt2') or settings['n_stories'] < 0:
         raise UserError('encoding must be bpe or gpt2, n_stories at least 0 (all)')
     folder, paths = Path(settings['out']), {split: download(URL + name, name) for split, name in FILES.items()}

@@ -31,7 +31,7 @@ from config import UserError
 from prepare import arrays
 from prepare.files import making, tell
 from prepare.pictures import read_picture
-from prepare.text_tokenizers import load_words
+from prepare.text_tokenizers import encode, load_words
 
 MAKES = 'data/vqa'
 SETTINGS = dict(
@@ -60,12 +60,17 @@ class Template:
         if not question:
             raise UserError('an empty question: write one')
         text = f' Question: {question[0].upper()}{question[1:]}' + ' Answer:' * (not self.thinks)
-        return [self.image] * n_images + self.encoding.encode_ordinary(text)
+        return [self.image] * n_images + encode(self.encoding, text)
 
     def encode_reply(self, answer, thought=''):
         """Return the ids of an answer, after its thought if there is one, and of the end: the targets of training."""
         words = [*thought.split(), 'Answer:', answer.strip()] if self.thinks else [answer.strip()]
-        return self.encoding.encode_ordinary(' ' + ' '.join(words)) + [self.end]
+        return encode(self.encoding, ' ' + ' '.join(words)) + [self.end]
+
+    def decode(self, ids):
+        """Return the text of a reply's ids up to the end token, with its thought if there is one."""
+        ids = [int(i) for i in ids if i >= 0]
+        return self.encoding.decode(ids[:ids.index(self.end)] if self.end in ids else ids).strip()
 
     def fits(self, turn, length, n_images=1):
         """Return whether a row of `length` tokens can hold the turn (question, answer[, thought]) and its images."""
@@ -121,9 +126,7 @@ class Dataset:
         return [json.loads(line) for line in text.splitlines()]
 
     def decode(self, ids):
-        """Return the text of a reply's ids up to the end token, with its thought if there is one."""
-        ids, end = [int(i) for i in ids if i >= 0], self.template.end
-        return self.template.encoding.decode(ids[:ids.index(end)] if end in ids else ids).strip()
+        return self.template.decode(ids)
 
 
 def load_template(name, folder=None, thinks=False):
@@ -282,7 +285,9 @@ def main(*arguments, **overrides):
         rows = [template.rows(turns, length, len(names)) for names, turns in part]
         write_rows(out / split, [row for some in rows for row in some],
                    np.repeat(np.array(index, np.int32), [len(some) for some in rows], axis=0))
-        write_questions(out / split / 'questions.jsonl', index, [turns for _, turns in part])
+        talks = [[[question, template.decode(template.encode_reply(answer))] for question, answer in turns]
+                 for _, turns in part]  # answers as a model can reproduce them
+        write_questions(out / split / 'questions.jsonl', index, talks)
     write_meta(out, template, 'smollm2', length, size, len(conversations[0][0]), 'vqa', settings, 'images')
 
 

@@ -225,5 +225,7 @@ def test_a_run_by_its_file(here, monkeypatch):
     for name in ('a', 'out/a', 'out/a/', 'out/a/ckpt_last.pt', 'out/a/ckpt_best.pt', 'C:runs', 'C:runs/ckpt_last.pt'):
         sources = checkpoints.read_sources(name)
         assert list(sources) == [''] and sources['']['step'] == 1
+    Path('a').mkdir()  # a folder without a checkpoint
+    assert checkpoints.find('a') == Path('out/a/ckpt_last.pt') and checkpoints.find('C:runs') == Path('C:runs/ckpt_last.pt')
     with pytest.raises(UserError, match='no such checkpoint; the nearest are out/a/ckpt_'):
         checkpoints.read(Path('out/a/ckpt_last.pt/ckpt_last.pt'))

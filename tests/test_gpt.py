@@ -256,6 +256,12 @@ def test_filters():
     torch.testing.assert_close(drawn.bincount() / 20000, logits[0].exp(), atol=0.02, rtol=0)
 
 
+def test_noise_of_zero_selects_no_filtered_token(monkeypatch):
+    """Exponential noise may be exactly 0 on some devices, and 0 / 0 is nan, which argmax prefers."""
+    monkeypatch.setattr(torch.Tensor, 'exponential_', lambda self, **_: self.zero_())
+    assert sample_token(torch.tensor([[-math.inf, 1.0, -math.inf]])) == 1
+
+
 @pytest.mark.parametrize('wrong', [
     dict(temperature=-1.0), dict(temperature=1e-40), dict(temperature=math.nan), dict(temperature=math.inf),
     dict(top_k=-1),

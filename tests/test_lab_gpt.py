@@ -14,7 +14,7 @@ from config import UserError
 from engine import checkpoints, graphs
 from lab import score
 from lab.statistics import read_scores
-from prepare import text
+from prepare import arrays, text
 from tests.toys import GPT, draw, make_digits, make_story
 
 
@@ -180,7 +180,10 @@ def test_exact_score_of_a_text(story):
     assert scores['bits/byte']['value'] == pytest.approx(total / np.log(2) / n_bytes, rel=0.05)
     score.main(f'--out_dir={story}', '--checkpoint=ckpt_best.pt', '--split=train')
     assert read_scores(Path(story, 'scores.json')) == scores  # other weights or split: another file
-    assert read_scores(Path(story, 'scores_ckpt_best_train.json'))['nats/token']['n'] != scores['nats/token']['n']
+    others, lengths = read_scores(Path(story, 'scores_ckpt_best_train.json')), arrays.read_meta('data/story')['bytes_per_token']
+    assert others['nats/token']['n'] != scores['nats/token']['n']
+    for split, found in (('val', scores), ('train', others)):
+        assert found['bits/byte']['value'] == pytest.approx(found['nats/token']['value'] / np.log(2) / lengths[split])
 
 
 def test_scores_of_digits(digits):

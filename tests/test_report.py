@@ -74,6 +74,11 @@ def test_only_scores_of_these_weights(run, tmp_path, capsys):
     assert '## Scores' not in page_of(run) and 'scores.json: left out' in capsys.readouterr().out
 
 
+def test_a_sample_with_a_fence(run):
+    (run / 'sample_000009.txt').write_text('code:\n````\nx\n````\n')
+    assert '\n`````\ncode:\n````\nx\n````\n\n`````\n' in page_of(run)
+
+
 @pytest.mark.parametrize('i', [0, 1])
 def test_the_command_makes_the_same_run(runs, i):
     line, = re.findall(r'^python train.py (.*)$', page_of(runs[i]), re.M)

@@ -34,8 +34,9 @@ def test_arguments_out_of_range():
     for draft, rows in ((small(), tokens), (small(block_size=8), tokens[:1])):
         with pytest.raises(ValueError, match='must be'):
             next(generate_speculative(model, draft, rows, 5))
-    with pytest.raises(ValueError, match='top_p=2'):
-        next(generate_speculative(model, model, tokens[:1], 5, top_p=2))
+    for temperature in (1.0, 0.0):
+        with pytest.raises(ValueError, match='top_p=2'):
+            next(generate_speculative(model, model, tokens[:1], 5, temperature, top_p=2))
 
 
 def accepted(p, q):

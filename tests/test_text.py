@@ -9,10 +9,10 @@ import tiktoken.load
 from hypothesis import given, settings, strategies as st
 
 from config import UserError
-from prepare import shakespeare, text, text_tokenizers, tinystories
+from prepare import arrays, shakespeare, text, text_tokenizers, tinystories
 from prepare.files import visible
 from prepare.text import Dataset, first, pieces
-from prepare.text_tokenizers import END, GPT2_PATTERN, Characters, load_encoding, merge, save_encoding, train_bpe
+from prepare.text_tokenizers import END, GPT2_PATTERN, Characters, load_encoding, load_words, merge, save_encoding, train_bpe
 from tests.test_download import server  # noqa: F401, a fixture
 
 CORPUS = "the cat sat on the mat; the cats' hats aaaa aaa aaaaa banana bandana 2026\n\n  the end, said the élan. " * 3
@@ -80,10 +80,18 @@ def test_saved_encodings(tmp_path):
         again = load_encoding(tmp_path / 'encoding.json')
         assert again.n_vocab == encoding.n_vocab and again.eot_token == encoding.eot_token
         assert again.encode_ordinary('ab\nba') == (ids := encoding.encode_ordinary('ab\nba')) and again.decode(ids) == 'ab\nba'
-    for broken in ('{"ranks"', '[]', '{}'):
+    save_encoding(tmp_path / 'encoding.json', BPE)
+    saved = json.loads((tmp_path / 'encoding.json').read_text())
+    gap, twice = ({token: new if i == 99 else i for token, i in saved['ranks'].items()} for new in (-1, 98))
+    for broken in ('{"ranks"', '[]', '{}', *(json.dumps(saved | part) for part in (
+            dict(ranks=gap), dict(ranks=twice), dict(ranks={}), dict(specials={}), dict(specials=[])))):
         (tmp_path / 'encoding.json').write_text(broken)
         with pytest.raises(UserError, match='encoding.json: missing or no encoding'):
             load_encoding(tmp_path / 'encoding.json')
+    for broken in ('[1]', '["ab", "ab"]', '3'):
+        (tmp_path / 'words.json').write_text(broken)
+        with pytest.raises(UserError, match='words.json: missing or not a vocabulary'):
+            load_words(tmp_path / 'words.json')
 
 
 def test_first():
@@ -111,7 +119,8 @@ def stored(out):
 def test_a_folder_of_texts(folder, encoding, monkeypatch):
     monkeypatch.setattr(text, 'gpt2_encoding', lambda: BPE)
     monkeypatch.setattr('prepare.smollm2.encoding', lambda: BPE)
-    text.main('--input=in', f'--encoding={encoding}', '--vocab_size=265', '--out=data/mine', '--val_share=0.25')
+    text.main('--input=in', f'--encoding={encoding}', *['--vocab_size=265'] * (encoding == 'bpe'), '--out=data/mine',
+              '--val_share=0.25')
     tokens, dataset, meta = stored(folder / 'data/mine')
     places = np.flatnonzero(tokens == dataset.end)
     assert [dataset.decode(part.tolist()) for part in np.split(tokens, places + 1)[:-1]] == ['first', 'second one', 'third\n']
@@ -122,12 +131,50 @@ def test_a_folder_of_texts(folder, encoding, monkeypatch):
     assert not list(folder.glob('data/mine/*.tmp'))
 
 
+def test_the_encoding_of_another_data_set(folder):
+    """To fine-tune: the same tokens, under the same name; characters that it lacks are refused."""
+    text.main(input='in', encoding='bpe', vocab_size=265, out='data/first')
+    (folder / 'in/b.txt').write_text('another text of second thoughts')
+    text.main(input='in', encoding='data/first', out='data/second')
+    (_, one, before), (tokens, two, now) = (stored(folder / f'data/{name}') for name in ('first', 'second'))
+    assert now['encoding'] == before['encoding'] and one.encoding._mergeable_ranks == two.encoding._mergeable_ranks
+    assert 'another text of second thoughts' in one.decode(tokens.tolist())
+    text.main(input='in/deep', out='data/third', val_share=0.4)
+    with pytest.raises(UserError, match="the character '.' is not in the alphabet"):
+        text.main(input='in', encoding='data/third', out='data/fourth')
+
+
+def test_bytes_per_token_of_each_split(folder, monkeypatch):
+    """Exact: tokens that are parts of a character, too; the end token has none."""
+    (folder / 'mixed.txt').write_text('plain ascii ' * 9 + '😀Ж中' * 12, encoding='utf-8')
+    text.main(input='mixed.txt', encoding='bpe', vocab_size=300, val_share=0.4)
+    _, dataset, meta = stored(folder / 'data/text')
+    for split, measured in meta['bytes_per_token'].items():
+        tokens = np.load(f'data/text/{split}/tokens.npy').tolist()
+        n_bytes = len(dataset.encoding.decode_bytes([i for i in tokens if i != dataset.end]))
+        assert measured == pytest.approx(n_bytes / len(tokens))
+    assert meta['bytes_per_token']['train'] != meta['bytes_per_token']['val']
+    (folder / 'letters.txt').write_text('ab' * 6 + 'é' * 8, encoding='utf-8')
+    text.main(input='letters.txt', val_share=0.2)
+    assert stored(folder / 'data/text')[2]['bytes_per_token'] == dict(train=1.25, val=2)
+
+
+def test_an_exchanged_vocabulary(folder):
+    """Of the same size, so that nothing else differs."""
+    text.main(input='in')
+    meta, path = arrays.read_meta('data/text'), folder / 'data/text/encoding.json'
+    assert arrays.open_dataset(folder / 'data/text', meta).encode('one').tolist()
+    path.write_text(path.read_text().replace('e', 'E'))
+    with pytest.raises(UserError, match='encoding.json has changed since this data set was made: restore it, or delete'):
+        arrays.open_dataset(folder / 'data/text', meta)
+
+
 def test_characters(folder):
     text.main(input='in')
     tokens, dataset, meta = stored(folder / 'data/text')
     assert dataset.decode(tokens.tolist()) == 'firstsecond onethird\n' and dataset.end is None and tokens.dtype == np.uint8
     assert dataset.encode('one').tolist() == [dataset.encode(c).item() for c in 'one'] and dataset.encode('').shape == (0,)
-    assert meta['bytes_per_token'] == 1
+    assert meta['bytes_per_token'] == dict(train=1, val=1)
     with pytest.raises(UserError, match="the character 'Z' is not in the alphabet '\\\\n cdef"):
         dataset.encode('oZe')
 
@@ -138,7 +185,10 @@ def test_characters(folder):
     (['--input=in/deep/none'], 'neither a file nor'),
     (['--input=in', '--encoding=words'], "encoding='words': choose one of characters, bpe, gpt2, smollm2"),
     (['--input=in', '--encoding=bpe', '--vocab_size=9'], 'vocab_size=9'),
-    (['--input=in', '--val_share=1'], 'val_share=1.0 of 21 tokens leaves nothing for training or validation'),
+    (['--input=in', '--val_share=1'], 'val_share=1.0 of 21 tokens leaves fewer than 2 for training or validation: change it, or'),
+    (['--input=in', '--val_share=0.04'], 'val_share=0.04 of 21 tokens leaves fewer than 2'),
+    (['--input=in', '--vocab_size=512'], "vocab_size is for --encoding=bpe, and encoding='characters' has a size of its own"),
+    (['--input=in', '--encoding=data/none'], "encoding='data/none': choose one of .*, or the folder of a data set of text"),
     (['--input=in', '--vocabsize=9'], "unknown setting 'vocabsize'; did you mean 'vocab_size'"),
     (['--input=empty.txt'], 'empty.txt: holds no text; leave it out'),
     (['--input=latin.txt'], 'latin.txt: not UTF-8 text .*0xe9.*; convert it, or leave it out'),
@@ -197,7 +247,7 @@ def test_a_large_alphabet():
 def test_long_runs(document):
     """tiktoken panics at a million spaces, and takes hours for words of millions of characters."""
     parts = list(pieces(document, 300_000))
-    assert ''.join(parts) == document and max(map(len, regex.findall(r'\s+|\S+', max(parts, key=len)))) <= text.LONGEST_RUN
+    assert ''.join(parts) == document and max(map(len, regex.findall(r'\s+|\S+', max(parts, key=len)))) <= text_tokenizers.LONGEST_RUN
     assert ''.join(map(BPE.decode, map(BPE.encode_ordinary, parts))) == document
 
 
@@ -249,9 +299,11 @@ def test_tinystories(folder, server, monkeypatch):  # noqa: F811
         parts = np.split(tokens, np.flatnonzero(tokens == dataset.end) + 1)
         assert [dataset.decode(part.tolist()) for part in parts[:-1]] == expected and len(parts[-1]) == 0
     meta = json.loads((folder / 'data/tinystories/meta.json').read_text())
-    assert meta['prepare'] == 'tinystories' and meta['config']['vocab_size'] == 300 and meta['bytes_per_token'] > 2
+    assert meta['prepare'] == 'tinystories' and meta['config']['vocab_size'] == 300 and meta['bytes_per_token']['val'] > 2
     with pytest.raises(UserError, match='encoding must be bpe or gpt2'):
         tinystories.main('--encoding=characters')
+    with pytest.raises(UserError, match='vocab_size is for --encoding=bpe'):
+        tinystories.main('--encoding=gpt2', '--vocab_size=300')
 
 
 def test_stories_across_blocks(tmp_path):
@@ -260,11 +312,14 @@ def test_stories_across_blocks(tmp_path):
     assert list(tinystories.stories(tmp_path / 'stories.txt')) == [long[:-5], 'a', long + 'b']
 
 
-def test_gpt2_from_a_network_with_a_login(tmp_path, monkeypatch):
-    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+@pytest.mark.parametrize('variable', ['here', ''])
+def test_gpt2_from_a_network_with_a_login(tmp_path, monkeypatch, variable):
+    """An empty TIKTOKEN_CACHE_DIR is none."""
+    monkeypatch.setenv('NANO_CACHE', str(tmp_path))
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', variable and str(tmp_path / 'tiktoken'))
     monkeypatch.delitem(tiktoken.registry.ENCODINGS, 'gpt2', raising=False)
     monkeypatch.setattr(tiktoken.load, 'read_file', lambda url: b'<html>Login')
-    with pytest.raises(UserError, match=f'is not in {tmp_path} and .* .Hash mismatch .*; run this again, or copy'):
+    with pytest.raises(UserError, match=f'is not in {tmp_path}/tiktoken and .* .Hash mismatch .*; run this again, or copy'):
         text_tokenizers.gpt2_encoding()
 
 

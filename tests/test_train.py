@@ -361,13 +361,21 @@ def test_a_run_from_another_runs_weights(here):
     assert read('out/sizes')['model_config']['n_embd'] == 16
     with pytest.raises(UserError, match='the weights that init_from names are for other sizes'):
         train.main(**(GPT | dict(n_embd=32)), init_from='first', out_dir='out/wider')
+    for name, value in dict(n_head=1, tie_embeddings=True, qk_norm=False, activation='gelu_tanh').items():  # of the same shapes
+        with pytest.raises(UserError, match=f'the weights that init_from names were trained with {name}=.*: leave it out'):
+            train.main(**GPT | {name: value}, init_from='first', out_dir='out/nonsense')
+    train.main(**GPT | dict(block_size=4, dropout=0.1), init_from='first', out_dir='out/shorter')
     with pytest.raises(UserError, match='no such checkpoint'):
         train.main(**GPT, init_from='nowhere', out_dir='out/nowhere')
     with pytest.raises(UserError, match="init_from names a run of model='gpt', not 'fourm'"):
         run('out/b', init_from='first')
     save_data(*data, config=dict(vocab_size=9), encoding='bpe')
-    with pytest.raises(UserError, match='data/toy has other tokens than the run that init_from names'):
+    with pytest.raises(UserError, match='data/toy has other tokens than the run that init_from names .*with the same encoding$'):
         train.main(**GPT, init_from='first', out_dir='out/other')
+    for encoding, name in (('bpe-0a1b2c3d', 'data/toy'), ('smollm2', 'smollm2')):
+        source = read('out/first') | dict(meta=dict(encoding=encoding))
+        with pytest.raises(UserError, match=f'with the same encoding, as prepare.text does with --encoding={name}$'):
+            checkpoints.start_from(None, {'': source}, 'data/toy', dict(encoding='gpt2'))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -302,14 +302,14 @@ def test_chat(run, capsys, monkeypatch):
 
 
 def test_chat_shows_no_half_characters(run, capsys, monkeypatch):
-    said, answer = iter(['What is it?', '']), 'né 🙂.'.encode()  # a token a byte
+    said, answer = iter(['What is it?', '']), 'né 🙂.'.encode() + b'\xf0\x9f'  # a token a byte; ends within a character
     dataset = mock.Mock(decode=lambda ids: bytes(ids).decode(errors='replace'))
     monkeypatch.setattr('builtins.input', lambda _: next(said))
     module = lab.module_of('vlm')
     monkeypatch.setattr(module, 'prefill_images', mock.Mock())
     monkeypatch.setattr(module, 'answer_stream', lambda *_: torch.tensor(list(answer)))
     module.chat(mock.Mock(dataset=dataset), None, module.Answers())
-    assert capsys.readouterr().out.endswith('\nné 🙂.\n')
+    assert capsys.readouterr().out.endswith('\nné 🙂.\ufffd\n')
 
 
 def test_long_answers_stay_in_the_picture(tmp_path):

@@ -5,14 +5,16 @@ import re
 import struct
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import lab
 import train
 from config import UserError
-from lab.vlm import final_answer
+from lab import vlm as lab_vlm
 from prepare import arrays, scenes_align, scenes_qa, smollm2, vqa
 from prepare.scenes import MATERIALS, SHAPES, SIZES, COLOR_NAMES
 from prepare.text_tokenizers import save_words, word_encoding
@@ -38,6 +40,7 @@ def test_a_conversation_is_one_row(template):
     assert tokens[:7] == template.encode_question('is it?', 2)  # the same in chat as in training
     assert tokens[7:9] == template.encode_reply('yes')
     assert len(tokens) == len(loss_mask) == 20 and tokens[16:] == [-1] * 4
+    assert len(template.encode_question('Is' + ' ' * 1_000_001 + 'it?')) > 1_000_000  # tiktoken itself panics
 
 
 def test_a_long_conversation_goes_on_in_the_next_row(template):
@@ -154,21 +157,24 @@ def test_llava_becomes_a_data_set(tmp_path, monkeypatch):
     entries = [dict(id=1, conversations=[])]  # text alone: left out
     for i in range(6):
         Image.new('RGB', (30, 30), (40 * i, 0, 0)).save(tmp_path / f'{i}.png')
-        talk = [('human', '<image>\nIs it?'), ('gpt', 'Yes.'), ('human', 'Red?'), ('gpt', 'No.')]
+        talk = [('human', '<image>\nIs it?'), ('gpt', 'Answer: Yes. '), ('human', 'Red?'), ('gpt', 'No\ud800.')]
         entries.append(dict(image=f'{i}.png', conversations=[dict(zip(('from', 'value'), part)) for part in talk]))
     (tmp_path / 'llava.json').write_text(json.dumps(entries))
     monkeypatch.chdir(tmp_path)
     vqa.main(input='llava.json', size=32, length=60, val_share=0.3)
     dataset = vqa.Dataset('data/vqa')
     assert len(dataset.questions('train')) == 4
-    assert dataset.questions('val')[0]['turns'] == [['Is it?', 'Yes.'], ['Red?', 'No.']]
+    assert dataset.questions('val')[0]['turns'] == [['Is it?', 'Answer: Yes.'], ['Red?', 'No\ufffd.']]
     tokens, loss_mask = (np.load(f'data/vqa/train/{name}.npy')[0] for name in ('tokens', 'loss_mask'))
-    assert dataset.decode(tokens[loss_mask > 0]) == 'Yes.'
+    assert dataset.decode(tokens[loss_mask > 0]) == 'Answer: Yes.'
     train.main(model='vlm', dataset='vqa', out_dir='out/x', n_layer=1, n_head=2, n_embd=16, vision_layer=1,
                vision_embd=16, patch_size=8, batch_size=2, max_iters=1, compile=False, device='cpu', threads=1,
                pictures=False)
     for name in ('train', 'val'):
         assert np.load(f'data/vqa/{name}/images.npy').shape == ({'train': 4, 'val': 2}[name], 32, 32, 3)
+    monkeypatch.setattr(lab_vlm, 'answers', lambda run, images, questions, settings: [['Answer: Yes.', 'No\ufffd.']] * len(images))
+    run = lab.open_run(Path('out/x/ckpt_last.pt'), 'cpu')
+    assert lab_vlm.right_answers(run, lab_vlm.Scores())[0]['all'].tolist() == [[[2, 2]]] * 2
 
 
 def test_every_layout_of_json(tmp_path):
@@ -402,7 +408,8 @@ def test_a_thought_comes_before_its_answer(tmp_path):
         ' Question: Is the cube left of the blue thing? row 0 column 7 row 5 column 1 Answer: no<|end|>')
     learned = template.encoding.decode([i for i, flag in zip(tokens, loss_mask) if flag])
     assert learned == ' row 0 column 7 row 5 column 1 Answer: no<|end|>'  # also when to answer
-    assert final_answer(learned.removesuffix('<|end|>')) == 'no' == final_answer(' no')
+    run = Mock(dataset=Mock(template=template))
+    assert lab_vlm.final_answer(run, learned.removesuffix('<|end|>')) == 'no' == lab_vlm.final_answer(run, ' no')
 
 
 def test_no_prior_helps(talks):
