@@ -46,7 +46,8 @@ RANGES = dict(  # smallest and largest value, in every program
     min_lr=(0, 1), decay=(0, 1), n_layer=(1, 1000), n_layer_encoder=(1, 1000), n_layer_decoder=(1, 1000),
     vision_layer=(1, 1000), n_head=(1, 1000), vision_head=(1, 1000), n_embd=(1, 2 ** 16), vision_embd=(1, 2 ** 16),
     block_size=(0, 2 ** 20), vocab_size=(0, 2 ** 24), length=(2, 2 ** 20), size=(1, 4096), views=(1, 1000),
-    n_train=(1, 10 ** 8), n_val=(1, 10 ** 8), n_turns=(1, 1000), n_where=(0, 1000), workers=(0, 1024))
+    n_train=(1, 10 ** 8), n_val=(1, 10 ** 8), n_turns=(1, 1000), n_where=(0, 1000), workers=(0, 1024),
+    seconds=(0, 10 ** 6), limit=(1, 10 ** 6))
 LISTS = dict(  # smallest and largest of several numbers with commas between, in a str
     num_input_tokens=(1, 2 ** 14), num_target_tokens=(1, 2 ** 14), dirichlet_alphas=(1e-6, 1e6))
 DASHES = '-', '\u2013', '\u2014'  # a word processor makes a longer dash of two
@@ -56,9 +57,9 @@ PATHS = {  # settings that are files or folders: ~ is the home folder, which she
 
 
 def read(arguments, overrides=None):
-    """['config/x.py', '--name=value', ...] and {name: value} -> {name: (value, where it was set)}; the last assignment
-    counts."""
-    assigned = {}
+    """['config/x.py', '--name=value', ...] and {name: value} -> {name: (value, where it was set)}. The command line counts
+    more than the files, wherever it names them; of several files the last one counts."""
+    from_files, given = {}, {}
     print_anything()
     for argument in map(str, arguments):
         if argument.startswith(DASHES) or '=' in argument and not argument.endswith('.py'):
@@ -67,10 +68,10 @@ def read(arguments, overrides=None):
                 raise UserError(f'{argument}: settings are written --{name}={value or "value"}; --help lists them')
             if name == 'config':
                 raise UserError(f'{argument}: name the file alone: python train.py {value or "config/nano4m.py"}')
-            assigned[name] = (value, 'command line')
+            given[name] = (value, 'command line')
         else:
-            assigned |= {name: (value, argument) for name, value in execute(argument).items()}
-    return assigned | {name: (value, 'call') for name, value in (overrides or {}).items()}
+            from_files |= {name: (value, argument) for name, value in execute(argument).items()}
+    return from_files | given | {name: (value, 'call') for name, value in (overrides or {}).items()}
 
 
 def print_anything():
@@ -102,17 +103,17 @@ def files_with(folder, pattern):
 
 
 def execute(path):
-    """The public names that a config file assigns."""
+    """The public names that a config file assigns, without modules, functions and classes."""
     if not Path(path).is_file():
         there = f'; there are {", ".join(files())}' if files() else ''
         raise UserError(f'{path}: no such config file{there}{elsewhere()}')
-    names = {}
+    names = {'__file__': path}
     try:
         exec(compile(Path(path).read_text(encoding='utf-8-sig'), path, 'exec'), names)  # -sig: with a BOM, too
     except Exception as error:
         raise UserError(f'{path}: {type(error).__name__}: {error}')
     return {name: value for name, value in names.items()
-            if not name.startswith('_') and not isinstance(value, ModuleType)}
+            if not (name.startswith('_') or isinstance(value, ModuleType) or callable(value))}
 
 
 def nameless(path):
@@ -150,7 +151,8 @@ def apply(assigned, known):
     for name, (_, where) in assigned.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise UserError(f'{where}: unknown setting {name!r}' + (f'; did you mean {near[0]!r}?' if near else ''))
+            raise UserError(f'{where}: unknown setting {name!r}' + (f'; did you mean {near[0]!r}?' if near else '')
+                            + '; the name of a helper variable begins with _' * where.endswith('.py'))
     settings = known | {name: convert(name, value, where, known[name]) for name, (value, where) in assigned.items()}
     for name, value in settings.items():
         low, high = RANGES.get(name, (value, value))

@@ -24,6 +24,8 @@ def find(name='auto'):
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if name == 'cuda':  # one GPU per process
         name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    if name.partition(':')[0] not in ('cuda', 'mps', 'cpu'):
+        raise UserError(f'device={name!r}: choose auto, cuda, mps or cpu')
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

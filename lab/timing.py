@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 
+from config import UserError
 from engine import devices
 from lab.statistics import markdown_head, markdown_row, markdown_table
 
@@ -170,8 +171,11 @@ def show(row, first):
 
 
 def make_folders(*paths):
-    """Creates the folders of files that a program writes at its end, so that an impossible path stops it at once."""
-    for path in paths:
+    """Creates the folders of files that a program writes at its end, so that an impossible path stops it at once. Raises
+    UserError."""
+    for path in map(str, filter(None, paths)):
+        if path.endswith(('/', os.sep)) or Path(path).is_dir():
+            raise UserError(f'{path} is a folder: name a file in it')
         Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -128,6 +128,8 @@ def attempt(chapter, name, text, path):
     """What is to be said of an exercise in a student's file, its text read from path: '' if it is right, BLANK, or a reason."""
     try:
         tree = ast.parse(text, str(path))
+        if sum(find(tree, each) is not None for each in exercises(chapter)) < 2:  # some chapters share a name
+            return f'{path.name} is not {chapter}.py: it does not have its exercises'
         answer = find(tree, name)
         if not isinstance(answer, ast.FunctionDef):
             return f'{path.name} has no function {name} any more; take it again from a fresh homework'
@@ -165,6 +167,7 @@ def child(sender, chapter, name, text, path, limit):
         os.dup2(os.open(os.devnull, os.O_RDWR), stream)
     sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(os.devnull, 'w'), open(os.devnull, 'w')
     sys.path[:] = [str(ROOT), *sys.path, str(path.parent)]
+    torch.compiler.set_stance('force_eager')  # to compile takes longer than the limit
     torch.set_num_threads(1)
     student = threading.get_ident()
 
@@ -203,8 +206,8 @@ def judge(chapter, name, text, path, limit):
 def grade(chapter, path, limit):
     """Prints the score card of a student's file, or of that in a folder; returns how many exercises did not pass."""
     path = path / f'{chapter}.py' if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f'{path}: no such file; --grade takes the folder that {chapter}.py is in, or the file itself')
+    if not path.is_file() or path.suffix != '.py':
+        raise UserError(f'{path}: no such Python file; --grade takes the folder that {chapter}.py is in, or the file itself')
     text = path.read_bytes().decode('utf-8-sig', errors='replace')
     print(f'{CHAPTERS[chapter]}, {path}')
     scored, total, passed, before = 0, 0, 0, None

@@ -51,6 +51,18 @@ def test_order_and_types(tmp_path):
     assert settings['max_iters'] == 2000 and isinstance(settings['max_iters'], int)
     assert settings['learning_rate'] == 1.0 and isinstance(settings['learning_rate'], float)
     assert settings['compile'] is False and settings['out_dir'] == 'here'
+    assert settings_of('--max_iters=2e3', path)['max_iters'] == 2000  # the command line counts more, wherever it names the file
+    other = tmp_path / 'other.py'
+    other.write_text('max_iters = 7\n')
+    assert settings_of(path, '--batch_size=2', str(other))['max_iters'] == 7 and settings_of(other, path)['max_iters'] == 10 ** 4
+
+
+def test_a_config_file_may_import(tmp_path):
+    """Functions, classes and modules are no settings; the file knows where it is."""
+    path = write(tmp_path, 'import math\nfrom math import log\nfrom pathlib import Path\nmax_iters = int(log(math.e)) + 1\n'
+                           'out_dir = Path(__file__).with_suffix("")\n')
+    assert config.execute(path) == dict(max_iters=2, out_dir=tmp_path / 'my')
+    assert settings_of(path)['out_dir'] == str(tmp_path / 'my')
 
 
 def test_integers_are_exact():
@@ -102,7 +114,7 @@ def test_faults_from_the_shell(arguments, message):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('batchsize = 3', "my.py: unknown setting 'batchsize'; did you mean 'batch_size'"),
+    ('batchsize = 3', "my.py: unknown setting 'batchsize'; did you mean 'batch_size'.*; the name of a helper variable begins with _$"),
     ('out_dir = 3', 'my.py: out_dir=3 is not of type str'),
     ('compile = 0', 'my.py: compile=0 is not True or False'),
     ('max_iters = True', 'my.py: max_iters=True is not of type int'),

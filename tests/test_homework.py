@@ -455,7 +455,8 @@ EULER = 'return z + h * velocity_fn(z, t)'
     ('import math\n', 'import math, no_such_package\n', 'flow.py, line {}: ModuleNotFoundError: No module named '),
     ('import math\n', 'exit()\n', 'flow.py, line {}: SystemExit'),
     ('import math\n', '\0', 'source code string cannot contain null bytes'),
-    (None, '', 'flow.py has no function euler any more'),
+    (None, '', 'flow.py is not flow.py: it does not have its exercises'),
+    (None, source('gpt'), 'flow.py is not flow.py'),
 ])
 def test_no_file_crashes_the_grader(old, new, words):
     text = source('flow')
@@ -482,6 +483,12 @@ def test_no_program_stops_the_grader(tmp_path, capfd, new, words):
     assert words.format(line) in ' '.join(out.split()), out
 
 
+def test_nothing_is_compiled(tmp_path):
+    """It would take longer than the limit; this compiler fails at once."""
+    text = source('flow').replace('def euler(', '@torch.compile(backend=lambda *_: 1 / 0)\ndef euler(')
+    assert homework.judge('flow', 'euler', text, tmp_path / 'flow.py', 30) == ''
+
+
 def test_a_file_that_cannot_be_read_has_one_reason(tmp_path, capsys):
     path = tmp_path / 'mine.py'
     path.write_text('def')
@@ -498,6 +505,8 @@ def test_a_file_that_cannot_be_read_has_one_reason(tmp_path, capsys):
     (['forum', '--exercises'], "there is no chapter 'forum': name one of .*; did you mean fourm?"),
     (['gpt', '--grades=a'], "unknown setting 'grades'; did you mean 'grade'"),
     (['gpt', '--grade=no/such'], '--grade takes the folder that gpt.py is in, or the file itself'),
+    (['gpt', f'--grade={ROOT}/README.md'], 'README.md: no such Python file; --grade takes'),
+    (['gpt', '--grade=a', '--limit=-1'], 'limit=-1.0: must be at least 1'),
 ])
 def test_faults_on_the_command_line(arguments, message):
     with pytest.raises(UserError, match=message) as error:

@@ -71,6 +71,9 @@ def test_products_are_all_of_a_step():
 def test_tables(tmp_path, capsys):
     rows = [{'a': 1, 'b': 0.5}, {'a': 2, 'c': 'x'}]
     timing.make_folders(tmp_path / 'new/t', '')
+    for folder in (f'{tmp_path}/other/', tmp_path / 'new'):
+        with pytest.raises(UserError, match='is a folder: name a file in it'):
+            timing.make_folders(tmp_path / 'new/t', folder)
     timing.save(tmp_path / 'new/t', {'One': rows})
     assert json.loads((tmp_path / 'new/t.json').read_text()) == {'One': rows}
     assert (tmp_path / 'new/t.md').read_text() == '### One\n\n| a | b | c |\n|---|---|---|\n| 1 | 0.50 |  |\n| 2 |  | x |\n'
@@ -231,6 +234,7 @@ def test_out_of_memory():
 @pytest.mark.parametrize('arguments, message', [
     ([], 'name a config, such as config/nano4m.py, or --all=True'), (['--repeats=3'], 'name a config'),
     (['config/b.py', '--n_hed=2'], "did you mean 'n_head'"), (['config/b.py', '--part=padding'], "unknown setting 'part'"),
+    (['config/b.py', '--seconds=-1'], 'seconds=-1.0: must be at least 0'),
     (['--all=True', '--n_head=2'], 'n_head: with --all=True configs are measured as they are')])
 def test_faults(arguments, message, here):
     Path('config/b.py').write_text(TINY)
