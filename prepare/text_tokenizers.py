@@ -170,10 +170,11 @@ def load_encoding(path):
             return Characters(saved['alphabet'])
         ranks = {token.encode('latin-1'): i for token, i in saved['ranks'].items()}
         ids = *ranks.values(), *saved['specials'].values()
-        assert END in saved['specials'] and sorted(ids) == list(range(len(ids))), 'ids are not 0, 1, 2, ...'
+        if END not in saved['specials'] or sorted(ids) != list(range(len(ids))):
+            raise ValueError
         return tiktoken.Encoding('saved', pat_str=saved['pattern'], mergeable_ranks=ranks,
                                  special_tokens=saved['specials'])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: missing or no encoding ({type(error).__name__}); delete {Path(path).parent} to make '
                         'it again')
 
