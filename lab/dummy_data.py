@@ -1,12 +1,14 @@
 """
 Random values in the shapes of missing data and weights, for lab/speed.py: speed does not depend on the values.
 
-`write` writes a folder as prepare/NAME.py does. `find_sizes` returns the model settings of published weights.
+`write` writes a folder as prepare/NAME.py does. `resolve` finds the settings of a config, `find_sizes` those of the
+runs that it starts from.
 """
 from pathlib import Path
 
 import numpy as np
 
+import config
 import fourm
 from config import UserError
 from engine import checkpoints
@@ -76,13 +78,23 @@ def write(folder, name, block_size, n=64):
 
 
 def find_sizes(init_from):
-    """{part: checkpoint} of the runs that a config starts from, for config.resolve. For published weights, the entry
-    has only the model settings. Missing runs are left out."""
+    """{part: checkpoint} of the runs that a config starts from, for config.resolve. For published weights, and for the
+    run of a config that is not trained yet, the entry has only the model settings. Raises UserError for other missing
+    runs."""
     found = {}
-    for part, _, name in (entry.rpartition(':') for entry in init_from.split(',')):
-        path = Path('out', name, 'ckpt_last.pt')
+    for entry in init_from.split(',') if init_from not in ('', 'resume', 'scratch') else ():
+        part, _, name = entry.rpartition(':')
+        path = config.ROOT / f'config/{name}.py'
         if name in WEIGHTS:
             found[part] = dict(settings=dict(model='gpt'), model_config=WEIGHTS[name])
-        elif path.is_file():
-            found[part] = checkpoints.read(path)
+        elif path.is_file() and not checkpoints.find(name).is_file():
+            settings = resolve(config.read([path]))[0]
+            found[part] = dict(settings=settings, model_config=settings)
+        else:
+            found |= checkpoints.read_sources(entry)
     return found
+
+
+def resolve(assigned):
+    """(settings of train.py and the model, chapter) of a config, without its data and weights. Raises UserError."""
+    return config.resolve(assigned, config.defaults('train.py'), find_sizes(str(assigned.get('init_from', ('',))[0])))

@@ -9,8 +9,8 @@ The speed of a config on this machine: a training step part by part, eager and c
 First the peaks of the machine are measured: large matrix products in each dtype that it computes natively, and copies.
 FLOPs are counted operator by operator. `of limit` is the FLOP/s of the step over that of the large product. `of roof`
 is the FLOP/s of the step over that of its own matrix products, run one after the other with nothing between them.
-Times are medians, `+-` half of the interquartile range. Missing data and weights are replaced by random values of the
-same shapes.
+Times are medians, `+-` half of the interquartile range. Missing data, and weights that a script or a config makes, are
+replaced by random values of the same shapes.
 
 With --all=True each config has its own process: if one does not fit in memory, the others are still measured.
 """
@@ -35,6 +35,7 @@ import lab
 from config import UserError
 from engine import batches, devices, graphs, optimizers
 from lab import dummy_data, timing
+from lab.dummy_data import resolve
 from lab.timing import timed
 from prepare import arrays
 
@@ -50,12 +51,6 @@ SETTINGS = dict(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A config's model and data
-
-def resolve(assigned):
-    """(settings of train.py and the model, chapter) of a config, without its data and weights. Raises UserError."""
-    sources = dummy_data.find_sizes(str(assigned.get('init_from', ('',))[0]))
-    return config.resolve(assigned, config.defaults('train.py'), sources)
-
 
 @contextmanager
 def built(assigned, device):

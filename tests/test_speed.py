@@ -1,6 +1,7 @@
 """Steps and generation of every chapter are measured, tables complete, faults reported. No test asserts a time."""
 import json
 import os
+import shutil
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import flow
 import fourm
 import gpt
 import maskgit
+import train
 import vlm
 from config import UserError
 from engine import batches, graphs
@@ -90,7 +92,7 @@ def test_dummy_data_fit_every_config(here):
     for path in sorted((ROOT / 'config').glob('[!_]*.py')):
         assigned = config.read([str(path)])
         sizes = dummy_data.find_sizes(assigned.get('init_from', ('',))[0])
-        assert len(sizes) == {'gpt_finetune': 1, 'vlm_smol': 2}.get(path.stem, 0)
+        assert len(sizes) == {'gpt_finetune': 1, 'vlm_smol': 2, 'vlm_scenes': 1, 'vlm_scenes_long': 1}.get(path.stem, 0)
         if 'smol' in path.stem or 'finetune' in path.stem:
             continue  # tested by their sizes alone: hundreds of megabytes
         assigned |= {name: (1, 'test') for name in ('n_layer', 'n_layer_encoder', 'n_layer_decoder', 'vision_layer')
@@ -104,6 +106,18 @@ def test_sizes_of_weights():
     both, _ = speed.resolve(config.read([str(ROOT / 'config/vlm_smol.py')]))
     assert both['vision_embd'] == 768 and both['n_layer'] == 30 and both['activation'] == 'swiglu' and both['block_size'] == 8192
     assert speed.resolve(config.read([str(ROOT / 'config/gpt_finetune.py')]))[0]['n_kv_head'] == 3
+
+
+def test_sizes_of_runs(here, toy):
+    """A run that a config starts from is found as train.py finds it; a missing one is named."""
+    train.main(**toy('gpt') | dict(max_iters=1, n_embd=32, out_dir='there/mine'))
+    shutil.copytree('there/mine', 'out/mine')
+    for name in ('mine', 'there/mine', 'there/mine/ckpt_last.pt'):
+        assert speed.resolve(config.read([], dict(init_from=name)))[0]['n_embd'] == 32
+    for name in ('resume', 'scratch'):
+        assert dummy_data.find_sizes(name) == {}
+    with pytest.raises(UserError, match='out/mien/ckpt_last.pt: no such checkpoint; the nearest are out/mine/ckpt_last.pt'):
+        speed.resolve(config.read([], dict(init_from='mien')))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
