@@ -100,6 +100,12 @@ def enter(out_dir, settings, free, stack):
                         'moves it aside')
     if (message := new_rates(before, settings, checkpoint['step'])) and is_main():
         print(message)
+    evaluated, now = (each['eval_iters'] * each['micro_batch_size'] for each in (before, settings))
+    if evaluated != now and checkpoint['step'] < settings['max_iters']:
+        checkpoint['best'] = math.inf
+        if is_main():
+            print(f'eval_iters x micro_batch_size is {now}, not {evaluated} as before: val_loss is a mean over other '
+                  'samples, and the next evaluation counts as the best so far')
     return checkpoint
 
 

@@ -15,7 +15,7 @@ import pytest
 import train
 from config import UserError
 from engine import runs
-from tests.tiny import GPT, TINY, lines, read, run, save_data
+from tests.tiny import GPT, TINY, lines, losses, read, run, save_data
 
 
 def test_what_a_killed_run_logged_is_done_again(tmp_path):
@@ -177,6 +177,17 @@ def test_another_number_of_steps_changes_the_learning_rates(here, capsys):
     run('out/b', warmup_iters=1, decay=1e-9, max_iters=3, eval_iters=1)
     run('out/b', warmup_iters=1, decay=1e-9, max_iters=4)
     assert 'changes the schedule' not in capsys.readouterr().out
+
+
+def test_losses_over_other_samples_are_not_compared(here, capsys):
+    """Of two evaluations, 2 x 4 and 1 x 2 samples, the later one is the best; the same samples in other micro-batches go on."""
+    def best(**changes):
+        run('out/a', learning_rate=0.0, muon_learning_rate=0.0, warmup_iters=1, decay=1e-9, **changes)
+        return read('out/a')['best'], 'over other samples, and the next' in capsys.readouterr().out
+    first = best(max_iters=3)[0]
+    assert best(max_iters=4, eval_iters=1, micro_batch_size=8) == (min(first, losses('out/a', 'val_loss')[-1]), False)
+    assert best(max_iters=4, eval_iters=1, micro_batch_size=2)[1] is False  # finished: nothing is evaluated
+    assert best(max_iters=5, eval_iters=1, micro_batch_size=2) == (losses('out/a', 'val_loss')[-1], True)
 
 
 def test_weights_and_biases_that_does_not_start(here, monkeypatch):
