@@ -243,7 +243,8 @@ def load_part(model, part, source, folder, meta):
     weights = own or weights
     tokens = not part or any(name.endswith('head.weight') for name in weights)
     now, before = ({name: value for name, value in one.items() if name != 'sums'} for one in (meta, source['meta']))
-    if tokens and now.get('encoding', now) != before.get('encoding', before):
+    equal = meta.get('sums') and meta['sums'] == source['meta'].get('sums')  # made again, perhaps from another path
+    if tokens and not equal and now.get('encoding', now) != before.get('encoding', before):
         raise UserError(f'{folder} has other tokens than the run that init_from names '
                         f'({now.get("encoding", "its own")}, not {before.get("encoding", "these")}): make it with the '
                         'same encoding')

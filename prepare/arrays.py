@@ -82,7 +82,7 @@ def write_header(file, row, n):
 
 def sums_of(folder, meta):
     """{file: SHA-256} of all arrays in a folder, and of those of other data sets to which its meta.json refers."""
-    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob('*.npy'))]
+    files = [path.relative_to(folder).as_posix() for path in sorted([*folder.glob('*.npy'), *folder.glob('*/*.npy')])]
     links = [name for name in meta.get('files', {}).values() if name.startswith('..')]
     files += [f'{split.name}/{name.format(split=split.name)}.npy' for name in links
               for split in sorted(folder.glob('*/')) if (split / f'{name.format(split=split.name)}.npy').is_file()]
@@ -169,9 +169,11 @@ def holds(now, before):
 
 
 def difference(now, before):
-    """In words, what `holds` misses first; '' if nothing."""
+    """In words, what `holds` misses first; '' if nothing. With sums, settings (paths, for example) and quality (the
+    accuracy of a network trained again) may differ."""
     sums, other = (meta.get('sums', {}) for meta in (before, now))
     changed = [name for name in sums if other.get(name) != sums[name]]
+    before = {name: value for name, value in before.items() if not (sums and name in ('settings', 'quality'))}
     return '' if holds(now, before) else f'{changed[0]} has other contents' if changed else 'its meta.json differs'
 
 

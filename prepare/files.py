@@ -38,7 +38,7 @@ def writing(path):
     one of a data set removes its meta.json. Raises UserError, and leaves all as it was, if that is impossible: the disk
     is full, or on Windows a program reads the older file."""
     new, meta, text = Path(f'{path}.tmp'), None, None
-    for folder in Path(path).resolve().parents[:2]:  # of the data set, or of a split
+    for folder in map(Path.resolve, Path(path).parents[:2]):  # of the data set, or of a split, which may be a link
         if folder in LOCKS and not KEEPS_META[folder] and Path(path).suffix != '.tmp':
             meta = folder / 'meta.json'
     try:

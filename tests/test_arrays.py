@@ -231,9 +231,9 @@ def test_every_row_has_a_target(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Other data
 
-def write_text(letters):
-    Path('a.txt').write_text(letters * 300)
-    text.main(input='a.txt', out='data/toy')
+def write_text(letters, path='a.txt'):
+    Path(path).write_text(letters * 300)
+    text.main(input=path, out='data/toy')
 
 
 def test_data_that_are_made_again_under_a_run(tmp_path, monkeypatch, capsys):
@@ -257,7 +257,7 @@ def test_data_that_are_made_again_under_a_run(tmp_path, monkeypatch, capsys):
                     'data that it began with, without samples' for step in (4, 6)]
     with pytest.raises(UserError, match='data/toy is not the data that this run was trained on .train/tokens.npy has other'):
         train.main(out_dir='out/b', **settings | dict(max_iters=8))
-    write_text('abcdefgh')  # the same again
+    write_text('abcdefgh', 'b.txt')  # the same again, from another path
     train.main(out_dir='out/b', **settings | dict(max_iters=8))
     Path('data/toy/meta.json').unlink()
     assert arrays.changed('data/toy', {}) == 'data/toy is being made again'
@@ -324,6 +324,18 @@ def test_a_full_disk(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / 'train').iterdir()] == ['a.npy']
 
 
+def test_links_to_other_disks(tmp_path, monkeypatch):
+    """A split whose folder is a link is in the sums, and a rebuild of it removes meta.json."""
+    monkeypatch.chdir(tmp_path)
+    Path('data/toy').mkdir(parents=True), Path('big').mkdir()
+    Path('data/toy/train').symlink_to(tmp_path / 'big')
+    write_text('abcdefgh')
+    assert {*arrays.read_meta('data/toy')['sums']} == {'train/tokens.npy', 'val/tokens.npy'}
+    arrays.write('data/toy/train', dict(tokens=np.arange(3)))
+    assert not Path('data/toy/meta.json').exists() and len(np.load('big/tokens.npy')) == 3
+    files.release('data/toy')
+
+
 def test_rows_one_by_one(tmp_path):
     whole = np.random.default_rng(0).integers(0, 99, (1234, 5, 3)).astype(np.int16)
     arrays.write_rows(tmp_path / 'train', 'a', iter(whole))
@@ -333,8 +345,10 @@ def test_rows_one_by_one(tmp_path):
 
 
 def test_other_data_than_the_runs_own(here):
-    run('out/a', max_iters=3)
+    """Without sums, settings are compared."""
     path = Path('data/scenes/meta.json')
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != 'sums'}))
+    run('out/a', max_iters=3)
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 7'))
     with pytest.raises(UserError, match='data/scenes is not the data that this run was trained on'):
         run('out/a')
