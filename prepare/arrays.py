@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from config import UserError, elsewhere
 from engine import processes
@@ -36,12 +36,10 @@ def begin(folder, prepare='', keep_meta=False):
     adds fields. Raises UserError if another process is making the data set, or if another script than `prepare` made
     it."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = LOCKS.setdefault(folder.resolve(), FileLock(folder / 'lock'))
     try:
-        lock.acquire(timeout=0)
+        if folder.resolve() not in LOCKS:
+            LOCKS[folder.resolve()] = processes.acquire(folder / 'lock', 0, 'choose another --out=').lock
     except Timeout:
-        del LOCKS[folder.resolve()]
         raise UserError(f'{folder}: another process is making this data set; wait for it, or choose another --out= '
                         f'(if it died on another node, delete {folder}/lock)')
     if prepare and (folder / 'meta.json').is_file() and (other := read_meta(folder)['prepare']) != prepare:

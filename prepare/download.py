@@ -84,8 +84,7 @@ def mismatch(path, digest):
 
 def fetch_once(url, path, digest):
     """Downloads a file. Of two processes, the second one waits and finds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with waiting(f'{path}.lock'):
+    with waiting(f'{path}.lock', 'set NANO_CACHE to another folder'):
         if path.is_file():
             return
         part = path.with_name(f'{path.name}.part')

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from config import UserError
 from engine.checkpoints import replace
+from engine.processes import make_folder
 
 LOCKS = {}  # {data folder: its lock} of the data sets that this process is making
 KEEPS_META = {}  # {data folder: whether a script only adds fields to it}
@@ -41,8 +42,8 @@ def writing(path):
     for folder in map(Path.resolve, Path(path).parents[:2]):  # of the data set, or of a split, which may be a link
         if folder in LOCKS and not KEEPS_META[folder] and Path(path).suffix != '.tmp':
             meta = folder / 'meta.json'
+    make_folder(new.parent, 'choose another --out=')
     try:
-        new.parent.mkdir(parents=True, exist_ok=True)
         with open(new, 'wb') as file:
             yield file
         if meta and meta.is_file():
@@ -52,7 +53,8 @@ def writing(path):
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         if text:
             meta.write_bytes(text)
-        remedy = 'end the program that reads it' if isinstance(error, PermissionError) else 'free disk space'
+        forbidden = isinstance(error, PermissionError)
+        remedy = 'get permission, end a program that reads it' if forbidden else 'free disk space'
         raise UserError(f'{path}: cannot be written ({getattr(error, "strerror", "") or error}); {remedy}, or choose '
                         'another --out=')
     finally:

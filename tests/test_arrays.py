@@ -548,7 +548,7 @@ def test_a_file_that_another_program_reads(tmp_path, monkeypatch):
         raise PermissionError(13, 'Access is denied')
     monkeypatch.setattr(files, 'replace', refuse)
     arrays.begin('data/toy')
-    with pytest.raises(UserError, match='train/tokens.npy: cannot be written .Access is denied.; end the program that reads it, or'):
+    with pytest.raises(UserError, match='train/tokens.npy: cannot be written .Access is denied.; get permission, end a program that reads it, or'):
         arrays.write('data/toy/train', dict(tokens=np.zeros(4, np.uint8)))
     arrays.release('data/toy')
     assert Path('data/toy/meta.json').read_bytes() == before

@@ -254,7 +254,7 @@ def test_hash_told_by_the_server():
 
 def test_cache_folder_is_a_file(server):
     server.cache.write_text('')
-    with pytest.raises(UserError, match='file.bin cannot be written .*; free disk space, or set NANO_CACHE to another folder'):
+    with pytest.raises(UserError, match='cache is a file or a link to nothing: remove it, or set NANO_CACHE to another folder'):
         download(server.url + 'file.bin', 'file.bin')
 
 
@@ -268,7 +268,7 @@ def test_two_processes_fetch_a_file_once(server):
 
 def test_two_processes_on_a_file_system_that_does_not_lock(server, monkeypatch):
     """As Lustre with localflock on two nodes. The length of the file tells, where there is no digest."""
-    monkeypatch.setattr(module, 'waiting', nullcontext)
+    monkeypatch.setattr(module, 'waiting', lambda *_: nullcontext())
     leave_part(server, CONTENT[:1000])
     server.faults = ['beside']
     assert download(server.url + 'file.bin', 'file.bin').read_bytes() == CONTENT
