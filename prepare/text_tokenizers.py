@@ -27,6 +27,7 @@ from prepare.download import cache_folder
 
 END = '<|endoftext|>'
 LONGEST = 100  # characters of a word in the training of a byte-pair encoding
+GPT2_FILES = '6d1cbeee0f20b3d9449abfede4726ed8212e3aee', '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6'  # tiktoken's names
 # words: a token never extends over two words
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -55,12 +56,14 @@ class Characters:
 
 def gpt2_encoding():
     """The encoding of GPT-2. Its two files are downloaded once; without internet, copy them to NANO_CACHE/tiktoken."""
-    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(cache_folder() / 'tiktoken'))
+    before = os.environ.get('TIKTOKEN_CACHE_DIR', '')
+    os.environ['TIKTOKEN_CACHE_DIR'] = folder = os.path.expanduser(before or cache_folder() / 'tiktoken')
     try:
         return tiktoken.get_encoding('gpt2')
     except (OSError, ValueError) as error:  # ValueError: another hash, as of a page for a login
-        raise UserError(f'GPT-2\'s encoding is not in {os.environ["TIKTOKEN_CACHE_DIR"]} and cannot be downloaded '
-                        f'({error}); run this again, or copy its two files there from a machine that has them')
+        os.environ['TIKTOKEN_CACHE_DIR'] = before  # NANO_CACHE may be another one in the next call
+        raise UserError(f'GPT-2\'s encoding is not in {folder} and cannot be downloaded ({error}); run this again, or '
+                        f'copy its two files there from a machine that has them: {" and ".join(GPT2_FILES)}')
 
 
 def merge(ids, pair, new):
