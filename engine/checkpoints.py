@@ -129,6 +129,16 @@ def digest(path):
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
+def check_readable(path):
+    """Raises UserError if there is such a file, but the system does not open it, as one of another user."""
+    try:
+        open(path, 'rb').close()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        pass  # the program that reads it says what is missing
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror}): get permission to read it, or use another folder')
+
+
 def find(name):
     """The path of ckpt_last.pt of the run with this name or folder, or of the checkpoint with this file. Weights that
     prepare/NAME.py downloads are downloaded on their first use."""
@@ -143,6 +153,7 @@ def find(name):
 def load_network(path, build, what, remedy=''):
     """A small network of a data set from its file, in evaluation mode: build(saved) constructs it, then
     saved['weights'] are loaded. Raises UserError."""
+    check_readable(path)
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         network = build(saved)

@@ -23,7 +23,7 @@ from filelock import Timeout
 
 from config import UserError, elsewhere
 from engine import processes
-from engine.checkpoints import digest
+from engine.checkpoints import check_readable, digest
 from prepare.files import KEEPS_META, LOCKS, release, writing
 
 
@@ -105,13 +105,18 @@ def save_meta(folder, meta):
 def read_meta(folder):
     """data/NAME/meta.json as a dict. Raises UserError."""
     path = Path(folder, 'meta.json')
+    check_readable(path)
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
-        assert meta['kind'] in ('rows', 'stream') and meta['prepare'] and meta['fields'] and meta['config'] is not None
-        for name, kind, least in (('fields', int, 0), ('views', int, 1), ('files', str, ''), ('index', str, '')):
+        assert meta['kind'] in ('rows', 'stream') and meta['fields']
+        assert isinstance(meta['prepare'], str) and isinstance(meta['config'], dict)
+        for name, kind, least in (('fields', int, 0), ('views', int, 1), ('files', str, ''), ('index', str, ''),
+                                  ('sums', str, '')):
             assert all(isinstance(value, kind) and value >= least for value in meta.get(name, {}).values())
+        assert all(name.format(split='train') for name in meta.get('files', {}).values())
         assert len(set(meta.get('views', {}).values())) < 2, 'its fields have different numbers of views'
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        assert meta['kind'] == 'rows' or not meta.get('views'), 'a stream has no views'
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f'{path}: not the description of a data set ({str(error) or type(error).__name__}); correct it '
                         f'or delete {folder} and run python -m prepare.{Path(folder).name}')
     return meta
@@ -130,6 +135,7 @@ def find(dataset):
 
 def load(path):
     """A memory-mapped array. Raises UserError."""
+    check_readable(path)
     try:
         array = np.load(path, mmap_mode='r')
         assert array.ndim and array.dtype.kind in 'iufb', f'not an array of numbers: {array.dtype}'

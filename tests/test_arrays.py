@@ -14,7 +14,7 @@ from filelock import FileLock
 import config
 import train
 from config import UserError
-from engine import processes
+from engine import checkpoints, processes
 from prepare import arrays, files, multiclevr, scenes, text, toy2d
 from tests.tiny import GPT, losses, run, save_data
 
@@ -106,11 +106,25 @@ def test_damaged_data(here):
 
 
 @pytest.mark.parametrize('entry', [dict(fields=['tokens']), dict(views=['tokens']), dict(views=dict(tokens=0)), dict(views=dict(a=2, b=4)), dict(fields=dict(tokens=9.5)),
-                                   dict(files=dict(tokens=3)), dict(index=3)])
+                                   dict(files=dict(tokens=3)), dict(index=3), dict(files=dict(tokens='{x}')), dict(files=dict(tokens='{}')), dict(config=[]),
+                                   dict(sums=[]), dict(prepare=['x']), dict(kind='stream', views=dict(tokens=2))])
 def test_meta_json_of_a_wrong_kind(tmp_path, entry):
-    save_data(tmp_path, 'rows', np.zeros((9, 9), int), np.zeros((9, 9), int), **entry)
+    save_data(tmp_path, **dict(kind='rows') | entry, train_array=np.zeros((9, 9), int), val_array=np.zeros((9, 9), int))
     with pytest.raises(UserError, match='meta.json: not the description of a data set'):
         arrays.read_meta(tmp_path)
+
+
+@pytest.mark.parametrize('error', [PermissionError(13, 'Permission denied'), OSError(24, 'Too many open files')])
+def test_files_that_the_system_does_not_open(tmp_path, monkeypatch, error):
+    """As those of another user: nothing is wrong with them, and none has to be deleted."""
+    def refuse(path, mode):
+        raise error
+    save_data(tmp_path, 'rows', np.zeros((9, 9), int), np.zeros((9, 9), int))
+    monkeypatch.setattr(checkpoints, 'open', refuse, raising=False)
+    for read in (lambda: arrays.read_meta(tmp_path), lambda: arrays.load(tmp_path / 'train/tokens.npy'),
+                 lambda: checkpoints.load_network(tmp_path / 'meta.json', None, 'a network')):
+        with pytest.raises(UserError, match=f': cannot be read .{error.strerror}.: get permission to read it, or use another folder$'):
+            read()
 
 
 def test_fields_that_belong_together(tmp_path):
