@@ -134,6 +134,16 @@ def digest(path):
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
+def check_readable(path):
+    """Raises UserError if there is such a file, but the system does not open it, as one of another user."""
+    try:
+        open(path, 'rb').close()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        pass  # the program that reads it says what is missing
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror}): get permission to read it, or use another folder')
+
+
 def find(name):
     """The path of ckpt_last.pt of the run with this name (in out/) or folder, or of the checkpoint with this file.
     Weights that prepare/NAME.py downloads are downloaded on their first use."""
@@ -149,6 +159,7 @@ def find(name):
 def load_network(path, build, what, remedy=''):
     """A small network of a data set from its file, in evaluation mode: build(saved) constructs it, then
     saved['weights'] are loaded. Raises UserError."""
+    check_readable(path)
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         network = build(saved)
@@ -249,7 +260,8 @@ def load_part(model, part, source, folder, meta):
     weights = own or weights
     tokens = not part or any(name.endswith('head.weight') for name in weights)
     now, before = ({name: value for name, value in one.items() if name != 'sums'} for one in (meta, source['meta']))
-    if tokens and now.get('encoding', now) != before.get('encoding', before):
+    equal = meta.get('sums') and meta['sums'] == source['meta'].get('sums')  # made again, perhaps from another path
+    if tokens and not equal and now.get('encoding', now) != before.get('encoding', before):
         name = before.get('encoding', '')
         name = f'data/{source["settings"]["dataset"]}' if '-' in name else name  # bpe-1A2B3C4D: trained on that text
         raise UserError(f'{folder} has other tokens than the run that init_from names '

@@ -65,21 +65,41 @@ def barrier():
         dist.barrier()
 
 
-@contextmanager
-def waiting(path):
-    """Holds the lock file `path`. While another process has it, this one waits, and says so."""
-    held = FileLock(path)
+def make_folder(folder, remedy):
+    """Makes a folder, and those above it, unless it exists. Raises UserError."""
     try:
-        held.acquire(timeout=1)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
+        raise UserError(f'{there} is a file or a link to nothing: remove it, or {remedy}')
+    except OSError as error:
+        raise UserError(f'{folder} cannot be made ({error.strerror}): {remedy}')
+
+
+def acquire(path, timeout, remedy):
+    """Holds the lock file `path`, as a context; makes its folder. Raises Timeout after `timeout` seconds, UserError if
+    the file cannot be written, as one of another user."""
+    make_folder(Path(path).parent, remedy)
+    try:
+        return FileLock(path).acquire(timeout=timeout)
+    except Timeout:  # an OSError, too
+        raise
+    except OSError as error:
+        raise UserError(f'{path} cannot be written ({error.strerror}): ask its owner for permission, or {remedy}')
+
+
+@contextmanager
+def waiting(path, remedy='use a folder of your own'):
+    """Holds the lock file `path`. While another process has it, this one waits, and says so."""
+    try:
+        held = acquire(path, 1, remedy)
     except Timeout:
         if is_main():
             print(f'waiting for the process that holds {path} (if it died on another node, delete this file)',
                   flush=True)
-        held.acquire()
-    try:
+        held = acquire(path, -1, remedy)
+    with held:
         yield
-    finally:
-        held.release()
 
 
 def make_once(name, path):
@@ -88,7 +108,6 @@ def make_once(name, path):
     UserError."""
     if path.is_file():
         return
-    path.parent.parent.mkdir(parents=True, exist_ok=True)
     with waiting(f'{path.parent}.lock'):
         if path.is_file():
             return

@@ -13,7 +13,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from config import UserError
 from engine import checkpoints, optimizers, processes
@@ -32,12 +32,7 @@ def folder_of(settings, arguments):
 def lock(out_dir):
     """The lock of a run folder. The system releases it when the process ends, also after a crash. Raises UserError."""
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UserError(f'{out_dir} is a file or a link to nothing: remove it, or choose another --out_dir=')
-    held = FileLock(out_dir / 'lock')
-    try:
-        return held.acquire(timeout=0)
+        return processes.acquire(out_dir / 'lock', 0, 'choose another --out_dir=')
     except Timeout:
         srun = 'RANK' not in os.environ and os.environ.get('SLURM_NTASKS', '1') != '1'
         raise UserError(f'{out_dir}: another process is training there; wait for it, or choose another --out_dir='

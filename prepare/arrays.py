@@ -19,12 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from config import UserError, elsewhere
 from engine import processes
-from engine.checkpoints import digest
+from engine.checkpoints import check_readable, digest
 from prepare.files import KEEPS_META, LOCKS, release, writing
+
+# of meta.json, where sums compare the contents: paths, and what was measured
+UNCOMPARED = 'settings', 'quality', 'bytes_per_token'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,12 +39,10 @@ def begin(folder, prepare='', keep_meta=False):
     adds fields. Raises UserError if another process is making the data set, or if another script than `prepare` made
     it."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = LOCKS.setdefault(folder.resolve(), FileLock(folder / 'lock'))
     try:
-        lock.acquire(timeout=0)
+        if folder.resolve() not in LOCKS:
+            LOCKS[folder.resolve()] = processes.acquire(folder / 'lock', 0, 'choose another --out=').lock
     except Timeout:
-        del LOCKS[folder.resolve()]
         raise UserError(f'{folder}: another process is making this data set; wait for it, or choose another --out= '
                         f'(if it died on another node, delete {folder}/lock)')
     if prepare and (folder / 'meta.json').is_file() and (other := read_meta(folder)['prepare']) != prepare:
@@ -83,7 +84,7 @@ def write_header(file, row, n):
 def sums_of(folder, meta):
     """{file: SHA-256} of all arrays in a folder, of its vocabularies (*.json), and of the arrays of other data sets to
     which its meta.json refers."""
-    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob('*.npy'))]
+    files = [path.relative_to(folder).as_posix() for path in sorted([*folder.glob('*.npy'), *folder.glob('*/*.npy')])]
     files += [path.name for path in sorted(folder.glob('*.json')) if path.name != 'meta.json']
     links = [name for name in meta.get('files', {}).values() if name.startswith('..')]
     files += [f'{split.name}/{name.format(split=split.name)}.npy' for name in links
@@ -109,16 +110,23 @@ def save_meta(folder, meta):
 def read_meta(folder):
     """data/NAME/meta.json as a dict. Raises UserError."""
     path = Path(folder, 'meta.json')
+    check_readable(path)
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
-        if meta['kind'] not in ('rows', 'stream') or not meta['prepare'] or not meta['fields'] or meta['config'] is None:
-            raise ValueError('kind, prepare, fields or config is empty or unknown')
-        for name, kind, least in (('fields', int, 0), ('views', int, 1), ('files', str, ''), ('index', str, '')):
+        if meta['kind'] not in ('rows', 'stream') or not meta['fields']:
+            raise ValueError('its kind is unknown, or it has no fields')
+        if not isinstance(meta['prepare'], str) or not isinstance(meta['config'], dict):
+            raise ValueError('prepare is no name, or config no dict')
+        for name, kind, least in (('fields', int, 0), ('views', int, 1), ('files', str, ''), ('index', str, ''),
+                                  ('sums', str, '')):
             if not all(isinstance(value, kind) and value >= least for value in meta.get(name, {}).values()):
-                raise ValueError(f'{name} are not of type {kind.__name__} or too small')
-        if len(set(meta.get('views', {}).values())) > 1:
-            raise ValueError('its fields have different numbers of views')
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f'{name} are not of type {kind.__name__}, or too small')
+        for file in meta.get('files', {}).values():
+            file.format(split='train')  # raises KeyError for another {word}
+        views = set(meta.get('views', {}).values())
+        if len(views) > 1 or views and meta['kind'] == 'stream':
+            raise ValueError('its fields have different numbers of views, or those of a stream have views')
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: not the description of a data set ({str(error) or type(error).__name__}); correct it '
                         f'or delete {folder} and run python -m prepare.{Path(folder).name}')
     return meta
@@ -137,6 +145,7 @@ def find(dataset):
 
 def load(path):
     """A memory-mapped array. Raises UserError."""
+    check_readable(path)
     try:
         array = np.load(path, mmap_mode='r')
         if not array.ndim or array.dtype.kind not in 'iufb':
@@ -179,9 +188,11 @@ def holds(now, before):
 
 
 def difference(now, before):
-    """In words, what `holds` misses first; '' if nothing."""
+    """In words, what `holds` misses first; '' if nothing. With sums, the entries of UNCOMPARED may
+    differ."""
     sums, other = (meta.get('sums', {}) for meta in (before, now))
     changed = [name for name in sums if other.get(name) != sums[name]]
+    before = {name: value for name, value in before.items() if not (sums and name in UNCOMPARED)}
     return '' if holds(now, before) else f'{changed[0]} has other contents' if changed else 'its meta.json differs'
 
 

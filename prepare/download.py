@@ -20,6 +20,7 @@ TIMEOUT = 10, 60    # seconds to wait for a connection, and for the next bytes
 VALIDATORS = 'ETag', 'Last-Modified'  # headers that tell versions of a file apart (RFC 9110, section 8.8)
 PAUSES = 1, 3, 10   # seconds before the second, third and last attempt
 HTML = 'text/html', 'application/xhtml+xml'
+CONNECTION = 'address, proxy or certificates (HTTPS_PROXY, REQUESTS_CA_BUNDLE)'
 PAGE = 'a web page instead of the file; does the network ask for a login?'
 
 
@@ -44,32 +45,41 @@ def download(url, name, digest=''):
     try:
         if not path.is_file():
             fetch_once(url, path, digest)
-        elif fault := mismatch(path, digest):
+        elif fault := unusable(path) or mismatch(path, digest):
             raise UserError(f'{path}: {fault}; delete it and run this again, or copy the right file there from {url}')
-    except requests.RequestException as error:
-        reason = type(error).__name__ if error.response is None else f'HTTP {error.response.status_code}'
+    except (requests.RequestException, ValueError) as error:  # ValueError: of urllib3, a malformed address
+        reason = f'HTTP {status_of(error)}' if status_of(error) else type(error).__name__
         reason += f': {error}' * is_setting(error)
-        raise UserError(f'{url} cannot be downloaded ({reason}); run this again to resume it, or copy the file to '
-                        f'{path}')
+        remedy = f'correct the {CONNECTION}' if is_setting(error) else 'run this again to resume it'
+        raise UserError(f'{url} cannot be downloaded ({reason}); {remedy}, or copy the file to {path}')
     except OSError as error:
         if not error.strerror:  # requests: the file of certificates is missing
-            raise UserError(f'{url} cannot be downloaded ({error})')
-        raise UserError(f'{path} cannot be written ({error.strerror}); free disk space, or set NANO_CACHE to another '
-                        'folder')
+            raise UserError(f'{url} cannot be downloaded ({error}); correct the {CONNECTION}')
+        raise UserError(f'{path} cannot be read or written ({error.strerror}); get permission, free disk space, or set '
+                        'NANO_CACHE to another folder')
     return path
 
 
+def status_of(error):
+    """The HTTP status in an error of requests, otherwise None."""
+    return getattr(getattr(error, 'response', None), 'status_code', None)
+
+
 def is_setting(error):
-    """Whether a fault of requests is one of an address or a proxy, which another attempt cannot mend."""
-    return isinstance(error, ValueError)
+    """Whether the fault is one of an address, a proxy or a certificate, which another attempt cannot mend."""
+    return isinstance(error, (ValueError, requests.exceptions.ProxyError)) or 'CERTIFICATE_VERIFY_FAILED' in str(error)
 
 
 def unusable(path):
-    """A message if a file is empty or a web page, otherwise ''."""
+    """A message if a file is empty, a web page or a pointer of Git LFS, otherwise ''."""
     with open(path, 'rb') as file:
         start = file.read(1000).lstrip(b'\xef\xbb\xbf \t\r\n').lower()
+    if not start:
+        return 'an empty file'
+    if start.startswith(b'version https://git-lfs'):
+        return 'a pointer of Git LFS instead of the file'
     page = re.match(rb'(<\?xml.*?\?>|<!--.*?-->|\s)*+<(!doctype\s+)?html', start, re.DOTALL)
-    return PAGE if page else '' if start else 'the server sent nothing'
+    return PAGE if page else ''
 
 
 def mismatch(path, digest):
@@ -84,14 +94,13 @@ def mismatch(path, digest):
 
 def fetch_once(url, path, digest):
     """Downloads a file. Of two processes, the second one waits and finds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with waiting(f'{path}.lock'):
+    with waiting(f'{path}.lock', 'set NANO_CACHE to another folder'):
         if path.is_file():
             return
         part = path.with_name(f'{path.name}.part')
         from_server = fetch(url, part)
         part.with_suffix('.version').unlink(missing_ok=True)
-        if fault := mismatch(part, digest or from_server) or unusable(part):
+        if fault := unusable(part) or mismatch(part, digest or from_server):
             part.unlink()  # or the next run would resume it
             raise UserError(f'{url}: {fault}; the download has been deleted, run this again')
         os.replace(part, path)
@@ -104,8 +113,8 @@ def fetch(url, part):
         try:
             return stream(url, part)
         except requests.RequestException as error:
-            status = None if error.response is None else error.response.status_code
-            final = is_setting(error) or status is not None and status < 500 and status != 429
+            status = status_of(error)
+            final = is_setting(error) or status and status < 500 and status != 429
             if pause is None or final:
                 raise
             print(f'{type(error).__name__}: trying again in {pause} s')
@@ -128,6 +137,8 @@ def stream(url, part):
         told = [sent.rpartition('/')[2] or str(left or ''), *(response.headers.get(name, '') for name in VALIDATORS)]
         before = version.read_text(encoding='utf-8').split('\n') if size and version.is_file() else []
         other = any(a and b and a != b for a, b in zip(told, before))  # an answer may lack one of them
+        if told[0] in ('', '*') and told[1:] == before[1:]:
+            told[0] = before[0]  # the size by an earlier answer
         if status == 416 and sent == f'bytes */{size}' and not other:  # nothing is left
             return server_digest(response)
         if status in (412, 416) or status == 206 and (other or not sent.startswith(f'bytes {size}-')):

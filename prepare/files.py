@@ -11,6 +11,7 @@ import torch
 
 from config import UserError
 from engine.checkpoints import replace
+from engine.processes import make_folder
 
 LOCKS = {}  # {data folder: its lock} of the data sets that this process is making
 KEEPS_META = {}  # {data folder: whether a script only adds fields to it}
@@ -42,11 +43,11 @@ def writing(path):
     one of a data set removes its meta.json. Raises UserError, and leaves all as it was, if that is impossible: the disk
     is full, or on Windows a program reads the older file."""
     new, meta, text = Path(f'{path}.tmp'), None, None
-    for folder in Path(path).resolve().parents[:2]:  # of the data set, or of a split
+    for folder in map(Path.resolve, Path(path).parents[:2]):  # of the data set, or of a split, which may be a link
         if folder in LOCKS and not KEEPS_META[folder] and Path(path).suffix != '.tmp':
             meta = folder / 'meta.json'
+    make_folder(new.parent, 'choose another --out=')
     try:
-        new.parent.mkdir(parents=True, exist_ok=True)
         with open(new, 'wb') as file:
             yield file
         if meta and meta.is_file():
@@ -56,7 +57,8 @@ def writing(path):
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         if text:
             meta.write_bytes(text)
-        remedy = 'end the program that reads it' if isinstance(error, PermissionError) else 'free disk space'
+        forbidden = isinstance(error, PermissionError)
+        remedy = 'get permission, end a program that reads it' if forbidden else 'free disk space'
         raise UserError(f'{path}: cannot be written ({getattr(error, "strerror", "") or error}); {remedy}, or choose '
                         'another --out=')
     finally:

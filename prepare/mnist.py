@@ -63,7 +63,7 @@ def read_idx(path, md5):
     values. Raises UserError if its contents have another md5."""
     try:
         data = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f'{path}: truncated or not a gzip file ({type(error).__name__}); delete it and run this again')
     if (found := hashlib.md5(data).hexdigest()) != md5:
         raise UserError(f'{path}: the md5 of its decompressed contents is {found}, expected {md5}; delete it and run '

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError
+from engine.processes import make_folder
 from prepare import arrays
 from prepare.files import making
 from prepare.scenes import caption, drawing, parse_text, scene_desc, typical, words
@@ -160,7 +161,7 @@ def count_done(path, stems):
 def pack(source, folder, split, stems, pool, size=50):
     """Reads the remaining samples of a split into FIELD.npy and texts.jsonl. The lines of a chunk are written last."""
     path = folder / split
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path, 'choose another --out')
     done = count_done(path / 'texts.jsonl', stems)
     try:
         wholes = [np.lib.format.open_memmap(path / f'{name}.npy', 'r+' if done else 'w+', np.uint16,

@@ -22,6 +22,7 @@ import tiktoken
 from tqdm import tqdm
 
 from config import UserError
+from engine.checkpoints import check_readable
 from prepare.arrays import writing
 from prepare.download import cache_folder
 
@@ -29,6 +30,7 @@ END = '<|endoftext|>'
 LONGEST = 100  # characters of a word in the training of a byte-pair encoding
 LONGEST_RUN = 50_000  # characters
 LONG_RUN = re.compile(rf'(?<!\S)\S{{{LONGEST_RUN},}}|(?<!\s)\s{{{LONGEST_RUN},}}')
+GPT2_FILES = '6d1cbeee0f20b3d9449abfede4726ed8212e3aee', '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6'  # tiktoken's names
 # words: a token never extends over two words
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -77,12 +79,14 @@ def encode(encoding, text):
 
 def gpt2_encoding():
     """The encoding of GPT-2. Its two files are downloaded once; without internet, copy them to NANO_CACHE/tiktoken."""
-    os.environ['TIKTOKEN_CACHE_DIR'] = os.environ.get('TIKTOKEN_CACHE_DIR') or str(cache_folder() / 'tiktoken')
+    before = os.environ.get('TIKTOKEN_CACHE_DIR', '')
+    os.environ['TIKTOKEN_CACHE_DIR'] = folder = os.path.expanduser(before or cache_folder() / 'tiktoken')
     try:
         return tiktoken.get_encoding('gpt2')
     except (OSError, ValueError) as error:  # ValueError: another hash, as of a page for a login
-        raise UserError(f'GPT-2\'s encoding is not in {os.environ["TIKTOKEN_CACHE_DIR"]} and cannot be downloaded '
-                        f'({error}); run this again, or copy its two files there from a machine that has them')
+        os.environ['TIKTOKEN_CACHE_DIR'] = before  # NANO_CACHE may be another one in the next call
+        raise UserError(f'GPT-2\'s encoding is not in {folder} and cannot be downloaded ({error}); run this again, or '
+                        f'copy its two files there from a machine that has them: {" and ".join(GPT2_FILES)}')
 
 
 def merge(ids, pair, new):
@@ -164,6 +168,7 @@ def save_encoding(path, encoding):
 def load_encoding(path):
     """Reads a file of save_encoding. tiktoken's own loader caches files by path and could return an old one. Raises
     UserError: tiktoken itself panics at some damaged files."""
+    check_readable(path)
     try:
         saved = json.loads(Path(path).read_text(encoding='utf-8'))
         if 'alphabet' in saved:
@@ -218,6 +223,7 @@ def save_words(path, words):
 
 def load_words(path):
     """The encoding of the words in a JSON file. Raises UserError."""
+    check_readable(path)
     try:
         return word_encoding(Path(path).stem, json.loads(Path(path).read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError, AttributeError, AssertionError) as error:

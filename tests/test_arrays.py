@@ -14,7 +14,7 @@ from filelock import FileLock
 import config
 import train
 from config import UserError
-from engine import processes
+from engine import checkpoints, processes
 from prepare import arrays, files, multiclevr, scenes, text, toy2d
 from tests.tiny import GPT, losses, run, save_data
 
@@ -106,11 +106,25 @@ def test_damaged_data(here):
 
 
 @pytest.mark.parametrize('entry', [dict(fields=['tokens']), dict(views=['tokens']), dict(views=dict(tokens=0)), dict(views=dict(a=2, b=4)), dict(fields=dict(tokens=9.5)),
-                                   dict(files=dict(tokens=3)), dict(index=3)])
+                                   dict(files=dict(tokens=3)), dict(index=3), dict(files=dict(tokens='{x}')), dict(files=dict(tokens='{}')), dict(config=[]),
+                                   dict(sums=[]), dict(prepare=['x']), dict(kind='stream', views=dict(tokens=2))])
 def test_meta_json_of_a_wrong_kind(tmp_path, entry):
-    save_data(tmp_path, 'rows', np.zeros((9, 9), int), np.zeros((9, 9), int), **entry)
+    save_data(tmp_path, **dict(kind='rows') | entry, train_array=np.zeros((9, 9), int), val_array=np.zeros((9, 9), int))
     with pytest.raises(UserError, match='meta.json: not the description of a data set'):
         arrays.read_meta(tmp_path)
+
+
+@pytest.mark.parametrize('error', [PermissionError(13, 'Permission denied'), OSError(24, 'Too many open files')])
+def test_files_that_the_system_does_not_open(tmp_path, monkeypatch, error):
+    """As those of another user: nothing is wrong with them, and none has to be deleted."""
+    def refuse(path, mode):
+        raise error
+    save_data(tmp_path, 'rows', np.zeros((9, 9), int), np.zeros((9, 9), int))
+    monkeypatch.setattr(checkpoints, 'open', refuse, raising=False)
+    for read in (lambda: arrays.read_meta(tmp_path), lambda: arrays.load(tmp_path / 'train/tokens.npy'),
+                 lambda: checkpoints.load_network(tmp_path / 'meta.json', None, 'a network')):
+        with pytest.raises(UserError, match=f': cannot be read .{error.strerror}.: get permission to read it, or use another folder$'):
+            read()
 
 
 def test_fields_that_belong_together(tmp_path):
@@ -231,9 +245,9 @@ def test_every_row_has_a_target(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Other data
 
-def write_text(letters):
-    Path('a.txt').write_text(letters * 300)
-    text.main(input='a.txt', out='data/toy')
+def write_text(letters, path='a.txt'):
+    Path(path).write_text(letters * 300)
+    text.main(input=path, out='data/toy')
 
 
 def test_data_that_are_made_again_under_a_run(tmp_path, monkeypatch, capsys):
@@ -257,7 +271,7 @@ def test_data_that_are_made_again_under_a_run(tmp_path, monkeypatch, capsys):
                     'data that it began with, without samples' for step in (4, 6)]
     with pytest.raises(UserError, match='data/toy is not the data that this run was trained on .train/tokens.npy has other'):
         train.main(out_dir='out/b', **settings | dict(max_iters=8))
-    write_text('abcdefgh')  # the same again
+    write_text('abcdefgh', 'b.txt')  # the same again, from another path
     train.main(out_dir='out/b', **settings | dict(max_iters=8))
     Path('data/toy/meta.json').unlink()
     assert arrays.changed('data/toy', {}) == 'data/toy is being made again'
@@ -324,6 +338,18 @@ def test_a_full_disk(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / 'train').iterdir()] == ['a.npy']
 
 
+def test_links_to_other_disks(tmp_path, monkeypatch):
+    """A split whose folder is a link is in the sums, and a rebuild of it removes meta.json."""
+    monkeypatch.chdir(tmp_path)
+    Path('data/toy').mkdir(parents=True), Path('big').mkdir()
+    Path('data/toy/train').symlink_to(tmp_path / 'big')
+    write_text('abcdefgh')
+    assert {*arrays.read_meta('data/toy')['sums']} == {'encoding.json', 'train/tokens.npy', 'val/tokens.npy'}
+    arrays.write('data/toy/train', dict(tokens=np.arange(3)))
+    assert not Path('data/toy/meta.json').exists() and len(np.load('big/tokens.npy')) == 3
+    files.release('data/toy')
+
+
 def test_rows_one_by_one(tmp_path):
     whole = np.random.default_rng(0).integers(0, 99, (1234, 5, 3)).astype(np.int16)
     arrays.write_rows(tmp_path / 'train', 'a', iter(whole))
@@ -333,8 +359,10 @@ def test_rows_one_by_one(tmp_path):
 
 
 def test_other_data_than_the_runs_own(here):
-    run('out/a', max_iters=3)
+    """Without sums, settings are compared."""
     path = Path('data/scenes/meta.json')
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != 'sums'}))
+    run('out/a', max_iters=3)
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 7'))
     with pytest.raises(UserError, match='data/scenes is not the data that this run was trained on'):
         run('out/a')
@@ -546,7 +574,7 @@ def test_a_file_that_another_program_reads(tmp_path, monkeypatch):
         raise PermissionError(13, 'Access is denied')
     monkeypatch.setattr(files, 'replace', refuse)
     arrays.begin('data/toy')
-    with pytest.raises(UserError, match='train/tokens.npy: cannot be written .Access is denied.; end the program that reads it, or'):
+    with pytest.raises(UserError, match='train/tokens.npy: cannot be written .Access is denied.; get permission, end a program that reads it, or'):
         arrays.write('data/toy/train', dict(tokens=np.zeros(4, np.uint8)))
     arrays.release('data/toy')
     assert Path('data/toy/meta.json').read_bytes() == before

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from requests.exceptions import SSLError
 
 from config import UserError
 from prepare import download as module
-from prepare.download import cache_folder, download
+from prepare.download import cache_folder, download, is_setting
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdigest()
@@ -28,6 +29,8 @@ class Handler(BaseHTTPRequestHandler):
         fault = server.faults.pop(0) if server.faults else None
         if name.startswith('linked/'):  # as the Hub does: the hash stands in the redirection
             return self.head(302, {'Location': f'/{name[7:]}', 'X-Linked-Etag': f'"{server.etag}"'})
+        if name.startswith('elsewhere/'):
+            return self.head(302, {'Location': f'http://{name[10:]}'})
         if isinstance(fault, int) or name not in server.files:
             return self.head(fault or 404, {})
         content, start = server.files[name], 0
@@ -40,6 +43,9 @@ class Handler(BaseHTTPRequestHandler):
                 file.write(content[start:start + 100])
         if fault == 'changed' and self.headers['If-Unmodified-Since']:
             return self.head(412, {})
+        if fault == 'no length':
+            self.head(200, {'Content-Length': ''} | server.headers)
+            return self.wfile.write(content[:1000])
         start = 0 if fault == 'whole' else start
         body = content[start:]
         total = {'Content-Range': f'bytes {start}-{len(content) - 1}/{len(content)}'} if server.knows_ranges and fault != 'plain' else {}
@@ -106,6 +112,12 @@ def test_the_first_answer_lacks_the_range(server):
     assert server.ranges == ['bytes=0-', f'bytes={len(CONTENT) // 2}-']
 
 
+def test_a_size_that_only_an_earlier_answer_names(server):
+    """The next one has no ranges, no length, and is cut."""
+    server.faults, server.headers = ['cut', 'no length'], {'ETag': '"x"'}
+    assert download(server.url + 'file.bin', 'file.bin').read_bytes() == CONTENT and len(server.ranges) == 3
+
+
 @pytest.mark.parametrize('faults, headers, message', [
     ([202], {}, 'answers 202 in place of the file'), ([], {'Content-Encoding': 'gzip'}, 'sends it compressed')])
 def test_another_answer_than_the_file(server, faults, headers, message):
@@ -129,16 +141,19 @@ def test_complete_or_too_long_part(server, part):
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'', 'the server sent nothing'), (b'\n <!DOCTYPE html><html>Login', 'a web page instead of the file'),
-    (b'<html>', 'a web page'),
+    (b'', 'an empty file'), (b'\n <!DOCTYPE html><html>Login', 'a web page instead of the file'),
+    (b'<html>', 'a web page'), (b'version https://git-lfs.github.com/spec/v1\noid', 'a pointer of Git LFS'),
     (b'<?xml version="1.0"?>\n<!-- Login -->\n<!DOCTYPE html PUBLIC', 'a web page')])
 def test_no_file(server, content, message):
-    """Nothing, or the page of a network as text/plain: not kept, with and without ranges."""
+    """Nothing, or the page of a network as text/plain: not kept, with and without ranges; and not used if copied."""
     for server.knows_ranges in (True, False):
         server.files['file.bin'] = content
         with pytest.raises(UserError, match=f'file.bin: {message}'):
             download(server.url + 'file.bin', 'file.bin')
         assert [path.name for path in server.cache.iterdir()] == ['file.bin.lock']
+    (server.cache / 'file.bin').write_bytes(content)
+    with pytest.raises(UserError, match=f'cache/file.bin: {message}.*; delete it and run this again'):
+        download(server.url + 'file.bin', 'file.bin')
 
 
 @pytest.mark.parametrize('fault', ['whole', 'short', 'changed', 204])
@@ -148,7 +163,7 @@ def test_another_part_than_asked_for(server, fault):
     server.faults = [fault]
     if fault == 204:
         server.cache.joinpath('file.bin.part').unlink()
-        with pytest.raises(UserError, match='the server sent nothing'):
+        with pytest.raises(UserError, match='an empty file'):
             download(server.url + 'file.bin', 'file.bin')
     else:
         assert download(server.url + 'file.bin', 'file.bin').read_bytes() == CONTENT and len(server.ranges) == 2
@@ -190,7 +205,12 @@ def test_a_setting_that_no_attempt_mends(server, monkeypatch):
     monkeypatch.setenv('REQUESTS_CA_BUNDLE', '/nonexistent.pem')
     with pytest.raises(UserError, match='cannot be downloaded .*invalid path: /nonexistent.pem'):
         download('https://127.0.0.1:9/file.bin', 'file.bin')
-    assert not paused
+    with pytest.raises(UserError, match=r'cannot be downloaded \(LocationParseError: .*; correct the address, proxy or cert.* copy the'):
+        download(server.url + 'elsewhere/a..b/file.bin', 'file.bin')
+    monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')
+    with pytest.raises(UserError, match=r'cannot be downloaded \(ProxyError: .*Unable to connect to proxy.*; correct the address, proxy'):
+        download('http://example.invalid/file.bin', 'file.bin')
+    assert not paused and is_setting(SSLError('[SSL: CERTIFICATE_VERIFY_FAILED] certificate')) and not is_setting(SSLError('EOF'))
     monkeypatch.setenv('NANO_CACHE', '~nosuchuser/x')
     with pytest.raises(UserError, match='~nosuchuser/x: there is no such home folder for downloads: name another folder'):
         cache_folder()
@@ -254,7 +274,19 @@ def test_hash_told_by_the_server():
 
 def test_cache_folder_is_a_file(server):
     server.cache.write_text('')
-    with pytest.raises(UserError, match='file.bin cannot be written .*; free disk space, or set NANO_CACHE to another folder'):
+    with pytest.raises(UserError, match='cache is a file or a link to nothing: remove it, or set NANO_CACHE to another folder'):
+        download(server.url + 'file.bin', 'file.bin')
+
+
+def test_a_file_of_another_user(server, monkeypatch):
+    """Or too many open files: the reason, and not that the file is damaged."""
+    server.cache.mkdir()
+    (server.cache / 'file.bin').write_bytes(CONTENT)
+
+    def forbid(path, mode):
+        raise PermissionError(13, 'Permission denied', path)
+    monkeypatch.setattr(module, 'open', forbid, raising=False)
+    with pytest.raises(UserError, match='file.bin cannot be read or written .Permission denied.; get permission, free disk space, or'):
         download(server.url + 'file.bin', 'file.bin')
 
 
@@ -268,7 +300,7 @@ def test_two_processes_fetch_a_file_once(server):
 
 def test_two_processes_on_a_file_system_that_does_not_lock(server, monkeypatch):
     """As Lustre with localflock on two nodes. The length of the file tells, where there is no digest."""
-    monkeypatch.setattr(module, 'waiting', nullcontext)
+    monkeypatch.setattr(module, 'waiting', lambda *_: nullcontext())
     leave_part(server, CONTENT[:1000])
     server.faults = ['beside']
     assert download(server.url + 'file.bin', 'file.bin').read_bytes() == CONTENT

@@ -14,7 +14,7 @@ import sample
 import train
 from config import UserError
 from lab import score
-from prepare import arrays, folder, pictures
+from prepare import folder, pictures
 from prepare.files import tell
 from prepare.folder import shorten
 from prepare.pictures import COLORS, MAKE, color_tokens, edges, grey, low, palette, squares, token_colors

@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import train
 from config import UserError
 from engine import devices, processes, runs
+from prepare import arrays, files
 from tests import faults
 from tests.tiny import TINY, lines, losses, read, weights
 
@@ -227,6 +229,32 @@ def test_who_waits_says_for_what(tmp_path, capsys):
     with processes.waiting(tmp_path / 'x.lock'):
         assert released
     assert f'waiting for the process that holds {tmp_path}/x.lock (if it died on another node, delete' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['data', 'data/x', 'data/x/train'])
+@pytest.mark.parametrize('make', [Path.touch, lambda path: path.symlink_to('/nowhere/at/all')])
+def test_something_else_in_the_place_of_a_folder(tmp_path, monkeypatch, name, make):
+    """For a data set, its script and its arrays."""
+    monkeypatch.chdir(tmp_path)
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make(path)
+    calls = [lambda: processes.make_once('x', Path('data/x/meta.json'))] * (name == 'data') + [
+        lambda: arrays.write('data/x/train', {'a': np.arange(3)})]
+    for call in calls:
+        with pytest.raises(UserError, match=f'^{name} is a file or a link to nothing: remove it, or '):
+            call()
+    files.release('data/x')
+
+
+def test_a_lock_file_of_another_user(tmp_path, monkeypatch):
+    def forbid(path):
+        raise PermissionError(13, 'Permission denied', path)
+    monkeypatch.setattr(processes, 'FileLock', forbid)
+    for call in (lambda: arrays.begin(tmp_path / 'x'), lambda: processes.make_once('x', tmp_path / 'x/meta.json'),
+                 lambda: runs.lock(tmp_path / 'x')):
+        with pytest.raises(UserError, match='lock cannot be written .Permission denied.: ask its owner for permission, or '):
+            call()
 
 
 def test_a_script_that_makes_something_else_is_told(tmp_path, monkeypatch):

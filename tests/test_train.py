@@ -369,6 +369,9 @@ def test_a_run_from_another_runs_weights(here):
         train.main(**GPT, init_from='nowhere', out_dir='out/nowhere')
     with pytest.raises(UserError, match="init_from names a run of model='gpt', not 'fourm'"):
         run('out/b', init_from='first')
+    for path, source in (('a', 'scratch'), ('b', 'out/a')):  # equal data from another path
+        save_data(*data, config=dict(vocab_size=9), sums={'train/tokens.npy': '0'}, settings=dict(input=path))
+        train.main(**GPT, init_from=source, out_dir=f'out/{path}')
     save_data(*data, config=dict(vocab_size=9), encoding='bpe')
     with pytest.raises(UserError, match='data/toy has other tokens than the run that init_from names .*with the same encoding$'):
         train.main(**GPT, init_from='first', out_dir='out/other')
