@@ -53,7 +53,8 @@ LISTS = dict(  # smallest and largest of several numbers with commas between, in
 DASHES = '-', '\u2013', '\u2014'  # a word processor makes a longer dash of two
 PATHS = {  # settings that are files or folders: ~ is the home folder, which shells do not expand in --out_dir=~/runs
     'out_dir', 'out', 'init_from', 'dataset', 'checkpoint', 'input', 'images', 'image', 'source', 'prompts', 'draft',
-    'against', 'compare', 'text_only_run', 'save', 'trace', 'plot', 'decoder', 'encoding'}
+    'against', 'compare', 'text_only_run', 'save', 'trace', 'plot', 'decoder', 'encoding', 'scenes', 'data', 'grade',
+    'train', 'run'}
 
 
 def read(arguments, overrides=None):
@@ -211,8 +212,9 @@ def build(module, settings, meta, assigned):
     own = {name: meta['config'].get(name, settings[name]) for name in names}
     try:
         return module.Model(module.Config(**own))
-    except (AssertionError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f'model={settings["model"]!r} cannot be built: {str(error).splitlines()[0]}')
+    except (AssertionError, TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f'model={settings["model"]!r} cannot be built: {reason}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

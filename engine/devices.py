@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import UserError
 from engine import threads
 
+KINDS = 'cuda', 'mps', 'cpu'  # what programs can run on
+
 
 def find(name='auto'):
     """The torch.device of this name; under torchrun, the GPU of this process. Raises UserError."""
@@ -24,7 +26,7 @@ def find(name='auto'):
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if name == 'cuda':  # one GPU per process
         name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
-    if name.partition(':')[0] not in ('cuda', 'mps', 'cpu'):
+    if str(name).partition(':')[0] not in KINDS:
         raise UserError(f'device={name!r}: choose auto, cuda, mps or cpu')
     try:
         return torch.empty(0, device=name).device

@@ -123,6 +123,12 @@ def scripts(makes):
     return config.files_with('prepare', rf'MAKES\s*=\s*[\'"]{makes}')
 
 
+def remake(folder):
+    """In words, how a data folder is made again."""
+    name = Path(folder).name
+    return f'run python -m prepare.{name}' if name in scripts('data') else 'make it again'
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 

@@ -39,6 +39,8 @@ def begin(folder, prepare='', keep_meta=False):
     adds fields. Raises UserError if another process is making the data set, or if another script than `prepare` made
     it."""
     folder = Path(folder)
+    if any(folder.glob('*/meta.json')) or (folder.parent / 'meta.json').is_file():
+        raise UserError(f'{folder} holds other data sets, or is inside one: choose another --out=')
     try:
         if folder.resolve() not in LOCKS:
             LOCKS[folder.resolve()] = processes.acquire(folder / 'lock', 0, 'choose another --out=').lock
@@ -48,9 +50,6 @@ def begin(folder, prepare='', keep_meta=False):
     if prepare and (folder / 'meta.json').is_file() and (other := read_meta(folder)['prepare']) != prepare:
         release(folder)
         raise UserError(f'{folder} holds a data set of prepare/{other}.py: choose another --out=, or delete it')
-    if any(folder.glob('*/meta.json')):
-        release(folder)
-        raise UserError(f'{folder} holds other data sets: choose another --out=')
     KEEPS_META[folder.resolve()] = keep_meta
 
 
@@ -128,7 +127,7 @@ def read_meta(folder):
             raise ValueError('its fields have different numbers of views, or those of a stream have views')
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: not the description of a data set ({str(error) or type(error).__name__}); correct it '
-                        f'or delete {folder} and run python -m prepare.{Path(folder).name}')
+                        f'or delete {folder} and {processes.remake(folder)}')
     return meta
 
 
@@ -152,10 +151,11 @@ def load(path):
             raise ValueError(f'not an array of numbers: {array.dtype}')
     except Exception as error:  # NumPy fails in many ways
         folder = Path(path).parent.parent
-        remedy = f'delete {folder} to make it again' if folder.exists() else f'run python -m prepare.{folder.name}'
+        remedy = f'delete {folder} and {processes.remake(folder)}' if folder.exists() else (
+            f'there is no data set in {folder}: {processes.remake(folder)}')
         sums = read_meta(folder).get('sums') if (folder / 'meta.json').is_file() else None
         if sums and Path(path).relative_to(folder).as_posix() not in sums:
-            there = ', '.join(sorted({Path(name).stem for name in sums if name.endswith('.npy')}))
+            there = ', '.join(sorted({Path(name).stem for name in sums if name.endswith('.npy') and '..' not in name}))
             raise UserError(f'{path}: this data set has no {Path(path).stem}; it has {there}')
         raise UserError(f'{path}: missing or damaged ({str(error) or type(error).__name__}); {remedy}')
     return array
@@ -255,6 +255,9 @@ class Data:
         self.arrays = {name: self.read(path(name), self.vocabulary(name), axes[name]) for name in names}
         self.index = {name: self.read(path(index), len(self.arrays[name]), math.inf)
                       for name, index in meta.get('index', {}).items() if name in names}
+        if 'image' in names and (meta['fields']['image'] != 256 or self.arrays['image'].dtype == bool):
+            raise UserError(f'{path("image")}: pixels must be integers from 0 to 255, and image 256 in the fields of '
+                            'meta.json')
         for name, array in self.arrays.items():
             if fault := self.misfit(name, array.shape, axes[name], split):
                 raise UserError(f'{path(name)}: {array.shape} is not the shape of {fault}')
@@ -291,7 +294,7 @@ class Data:
         low, high = array.min(initial=0), array.max(initial=0)
         if vocabulary and array.dtype.kind == 'f':
             raise UserError(f'{path}: real numbers, {low:g} to {high:g}, where meta.json has {vocabulary} ids: write '
-                            'integers (for pixels 0 to 255), or 0 for real values in meta.json')
+                            'integers (for pixels 0 to 255), or for another field than image 0 in meta.json')
         if vocabulary and (low < -(array.ndim > axes) or high >= vocabulary):
             raise UserError(f'{path}: token ids run from {low} to {high}, outside the vocabulary of {vocabulary}')
         largest = float(np.finfo(np.float32).max)
@@ -330,7 +333,8 @@ class Data:
             most = 1 + (config.get('block_size') or (not grid and self.block_size) or math.inf)
             least = grid + (config.get('n_classes', 0) > 0) if grid else 2 if most < math.inf else 1  # class, grid
             right = len(sample) == 1 and least <= sample[0] <= most
-            return '' if right else f'rows of {least} to {most} (block_size + 1) tokens'
+            needed = f'; block_size must be at least {least - 1}' * (least > most)
+            return '' if right else f'rows of {least} to {max(least, most)} (block_size + 1) tokens{needed}'
         return ''
 
     def check_rows(self, path):

@@ -9,5 +9,10 @@ from prepare import mnist
 
 MAKES = 'data/fashion_mnist'
 
+
+def main(*arguments, **overrides):
+    return mnist.main(*arguments, **overrides | dict(fashion=True))
+
+
 if __name__ == '__main__':
     config.run(mnist.main, fashion=True)

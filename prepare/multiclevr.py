@@ -150,8 +150,12 @@ def count_done(path, stems):
         for line in file:
             if not line.endswith(b'\n'):
                 break
-            if done == len(stems) or json.loads(line)[0] != stems[done]:
-                raise UserError(f'{path}: begun with other samples than those of --source; delete '
+            try:
+                same = json.loads(line)[0] == stems[done]
+            except (ValueError, LookupError, TypeError):  # damaged, or more samples
+                same = False
+            if not same:
+                raise UserError(f'{path}: damaged, or begun with other samples than those of --source; delete '
                                 f'{path.parent.parent}, or choose another --out')
             done, end = done + 1, end + len(line)
     os.truncate(path, end)

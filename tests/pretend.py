@@ -149,7 +149,7 @@ def device():
         (torch, 'tensor'): lambda *args, device=None, **kwargs: tensor(*args, **kwargs).to(device or 'cpu'),
         (torch, 'Generator'): lambda device='cpu': Generator() if away(device) else generator(),
         (torch.optim, 'AdamW'): lambda *args, fused, **kwargs: adamw(*args, **kwargs),
-        (devices, 'autocast'): lambda *_: contextlib.nullcontext(), (devices, 'synchronize'): lambda device: None,
+        (devices, 'KINDS'): (*devices.KINDS, 'meta'), (devices, 'autocast'): lambda *_: contextlib.nullcontext(), (devices, 'synchronize'): lambda device: None,
         (checkpoints, 'get_model_state_dict'): lambda model, options: inner(model.state_dict()),
         (checkpoints, 'get_optimizer_state_dict'):
             lambda model, optimizers, options: [inner(o.state_dict()) for o in optimizers],

@@ -145,6 +145,9 @@ def test_fields_that_belong_together(tmp_path):
     meta = save_data(tmp_path, 'rows', np.zeros((3, 9), int), np.zeros((3, 9), int), config=dict(vocab_size=9, grid='3x3', n_classes=2))
     with pytest.raises(UserError, match='is not the shape of rows of 10 to inf'):
         arrays.Data(tmp_path, 'train', meta, ['tokens'])
+    meta['config']['block_size'] = 8
+    with pytest.raises(UserError, match='is not the shape of rows of 10 to 10 .block_size . 1. tokens; block_size must be at least 9$'):
+        arrays.Data(tmp_path, 'train', meta, ['tokens'])
 
 
 @pytest.mark.parametrize('array', [np.array(3), np.array(['a', 'b']), np.array([None])])
@@ -171,6 +174,7 @@ def refuse(folder, match, field, value, **meta):
 
 @pytest.mark.parametrize('field, value, match', [
     ('image', np.random.default_rng(0).random((9, 8, 8, 3)), r'real numbers, 0 to 0.9.*, where meta.json has 256 ids: write integ'),
+    ('image', np.zeros((9, 8, 8, 3), bool), r'pixels must be integers from 0 to 255'),
     ('tokens', np.ones((9, 17)), 'real numbers, 0 to 1, where meta.json has 40 ids'),
     ('label', np.arange(9) % 4 - 1, 'token ids run from -1 to 2, outside the vocabulary of 3'),
     ('image', np.zeros((9, 8, 8), np.uint8), r'\(9, 8, 8\) is not the shape of 8x8 pixels of 3 channels'),
@@ -192,10 +196,36 @@ def test_types_of_own_data(tmp_path, field, value, match):
     refuse(tmp_path / 'data', match, field, value)
 
 
+@pytest.mark.parametrize('ids', [0, 2])
+def test_pixels_are_integers_up_to_255(tmp_path, ids):
+    """Real numbers from 0 to 1 and two levels would be all but black."""
+    image = np.zeros((9, 8, 8, 3), np.float32 if not ids else np.uint8)
+    refuse(tmp_path / 'data', 'pixels must be integers from 0 to 255, and image 256 in the fields of meta.json', 'image', image,
+           fields=dict(image=ids))
+
+
+def test_what_a_message_says_how_to_make(tmp_path, monkeypatch):
+    """No script that does not exist, no array of another data set."""
+    monkeypatch.chdir(tmp_path)
+    save_data(Path('data/mine'), 'rows', np.zeros((9, 9), int), np.zeros((9, 9), int), sums={
+        'train/tokens.npy': '', 'train/../../scenes/train/raw_rgb.npy': ''})
+    with pytest.raises(UserError, match='this data set has no raw_rgb; it has tokens$'):
+        arrays.load('data/mine/train/raw_rgb.npy')
+    with pytest.raises(UserError, match='FileNotFoundError|No such file.*; there is no data set in data/none: make it again$'):
+        arrays.load('data/none/train/tokens.npy')
+    Path('data/mine/meta.json').write_text('{}')
+    with pytest.raises(UserError, match='correct it or delete data/mine and make it again$'):
+        arrays.read_meta('data/mine')
+    Path('prepare').symlink_to(Path(arrays.__file__).parent)
+    Path('data/mine').rename('data/text')
+    with pytest.raises(UserError, match='correct it or delete data/text and run python -m prepare.text$'):
+        arrays.read_meta('data/text')
+
+
 def test_what_may_be(tmp_path):
     """Padding, shorter rows, grey images with and without an axis of channels, integers as real values, unsigned ids."""
     for field, value, config in (('tokens', np.array([[3, 4, -1, -1, -1]] * 9), dict(block_size=16)), ('label', np.zeros(9, np.uint8), {}),
-                                 ('image', np.zeros((9, 8, 8, 1), bool), dict(image_size=8, channels=1)),
+                                 ('image', np.zeros((9, 8, 8, 1), np.uint8), dict(image_size=8, channels=1)),
                                  ('image', np.zeros((9, 8, 8), '>u2'), dict(image_size=8, channels=1)),
                                  ('tokens', np.zeros((9, 30), int), dict(grid='5x5')), ('point', np.zeros((9, 2), int), {})):
         folder = tmp_path / f'{field}{value.ndim}{len(config)}'
@@ -458,8 +488,10 @@ def test_one_process_makes_a_data_set(tmp_path, monkeypatch):
     assert second.communicate()[1] == '' and second.returncode == 0 and arrays.read_meta('data/x')['prepare'] == 'x'
     with pytest.raises(UserError, match='data/x holds a data set of prepare/x.py: choose another --out='):
         arrays.begin('data/x', 'text')
-    with pytest.raises(UserError, match='data holds other data sets: choose another --out='):
-        arrays.begin('data', 'text')
+    for folder in 'data', 'data/x/y':
+        with pytest.raises(UserError, match=f'^{folder} holds other data sets, or is inside one: choose another --out='):
+            arrays.begin(folder, 'text')
+    assert not Path('data/x/y').exists()
     assert Path('data/x/meta.json').exists()
     arrays.begin('data/x', 'x', keep_meta=True)
     assert Path('data/x/meta.json').exists()

@@ -169,6 +169,20 @@ def test_a_chapter_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, 'mine')
 
 
+def test_a_model_that_cannot_be_built(monkeypatch):
+    """PyTorch's KeyErrors for names of modules, too."""
+    settings, chapter = config.resolve(dict(model=('fourm', 'x')), train.SETTINGS)
+    for name in ('a.b', 'keys'):
+        with pytest.raises(UserError, match=f"model='fourm' cannot be built: .*{name}"):
+            config.build(chapter, settings, dict(config=dict(modalities=f'{name}:4:2')), {})
+
+    def model(c):
+        raise AssertionError
+    monkeypatch.setattr(chapter, 'Model', model)
+    with pytest.raises(UserError, match="cannot be built: AssertionError$"):
+        config.build(chapter, settings, dict(config={}), {})
+
+
 def test_shipped_configs_are_valid(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert len(config.files()) > 20 and 'config/__init__.py' not in config.files()
@@ -275,6 +289,17 @@ def test_the_home_folder(monkeypatch):
     assert settings_of('--out_dir=~/runs')['out_dir'] == '/home/me/runs' and settings_of('--out_dir=a~')['out_dir'] == 'a~'
     assert config.convert('compare', '~/a,~/b', 'call', '') == '/home/me/a,/home/me/b'
     assert config.convert('prompt', '~/a', 'call', '') == '~/a'
+
+
+def test_all_paths_are_known():
+    """Settings whose default or remark names a file or a folder; exceptions: what is read within a longer text, and remarks about
+    other files."""
+    explained = [config.explain(path) for path in PROGRAMS]
+    explained += [config.explain(f'lab/{chapter}.py', kind.__name__) for chapter in CHAPTERS for kind in kinds(chapter)]
+    found = {name for each in explained for name, (default, remark) in each.items()
+             if re.match("MAKES|'(data|out|config)/", default) or default[0] == "'" and re.search(r'\b(file|folder)s?\b', remark)}
+    assert found > {'out_dir', 'input', 'scenes', 'grade'} and found - config.PATHS == {'split', 'subset', 'chain', 'hide'}
+    assert config.PATHS <= {name for each in explained for name in each}
 
 
 @pytest.mark.parametrize('value', [' ', '\t', 'out/ ', 'a, ,b', 'a\nb', 'a\0', '\x7f'])

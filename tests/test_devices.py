@@ -27,7 +27,7 @@ def test_compiled_attention_is_the_chosen_one():
 
 
 def test_devices_and_dtypes():
-    assert devices.find('cpu') == torch.device('cpu') and devices.find() == devices.find('auto')
+    assert devices.find('cpu') == devices.find(torch.device('cpu')) == torch.device('cpu') and devices.find() == devices.find('auto')
     assert devices.find_dtype('float16', torch.device('cpu')) == torch.float16
     for find, message in ((lambda: devices.find('gpu'), "device='gpu': choose auto, cuda, mps or cpu"),
                           (lambda: devices.find('meta'), "device='meta': choose auto, cuda, mps or cpu"),

@@ -126,6 +126,9 @@ def test_training_makes_fashion_mnist(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['prepare/fashion_mnist.py', '--subset=t20k'])
     with pytest.raises(SystemExit, match="error: subset='t20k'"):
         runpy.run_module('prepare.fashion_mnist', run_name='__main__')
+    from prepare import fashion_mnist  # in a notebook
+    monkeypatch.setattr(mnist, 'main', lambda *arguments, **overrides: (arguments, overrides))
+    assert fashion_mnist.main('--views=2', out='x') == (('--views=2',), dict(out='x', fashion=True))
 
 
 def test_file_errors(cache, monkeypatch):

@@ -118,6 +118,10 @@ def test_another_source_is_no_continuation(tree, faulty, tmp_path):
         path.unlink()
     with pytest.raises(UserError, match='begun with other samples'):
         pack(faulty, tmp_path / 'out')
+    for damaged in (b'\x00\xff\n', b'3\n', b'[]\n'):
+        (tmp_path / 'out/train/texts.jsonl').write_bytes(damaged)
+        with pytest.raises(UserError, match='texts.jsonl: damaged, or begun with other samples'):
+            pack(tree, tmp_path / 'out')
 
 
 def test_workers_pack_the_same(tree, packed, tmp_path):
