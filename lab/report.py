@@ -14,6 +14,7 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -208,6 +209,14 @@ def score_texts(run):
             for metric, score in run.scores.items()}
 
 
+def address(file, page):
+    """The address of a file in a page: relative, unless the two are on different drives of Windows."""
+    try:
+        return quote(Path(os.path.relpath(file, page.parent)).as_posix())
+    except ValueError:
+        return file.resolve().as_uri()
+
+
 def newest_samples(run, page):
     """The newest image, animation and text in the run folder, as Markdown."""
     found = []
@@ -215,7 +224,7 @@ def newest_samples(run, page):
         files = sorted(run.folder.glob(f'sample_*.{kind}'), key=lambda file: (file.stat().st_mtime, file.name))
         for file in files[-1:]:
             found.append(f'```\n{file.read_text(encoding="utf-8", errors="replace")}\n```' if kind == 'txt' else
-                         f'![{file.name}]({Path(os.path.relpath(file, page.parent)).as_posix()})')
+                         f'![{file.name}]({address(file, page)})')
     return found
 
 

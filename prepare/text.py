@@ -16,6 +16,7 @@ decodes ids.
 """
 import hashlib
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +152,8 @@ def write_split(folder, encoding, documents, val_share, meta):
         write(folder, encoding, dict(train=tokens[:cut], val=tokens[cut:]), meta)
     finally:
         del tokens  # Windows deletes no file that is mapped
-        (folder / 'tokens.tmp').unlink()
+        with suppress(PermissionError):  # there, the fault that ends this function still holds it
+            (folder / 'tokens.tmp').unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

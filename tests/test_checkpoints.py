@@ -222,5 +222,7 @@ def test_a_run_by_its_file(here, monkeypatch):
     for name in ('a', 'out/a', 'out/a/', 'out/a/ckpt_last.pt', 'out/a/ckpt_best.pt', 'C:runs', 'C:runs/ckpt_last.pt'):
         sources = checkpoints.read_sources(name)
         assert list(sources) == [''] and sources['']['step'] == 1
+    assert [checkpoints.split_part(entry) for entry in ('vision:C:\\runs\\a', 'D:\\runs\\a', 'a')] == [
+        ('vision', 'C:\\runs\\a'), ('', 'D:\\runs\\a'), ('', 'a')]
     with pytest.raises(UserError, match='no such checkpoint; the nearest are out/a/ckpt_'):
         checkpoints.read(Path('out/a/ckpt_last.pt/ckpt_last.pt'))
