@@ -79,7 +79,7 @@ def find_sizes(init_from):
     """{part: checkpoint} of the runs that a config starts from, for config.resolve. For published weights, the entry
     has only the model settings. Missing runs are left out."""
     found = {}
-    for part, _, name in (entry.rpartition(':') for entry in init_from.split(',')):
+    for part, name in map(checkpoints.split_part, init_from.split(',')):
         path = Path('out', name, 'ckpt_last.pt')
         if name in WEIGHTS:
             found[part] = dict(settings=dict(model='gpt'), model_config=WEIGHTS[name])
