@@ -111,10 +111,17 @@ def main(*arguments, **overrides):
                             'it needs for itself: wait for it, or start another process')
         stack.callback(TRAINING.release)
         runs.keep_printing(stack)
-        return run(config.read(arguments, overrides), arguments, stack)
+        signals = []  # the numbers of those that ask the run to stop
+        try:
+            return run(config.read(arguments, overrides), arguments, stack, signals)
+        except Exception as error:
+            if not signals or isinstance(error, UserError):
+                raise
+            say(f'stopped by signal ({type(error).__name__}); the same command continues from the last checkpoint')
+            return {'stopped': signals[0]}  # it also ended the compiler, or another process
 
 
-def run(assigned, arguments, stack):
+def run(assigned, arguments, stack, signals):
     # settings: a misspelt name stops here, before data are made
     s, chapter = config.resolve(assigned, SETTINGS)
     out_dir = runs.folder_of(s, arguments)
@@ -129,7 +136,7 @@ def run(assigned, arguments, stack):
     # processes and the run folder
     rank, world = processes.join(device, stack)  # (0, 1) without torchrun
     n_micro, local_micro = batches.share(s, rank, world)  # micro-batches per step; the indices of those of this process
-    signals = runs.listen(stack)
+    runs.listen(signals, stack)
     checkpoint = runs.enter(out_dir, s, FREE, stack)  # the checkpoint to resume from, or None
     meta = arrays.agree(folder, meta, checkpoint)
 
@@ -205,17 +212,19 @@ def run(assigned, arguments, stack):
             say(f'step {step}: val_loss {val_loss:.4f}  '
                 + '  '.join(f'{name} {value:.3f}' for name, value in values.items() if name != 'loss'))
             improved, state.best = val_loss < state.best, min(state.best, val_loss)  # in this order: nan is never best
-            if step:
+            reached = val_loss <= s['target_loss'] > 0
+            if step or reached:
                 best, numbered = ['ckpt_best.pt'] * improved, [f'ckpt_{step:06d}.pt'] * (s['keep_checkpoints'] > 0)
                 save(*best, *numbered, 'ckpt_last.pt')  # the last one last: a run that is killed here writes all again
-                runs.prune(out_dir, s['keep_checkpoints'])
+                runs.prune(out_dir, s['keep_checkpoints'], step)
                 sample(out_dir, step, s, folder, meta, device)
-            if last or val_loss <= s['target_loss'] > 0:
+            if last or reached:
                 break
             meter.restart()  # evaluation is not training time
 
         # stop if a signal asks for it; only after a line of the log, so that the resumed log is the same
-        if step > first and step % s['log_interval'] == 0 and processes.any_of(signals, device):
+        logged = not step % s['log_interval'] or not step % s['eval_interval']
+        if step > first and logged and processes.any_of(signals, device):
             save('ckpt_last.pt')
             without = ', without --init_from=scratch,' * (s['init_from'] == 'scratch')
             say(f'stopped by signal after step {step}; the same command{without} continues from here')
@@ -248,29 +257,29 @@ def run(assigned, arguments, stack):
             threads.adapt()  # to what other programs leave free
             bar.set_postfix_str(f'loss={line["train_loss"]:.3f}, tok_s={line["tokens_per_second"]:,}, '
                                 f'mfu={line["mfu"]:.0%}', refresh=False)
-    reached = f' <= target_loss {s["target_loss"]:g}' * (val_loss <= s['target_loss'] > 0)
     bar.close()
-    say(f'{step} steps, {state.tokens:,} tokens, {state.seconds:.1f} s of training; val_loss {val_loss:.4f}{reached}, '
-        f'best {state.best:.4f}; see {out_dir}')
+    say(f'{step} steps, {state.tokens:,} tokens, {state.seconds:.1f} s of training; val_loss {val_loss:.4f}'
+        + f' <= target_loss {s["target_loss"]:g}' * reached + f', best {state.best:.4f}; see {out_dir}')
     return values
 
 
 def skip_or_stop(state, norm, s, scaler, data, log, save, out_dir):
     """Skips a step whose gradient is not finite, up to max_skipped_steps times; then saves the state before it and
     stops: UserError."""
-    state.skipped += 1
     if scaler.is_enabled():  # float16: the scaled loss overflowed
-        skip = scaler.get_scale() >= 1  # a scale below 1 does not help
+        skip, remedy = scaler.get_scale() >= 1, '--dtype=float32'  # a scale below 1 does not help
     else:
-        skip = state.skipped <= s['max_skipped_steps']
+        skip = state.skipped < s['max_skipped_steps']
+        remedy = f'skip such steps: --max_skipped_steps={s["max_skipped_steps"] + 10}'
     if skip:
+        state.skipped += 1
         return scaler.update()  # lowers the scale
     save('ckpt_fault.pt')
     samples = data.ids(state.step * s['batch_size'], s['batch_size'])
     log({'step': state.step, 'grad_norm': norm, 'samples': samples})
     raise UserError(f'step {state.step}: the gradient is not finite ({norm}). The state before it is in '
-                    f'{out_dir}/ckpt_fault.pt, its samples in log.jsonl; lower the learning rates, or skip such steps: '
-                    '--max_skipped_steps=10')
+                    f'{out_dir}/ckpt_fault.pt, its samples in log.jsonl; continue with {remedy}, or start again '
+                    'with lower learning rates: --init_from=scratch')
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ RANGES = dict(  # smallest and largest value, in every program
     vision_layer=(1, 1000), n_head=(1, 1000), vision_head=(1, 1000), n_embd=(1, 2 ** 16), vision_embd=(1, 2 ** 16),
     block_size=(0, 2 ** 20), vocab_size=(0, 2 ** 24), length=(2, 2 ** 20), size=(1, 4096), views=(1, 1000),
     n_train=(1, 10 ** 8), n_val=(1, 10 ** 8), n_turns=(1, 1000), n_where=(0, 1000), workers=(0, 1024),
-    seconds=(0, 10 ** 6), limit=(1, 10 ** 6))
+    repeats=(1, 10 ** 6), seconds=(0, 10 ** 6), limit=(1, 10 ** 6))
 LISTS = dict(  # smallest and largest of several numbers with commas between, in a str
     num_input_tokens=(1, 2 ** 14), num_target_tokens=(1, 2 ** 14), dirichlet_alphas=(1e-6, 1e6))
 DASHES = '-', '\u2013', '\u2014'  # a word processor makes a longer dash of two

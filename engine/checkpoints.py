@@ -105,8 +105,9 @@ def read(path):
 
 
 def others_of(path):
-    """The other checkpoints of a run folder with which the run can be resumed."""
-    return sorted(file for file in path.parent.glob('ckpt_*.pt') if file.name not in (path.name, 'ckpt_fault.pt'))
+    """The other checkpoints of a run folder with which the run can be resumed; ckpt_fault.pt only if it is alone."""
+    others = sorted(file for file in path.parent.glob('ckpt_*.pt') if file != path)
+    return [file for file in others if file.name != 'ckpt_fault.pt'] or others
 
 
 def read_newest(out_dir):
@@ -241,9 +242,13 @@ def same_code(path):
 def read_sources(init_from):
     """{part of the model: checkpoint that it starts from} from the setting init_from; the part '' is the whole
     model."""
-    names = [('', '', entry) if Path(entry).exists() else entry.rpartition(':')  # C:\runs\a: no part C
-             for entry in init_from.split(',')]
-    return {part: read(find(name)) for part, _, name in names}
+    return {part: read(find(name)) for part, name in map(split_part, init_from.split(','))}
+
+
+def split_part(entry):
+    """(part, run) of PART:RUN; ('', run) of RUN, whose path may hold a colon: C:\\runs\\a is no part C."""
+    part, _, name = entry.partition(':')
+    return (part, name) if name and len(part) > 1 and not Path(entry).exists() else ('', entry)
 
 
 def start_from(model, sources, folder, meta):
@@ -253,9 +258,10 @@ def start_from(model, sources, folder, meta):
 
 
 def load_part(model, part, source, folder, meta):
-    """Loads the weights of another run, or of the same part of it, into a part of the model ('': the whole model). If
-    they embed or predict tokens, both runs must have the same encoding or the same data."""
-    prefix, weights = f'{part}.', source['weights']
+    """Loads the weights of another run (their EMA if there is one, which was evaluated), or of the same part of it,
+    into a part of the model ('': the whole model). If they embed or predict tokens, both runs must have the same
+    encoding or the same data."""
+    prefix, weights = f'{part}.', source.get('ema') or source['weights']
     own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     weights = own or weights
     tokens = not part or any(name.endswith('head.weight') for name in weights)

@@ -60,6 +60,15 @@ def any_of(value, device):
     return bool(flag)
 
 
+def same(value):
+    """Whether the value is equal in all processes. A collective operation."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values.count(value) == len(values)
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()

@@ -79,6 +79,9 @@ def enter(out_dir, settings, free, stack):
     if scratch:
         return None
     path, checkpoint = checkpoints.read_newest(out_dir)
+    if not processes.same(checkpoint and checkpoint['step']):
+        raise UserError(f'{out_dir}: the processes find different checkpoints; choose an --out_dir= on a file system '
+                        'that all nodes share')
     if not checkpoint:
         return None
     if path.name != 'ckpt_last.pt' and is_main():
@@ -115,19 +118,23 @@ def save_weights(out_dir, checkpoint):
 
 
 def check_room(out_dir, model):
-    """Raises UserError if the disk lacks room for three checkpoints of 16 bytes per parameter: weights, moments,
-    EMA."""
-    needed = 48 * sum(p.numel() for p in model.parameters())
+    """Raises UserError if the disk lacks room for three checkpoints of 16 bytes per parameter (weights, moments, EMA),
+    less those that they replace."""
+    replaced = sum(path.stat().st_size for path in map(out_dir.joinpath, ('ckpt_best.pt', 'ckpt_last.pt'))
+                   if path.is_file())
+    needed = 48 * sum(p.numel() for p in model.parameters()) - replaced
     if is_main() and shutil.disk_usage(out_dir).free < needed:
-        raise UserError(f'{out_dir}: less than {needed / 1e9:.1f} GB free, which checkpoints may need: free disk space')
+        raise UserError(f'{out_dir}: less than {needed / 1e6:,.1f} MB free, which checkpoints may need: free disk '
+                        'space')
 
 
-def prune(out_dir, keep):
-    """Deletes all checkpoints ckpt_STEP.pt except the newest `keep`, no copies of other names; none if keep is 0."""
+def prune(out_dir, keep, step):
+    """Deletes all checkpoints ckpt_STEP.pt except the newest `keep`, no copies of other names; none if keep is 0. Those
+    after `step` go first: the run went back to an earlier checkpoint."""
     steps = {int(path.stem[5:]): path for path in out_dir.glob('ckpt_*.pt') if re.fullmatch(r'ckpt_\d{6,}', path.stem)}
     if is_main() and keep:
-        for step in sorted(steps)[:-keep]:
-            steps[step].unlink(missing_ok=True)
+        for other in sorted(steps, key=lambda other: (other <= step, other))[:-keep]:
+            steps[other].unlink(missing_ok=True)
 
 
 def finished(out_dir, settings, state):
@@ -178,11 +185,11 @@ def keep_printing(stack):
     stack.enter_context(redirect_stderr(Unfailing(sys.stderr)))
 
 
-def listen(stack):
-    """A list that receives the number of each signal that asks this process to stop; the run then saves and stops. A
-    second signal ends it at once, unless it comes within two seconds: torchrun sends a Ctrl-C again that the process
-    already has, a shell the SIGHUP of a closed terminal."""
-    received, times = [], []
+def listen(received, stack):
+    """From here until `stack` closes, the list `received` gets the number of each signal that asks this process to
+    stop; the run then saves and stops. A second signal ends it at once, unless it comes within two seconds: torchrun
+    sends a Ctrl-C again that the process already has, a shell the SIGHUP of a closed terminal."""
+    times = []
 
     def handler(number, frame):
         times.append(time.monotonic())
@@ -198,7 +205,6 @@ def listen(stack):
             if number is None or name == 'SIGHUP' and signal.getsignal(number) == signal.SIG_IGN:  # nohup ignores it
                 continue
             stack.callback(signal.signal, number, signal.signal(number, handler))
-    return received
 
 
 # ---------------------------------------------------------------------------------------------------------------------

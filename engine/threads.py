@@ -60,11 +60,12 @@ watch = Watch()
 
 
 def choose(threads, checkpoint, world):
-    """Sets the threads of a training run: the setting `threads`, which stays, also on resume; if that is 0, on resume,
-    the number in the checkpoint, divided among the processes and at most one per core; otherwise as `adapt`."""
+    """Sets the threads of a training run: the setting `threads`, which stays, also on resume; if that is 0, on resume
+    without OMP_NUM_THREADS, the number in the checkpoint, divided among the processes and at most one per core;
+    otherwise as `adapt`."""
     before = checkpoint['settings'].get('threads', 0) if checkpoint else 0
     watch.fixed = bool(threads or before) or world > 1
-    if checkpoint and not threads:
+    if checkpoint and not threads and 'OMP_NUM_THREADS' not in os.environ:
         local = len(cores()) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         threads = max(1, min(checkpoint['threads'] // world, local))
     if threads:

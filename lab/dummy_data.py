@@ -73,7 +73,9 @@ def write(folder, name, block_size, n=64):
             array[:, 0] = decided['image_token']
         made[field] = array if kind == 'rows' else array.flatten()
     arrays.write(Path(folder, 'train'), made)
-    vocabularies = {field: ids and max(ids, decided.get('vocab_size', 0)) for field, (ids, _) in fields.items()}
+    vocabularies = {field: ids for field, (ids, _) in fields.items()}
+    if 'tokens' in fields:  # the image token is above all others
+        vocabularies['tokens'] = decided['vocab_size']
     arrays.save_meta(folder, dict(kind=kind, prepare=name, fields=vocabularies, config=decided))
 
 
@@ -82,8 +84,8 @@ def find_sizes(init_from):
     run of a config that is not trained yet, the entry has only the model settings. Raises UserError for other missing
     runs."""
     found = {}
-    for entry in init_from.split(',') if init_from not in ('', 'resume', 'scratch') else ():
-        part, _, name = entry.rpartition(':')
+    entries = [] if init_from in ('', 'resume', 'scratch') else init_from.split(',')
+    for part, name in map(checkpoints.split_part, entries):
         path = config.ROOT / f'config/{name}.py'
         if name in WEIGHTS:
             found[part] = dict(settings=dict(model='gpt'), model_config=WEIGHTS[name])
@@ -91,7 +93,7 @@ def find_sizes(init_from):
             settings = resolve(config.read([path]))[0]
             found[part] = dict(settings=settings, model_config=settings)
         else:
-            found |= checkpoints.read_sources(entry)
+            found[part] = checkpoints.read(checkpoints.find(name))
     return found
 
 

@@ -15,6 +15,7 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -209,6 +210,14 @@ def score_texts(run):
             for metric, score in run.scores.items()}
 
 
+def address(file, page):
+    """The address of a file in a page: relative, unless the two are on different drives of Windows."""
+    try:
+        return quote(Path(os.path.relpath(file, page.parent)).as_posix())
+    except ValueError:
+        return file.resolve().as_uri()
+
+
 def newest_samples(run, page):
     """The newest image, animation and text in the run folder, as Markdown."""
     found = []
@@ -220,7 +229,7 @@ def newest_samples(run, page):
                 fence = max(re.findall('`+', text) + ['``'], key=len) + '`'  # longer than any in the text
                 found.append(f'{fence}\n{text}\n{fence}')
             else:
-                found.append(f'![{file.name}]({Path(os.path.relpath(file, page.parent)).as_posix()})')
+                found.append(f'![{file.name}]({address(file, page)})')
     return found
 
 

@@ -343,6 +343,8 @@ def read(arguments, overrides):
     if not files:
         raise UserError('name a config, such as config/nano4m.py, or --all=True for every one')
     resolve(assigned)  # a misspelt setting stops here
+    if ignored := [name for name in ('dtype', 'graphs', 'shard') if assigned.get(name, ('', files[0]))[1] not in files]:
+        raise UserError(f'{ignored[0]}: leave it out; every dtype and CUDA graphs are measured, on one device')
     return settings, assigned, files
 
 
@@ -352,6 +354,8 @@ def main(*arguments, **overrides):
     timing.make_folders(settings['save'], settings['trace'])
     device = devices.find(settings['device'])
     devices.set_up(device)
+    if not settings['all'] and (number := resolve(assigned)[0]['threads']):
+        torch.set_num_threads(number)
     peaks = timing.find_peaks(device)
     tables = {'Machine': [timing.machine_row(device, peaks)]}
     timing.show(tables['Machine'][0], True)

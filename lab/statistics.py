@@ -93,8 +93,11 @@ def save_scores(scores, path, digest):
     except UserError:  # damaged
         pass
     new = path.with_suffix('.tmp')
-    new.write_text(json.dumps(dict(checkpoint=digest, scores=scores), indent=1), encoding='utf-8')
-    os.replace(new, path)
+    try:
+        new.write_text(json.dumps(dict(checkpoint=digest, scores=scores), indent=1), encoding='utf-8')
+        os.replace(new, path)
+    except PermissionError as error:
+        raise UserError(f'{path}: cannot be written ({error.strerror}); copy the run to a folder of your own')
     return scores
 
 

@@ -137,7 +137,7 @@ def find(dataset):
     if dataset not in known and not (folder / 'meta.json').is_file():
         raise UserError(f'dataset={dataset!r}: there is neither {folder}/meta.json nor a script prepare/{dataset}.py '
                         f'that makes it (there are {", ".join(known)}){elsewhere()}'
-                        + '; leave out the data/ before the name' * dataset.startswith('data/'))
+                        + '; leave out the data/ before the name' * dataset.startswith(('data/', 'data\\')))
     processes.make_once(dataset, folder / 'meta.json')
     return folder, read_meta(folder)
 
@@ -201,7 +201,7 @@ def check_links(folder, meta):
     for name, digest in meta.get('sums', {}).items():
         linked = Path(folder, name).parent.parent
         if '..' in name and read_meta(linked).get('sums', {}).get('/'.join(Path(name).parts[-2:]), digest) != digest:
-            raise UserError(f'{folder} was made from other data than {os.path.relpath(linked)} holds now: run python '
+            raise UserError(f'{folder} was made from other data than {os.path.normpath(linked)} holds now: run python '
                             f'-m prepare.{meta["prepare"]} again')
 
 

@@ -35,6 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 import config
+from config import UserError
 from prepare import arrays
 from prepare.arrays import load, read_meta
 from prepare.files import making
@@ -277,8 +278,11 @@ def encoding_name(out):
 
 
 def link(scenes, out):
-    """Return the path of one folder's images relative to a split of another folder."""
-    scenes = Path(os.path.relpath(scenes.resolve(), out.resolve().parent)).as_posix()  # on Windows, too
+    """Return the path of one folder's images relative to a split of another folder. Raises UserError."""
+    try:
+        scenes = Path(os.path.relpath(scenes.resolve(), out.resolve().parent)).as_posix()  # on Windows, too
+    except ValueError:
+        raise UserError(f'{out} refers to {scenes}: choose an --out= on the same drive')
     return f'../../{scenes}/{{split}}/raw_rgb'
 
 
@@ -304,6 +308,7 @@ def begin(settings, prepare, thinks=False):
     out, scenes = Path(settings['out']), Path(settings['scenes'])
     size = load(scenes / 'val' / 'raw_rgb.npy').shape[1]
     read_meta(scenes)  # complete
+    link(scenes, out)  # possible
     arrays.begin(out, prepare)
     save_words(out / 'words.json', vocabulary())
     return out, scenes, load_template('', out, thinks), size

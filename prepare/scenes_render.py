@@ -15,6 +15,7 @@ Simplifications: one distant light with hard shadows; reflections of a gradient 
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -301,12 +302,13 @@ def start_worker():
 @contextmanager
 def open_pool(workers):
     """A pool of processes (None: one per core). Raises UserError if one of them is killed, or cannot start."""
+    workers = workers and min(workers, 61 if sys.platform == 'win32' else workers)  # more than it allows
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), start_worker)
     try:
         yield pool
     except BrokenProcessPool:
-        raise UserError('a worker process has ended early. In a script of your own, put the calls under "if __name__ == '
-                        '\'__main__\':", as each worker runs the lines outside it; otherwise it was killed, as for lack '
+        raise UserError('a worker process has ended early. In a script of your own, put the calls in a file, under "if '
+                        '__name__ == \'__main__\':", as each worker runs the lines outside it; otherwise it was killed, as for lack '
                         'of memory: give fewer --workers=') from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -16,6 +16,7 @@ validation. All data sets of plain text use the functions of this file and its `
 decodes ids.
 """
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +161,8 @@ def write_split(folder, encoding, documents, val_share, meta):
         write(folder, encoding, dict(train=tokens[:cut], val=tokens[cut:]), meta)
     finally:
         del tokens  # Windows deletes no file that is mapped
-        (folder / 'tokens.tmp').unlink()
+        with suppress(PermissionError):  # there, the fault that ends this function still holds it
+            (folder / 'tokens.tmp').unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

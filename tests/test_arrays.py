@@ -561,6 +561,9 @@ def test_only_scripts_that_make_a_data_set_are_run(here, monkeypatch):
     for name in ('transfer', 'judge', 'scenes_parser', 'image_tokenizers', 'download', 'siglip', 'smollm2', 'arrays', '__init__'):
         with pytest.raises(UserError, match=f"dataset='{name}': .* nor a script prepare/{name}.py that makes it"):
             arrays.find(name)
+    for name in ('data/mnist', 'data\\mnist'):
+        with pytest.raises(UserError, match='; leave out the data/ before the name$'):
+            arrays.find(name)
 
 
 def test_every_script_makes_what_its_name_says():

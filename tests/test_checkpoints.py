@@ -227,5 +227,7 @@ def test_a_run_by_its_file(here, monkeypatch):
         assert list(sources) == [''] and sources['']['step'] == 1
     Path('a').mkdir()  # a folder without a checkpoint
     assert checkpoints.find('a') == Path('out/a/ckpt_last.pt') and checkpoints.find('C:runs') == Path('C:runs/ckpt_last.pt')
+    assert [checkpoints.split_part(entry) for entry in ('vision:C:\\runs\\a', 'D:\\runs\\a', 'a')] == [
+        ('vision', 'C:\\runs\\a'), ('', 'D:\\runs\\a'), ('', 'a')]
     with pytest.raises(UserError, match='no such checkpoint; the nearest are out/a/ckpt_'):
         checkpoints.read(Path('out/a/ckpt_last.pt/ckpt_last.pt'))

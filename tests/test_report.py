@@ -64,6 +64,15 @@ def test_a_report(run):
         assert (run / name).is_file()
 
 
+def test_addresses_in_a_page(tmp_path, monkeypatch):
+    assert report.address(Path('out/my run/a.png'), Path('out/compare.md')) == 'my%20run/a.png'
+
+    def other_drive(*_):
+        raise ValueError('path is on mount')
+    monkeypatch.setattr(report.os.path, 'relpath', other_drive)
+    assert report.address(tmp_path / 'a b.png', Path('out/compare.md')) == f'file://{tmp_path}/a%20b.png'
+
+
 def test_only_scores_of_these_weights(run, tmp_path, capsys):
     add_scores(run, **SCORE)
     assert '1.25 [1, 1.5]' in page_of(shutil.copytree(run, tmp_path / 'copy', copy_function=shutil.copy))

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import train
 from config import UserError
-from engine import runs
+from engine import processes, runs
 from tests.tiny import GPT, TINY, lines, losses, read, run, save_data
 
 
@@ -80,6 +81,18 @@ def test_what_was_started_again_goes_on(here, monkeypatch):
     assert [line['step'] for line in lines('out/a') if 'train_loss' in line] == [1, 2, 3] and not Path('out/a.1').exists()
 
 
+def test_nodes_without_a_common_folder(here, monkeypatch):
+    """Process 0 finds a checkpoint of step 1, the other process none."""
+    def gather(values, value):
+        values[:] = value, None
+    run('out/a', max_iters=1)
+    monkeypatch.setattr(processes, 'dist', SimpleNamespace(
+        is_initialized=lambda: True, get_rank=lambda: 0, get_world_size=lambda: 2, barrier=lambda: 0, all_gather_object=gather))
+    settings = read('out/a')['settings'] | dict(init_from='resume')
+    with contextlib.ExitStack() as stack, pytest.raises(UserError, match='on a file system that all nodes share'):
+        runs.enter(Path('out/a'), settings, (), stack)
+
+
 def test_weights_replace_no_other_run(here):
     run('out/a', max_iters=1)
     weights = read('out/a') | dict(step=0)
@@ -141,16 +154,27 @@ def test_the_newest_are_kept(tmp_path):
     names = ['ckpt_999999.pt', 'ckpt_1000000.pt', 'ckpt_1000001.pt', 'ckpt_last.pt', 'ckpt_best.pt', 'ckpt_3.pt', 'ckpt_1000002_good.pt']
     for name in names:
         (tmp_path / name).touch()
-    runs.prune(tmp_path, 0)
+    runs.prune(tmp_path, 0, 1000001)
     assert len(list(tmp_path.iterdir())) == 7
-    runs.prune(tmp_path, 2)
+    runs.prune(tmp_path, 2, 1000001)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+    runs.prune(tmp_path, 1, 1000000)  # the run went back to an earlier checkpoint
+    assert {path.name for path in tmp_path.iterdir()} == {*names[1:]} - {'ckpt_1000001.pt'}
 
 
 def test_a_disk_that_is_nearly_full(here, monkeypatch):
-    monkeypatch.setattr(runs.shutil, 'disk_usage', lambda path: type('Usage', (), dict(free=1000)))
-    with pytest.raises(UserError, match='out/a: less than 0.0 GB free, which checkpoints may need'):
-        run('out/a')
+    """A resumed run replaces two of the three checkpoints."""
+    model, usage = torch.nn.Linear(1000, 1000, bias=False), SimpleNamespace(free=10 ** 7)
+    monkeypatch.setattr(runs.shutil, 'disk_usage', lambda path: usage)
+    with pytest.raises(UserError, match='out/a: less than 48.0 MB free, which checkpoints may need'):
+        runs.check_room(Path('out/a'), model)
+    Path('out/a').mkdir(parents=True)
+    for name in ('ckpt_last.pt', 'ckpt_best.pt', 'ckpt_fault.pt'):
+        Path('out/a', name).write_bytes(bytes(16 * 10 ** 6))
+    with pytest.raises(UserError, match='out/a: less than 16.0 MB free'):
+        runs.check_room(Path('out/a'), model)
+    usage.free = 17 * 10 ** 6
+    runs.check_room(Path('out/a'), model)
 
 
 def test_nothing_left_to_do():
@@ -216,7 +240,8 @@ def test_offline_parts_of_a_run(here, monkeypatch, capsys):
 
 def test_two_signals_end_it_at_once(monkeypatch):
     with contextlib.ExitStack() as stack:
-        asked = runs.listen(stack)
+        asked = []
+        runs.listen(asked, stack)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # torchrun's copy of the first
         assert asked == [signal.SIGTERM] * 2

@@ -4,11 +4,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from config import UserError
+from prepare import scenes_render
 from prepare.scenes_render import (FOCAL, choose, draw_attributes, make, make_chunk, object_normal, open_pool, render,
                                    sample_scenes)
 
@@ -142,6 +144,21 @@ def test_a_worker_that_is_killed_ends_the_pool():
             list(pool.map(os._exit, [1]))
 
 
+def test_windows_allows_61_workers(monkeypatch):
+    asked = []
+
+    def pool(workers, *_):
+        asked.append(workers)
+        return SimpleNamespace(shutdown=lambda **_: 0)
+    monkeypatch.setattr(scenes_render, 'ProcessPoolExecutor', pool)
+    for platform in ('win32', 'linux'):
+        monkeypatch.setattr(scenes_render, 'sys', SimpleNamespace(platform=platform))
+        for workers in (None, 64):
+            with open_pool(workers):
+                pass
+    assert asked == [None, 61, None, 64]
+
+
 def test_workers_end_with_their_parent():
     code = ('import os, time; from prepare.scenes_render import open_pool\n'
             'with open_pool(1) as pool:\n    print(pool.submit(os.getpid).result(), flush=True); time.sleep(60)')
@@ -166,4 +183,4 @@ def test_a_script_without_its_guard(tmp_path, monkeypatch):
     Path('own.py').write_text("from prepare import scenes\nprint('first line')\nscenes.main(n_train=4, n_val=4, size=32, workers=1)")
     done = subprocess.run([sys.executable, 'own.py'], env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
     assert done.returncode and done.stdout.count('first line') == 2 and done.stderr.count('Traceback') == 1
-    assert 'put the calls under "if __name__ == \'__main__\':"' in done.stderr.splitlines()[-1]
+    assert 'put the calls in a file, under "if __name__ == \'__main__\':"' in done.stderr.splitlines()[-1]

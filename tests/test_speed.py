@@ -177,7 +177,10 @@ def test_one_config(here, monkeypatch, capsys):
     monkeypatch.setattr(torch, 'compile', broken)
     monkeypatch.setattr(timing, 'find_peaks', lambda device: PEAKS)
     Path('config/b.py').write_text(TINY + 'ema = 0.9\n')
-    speed.main('config/b.py', '--repeats=2', '--device=cpu', '--save=new/t', '--trace=new/x.json')
+    chosen = []
+    monkeypatch.setattr(torch, 'set_num_threads', chosen.append)
+    speed.main('config/b.py', '--repeats=2', '--threads=3', '--device=cpu', '--save=new/t', '--trace=new/x.json')
+    assert chosen[0] == 3
     assert 'torch.compile does not work here (RuntimeError): going on without it' in capsys.readouterr().out
     assert Path('new/x.json').is_file()
     saved = json.loads(Path('new/t.json').read_text())
@@ -249,6 +252,7 @@ def test_out_of_memory():
     ([], 'name a config, such as config/nano4m.py, or --all=True'), (['--repeats=3'], 'name a config'),
     (['config/b.py', '--n_hed=2'], "did you mean 'n_head'"), (['config/b.py', '--part=padding'], "unknown setting 'part'"),
     (['config/b.py', '--seconds=-1'], 'seconds=-1.0: must be at least 0'),
+    (['config/b.py', '--dtype=float32'], 'dtype: leave it out'), (['config/b.py', '--repeats=0'], 'repeats=0: must be at least 1'),
     (['--all=True', '--n_head=2'], 'n_head: with --all=True configs are measured as they are')])
 def test_faults(arguments, message, here):
     Path('config/b.py').write_text(TINY)

@@ -1,6 +1,7 @@
 """Text data sets: encodings, packing, bad input, TinyStories from a local server."""
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -272,6 +273,19 @@ def test_what_fails_keeps_the_older_data(folder):
             patch.setattr(text, 'gpt2_encoding', lambda: BPE)
             text.main(input='in', encoding=encoding)
     assert (folder / 'data/text/meta.json').read_text() == before and not list(folder.rglob('data/text/*.tmp'))
+
+
+def test_a_fault_while_a_file_is_mapped(folder, monkeypatch):
+    """Windows then deletes no file; the fault is reported all the same."""
+    def fault(*_):
+        raise UserError('disk full')
+
+    def refused(*_, **__):
+        raise PermissionError
+    monkeypatch.setattr(text, 'write', fault)
+    monkeypatch.setattr(Path, 'unlink', refused)
+    with pytest.raises(UserError, match='disk full'):
+        text.write_split(Path('data/new'), BPE, ['a text'] * 9, 0.5, dict(prepare='text'))
 
 
 def test_shakespeare(folder, server, monkeypatch):  # noqa: F811

@@ -78,6 +78,8 @@ def test_the_users_choice_stays(machine, monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '2')
     threads.choose(0, None, 1)
     assert machine['second']() == 2
+    threads.choose(0, dict(settings={}, threads=1), 1)
+    assert machine['second']() == 2  # also on resume
     monkeypatch.delenv('OMP_NUM_THREADS')
     assert machine['second']() == 1
     machine['others'] = 0.0

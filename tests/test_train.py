@@ -46,7 +46,7 @@ class Stop(Exception):
 @pytest.mark.parametrize('killed_after', ['ckpt_best.pt', 'ckpt_last.pt'])  # each as soon as it was written
 def test_resume_is_bit_identical(here, monkeypatch, killed_after):
     run('out/whole', dropout=0.1)
-    run('out/parts', dropout=0.1, max_iters=6, target_loss=100.0)  # stops at the evaluation of step 0: nothing saved yet
+    run('out/parts', dropout=0.1, max_iters=6, target_loss=100.0)  # stops at the evaluation of step 0
     run('out/parts', dropout=0.1)
     shutil.rmtree('out/parts')
     saved = checkpoints.save
@@ -181,9 +181,28 @@ def test_output_that_is_gone(toy, monkeypatch, stream):
     assert train.main(**toy('gpt') | dict(max_iters=1), out_dir='out/a')['loss'] > 0
 
 
+def test_a_signal_stops_at_an_evaluation_too(here, monkeypatch):
+    """However far apart the other lines of the log are."""
+    set_lr = optimizers.set_lr
+    monkeypatch.setattr(optimizers, 'set_lr', lambda *arguments: signal.raise_signal(signal.SIGTERM) or set_lr(*arguments))
+    assert run('out/a', log_interval=100) == {'stopped': signal.SIGTERM} and read('out/a')['step'] == 3
+
+
+def test_a_signal_that_ends_the_compiler_stops_the_run(here, monkeypatch, capsys):
+    """Ctrl-C reaches g++ too: an error of the first step."""
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+        raise RuntimeError('g++ failed')
+    monkeypatch.setattr(train.processes, 'no_sync', interrupted)
+    assert run('out/a') == {'stopped': signal.SIGINT}
+    assert 'stopped by signal (RuntimeError); the same command continues' in capsys.readouterr().out
+
+
 def test_target_loss_stops(here, capsys):
     run('out/a', target_loss=100.0)
-    assert ' <= target_loss 100, best' in capsys.readouterr().out
+    assert ' <= target_loss 100, best' in capsys.readouterr().out and read('out/a')['step'] == 0
+    run('out/a', target_loss=100.0)
+    assert 'out/a: finished at step 0' in capsys.readouterr().out
     run('out/b', max_iters=3)
     run('out/b', target_loss=100.0)
     assert 'out/b: finished at step 3' in capsys.readouterr().out
@@ -289,10 +308,13 @@ def broken_clip(monkeypatch, call):
 def test_a_gradient_that_is_not_finite(here, monkeypatch):
     """It stops the run, and leaves the state before it and the samples' names; allowed, the step is left out."""
     calls = broken_clip(monkeypatch, 5)
-    with pytest.raises(UserError, match='step 4: the gradient is not finite .nan.. The state before it is in out/a/ckpt_fault'):
-        run('out/a')
-    assert read('out/a', 'ckpt_fault.pt')['step'] == 4 and weights('out/a').keys()
+    with pytest.raises(UserError, match='step 4: the gradient is not finite .nan.. The state before it is in out/a/ckpt_fault.*=10,'):
+        run('out/a', eval_interval=6)
+    assert read('out/a', 'ckpt_fault.pt')['step'] == 4 and not Path('out/a/ckpt_last.pt').exists()
     assert sum(len(ids) for _, ids in lines('out/a')[-1]['samples']) == 8
+    calls[:] = [0] * 4
+    run('out/a', eval_interval=6, max_skipped_steps=1)  # continues from there, and skips the step
+    assert [line['step'] for line in lines('out/a')] == [0, 1, 2, 3, 4, 4, 5, 6, 6] and read('out/a')['skipped'] == 1
     calls.clear()
     run('out/b', max_skipped_steps=1)
     assert [line.get('skipped') for line in lines('out/b') if 'train_loss' in line] == [None] * 4 + [1, 1]
@@ -356,6 +378,9 @@ def test_a_run_from_another_runs_weights(here):
     train.main(**GPT, out_dir='out/first')
     train.main('--init_from=first', **(GPT | dict(max_iters=2, learning_rate=0.0, muon_learning_rate=0.0, out_dir='out/next')))
     assert faults.same(weights('out/first'), weights('out/next'))
+    train.main(**GPT | dict(ema=0.9), out_dir='out/averaged')  # what was evaluated
+    train.main('--init_from=averaged', **(GPT | dict(max_iters=2, learning_rate=0.0, muon_learning_rate=0.0, out_dir='out/last')))
+    assert faults.same(read('out/averaged')['ema'], weights('out/last'))
     sizes = {name: value for name, value in GPT.items() if name not in ('n_layer', 'n_head', 'n_embd', 'block_size')}
     train.main(**sizes, init_from='out/first', out_dir='out/sizes')  # they come with the weights
     assert read('out/sizes')['model_config']['n_embd'] == 16

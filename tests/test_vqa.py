@@ -451,6 +451,17 @@ def test_scenes_are_missing(tmp_path, monkeypatch):
             module.main()
 
 
+def test_scenes_on_another_drive(tmp_path, monkeypatch):
+    def other_drive(*_):
+        raise ValueError('path is on mount')
+    monkeypatch.setattr(scenes_qa.os.path, 'relpath', other_drive)
+    monkeypatch.setattr(scenes_qa, 'load', lambda path: np.zeros((1, 8)))
+    monkeypatch.setattr(scenes_qa, 'read_meta', lambda folder: {})
+    with pytest.raises(UserError, match='out refers to .*/scenes: choose an --out= on the same drive'):
+        scenes_qa.begin(dict(out=tmp_path / 'out', scenes=tmp_path / 'scenes'), 'scenes_qa')
+    assert not list(tmp_path.iterdir())
+
+
 def test_description():
     assert scenes_align.describe([[0, 6, 0, 0, 15, -2], [1, 0, 1, 1, 70, 33], [-1] * 6], 64) == (
         'row 0 column 1 large red metal cube row 4 column 7 small blue rubber sphere')
