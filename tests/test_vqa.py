@@ -446,6 +446,7 @@ def test_new_pairs():
 
 def test_scenes_are_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / 'prepare').symlink_to(Path(scenes_qa.__file__).parent)  # the script exists
     for module in (scenes_qa, scenes_align):
         with pytest.raises(UserError, match='run python -m prepare.scenes$'):
             module.main()
