@@ -50,7 +50,7 @@ class Images(Solver):
 
 @dataclass
 class Points(Solver):
-    n: int = 4000                   # points
+    n: int = 4000                   # points; of class 0, if the data have labels
     steps: int = 40                 # of the solver
 
 
@@ -277,7 +277,8 @@ def squared_errors(run, data, size=250):
 
 
 def score_points(run, settings, sampling, data, sweep):
-    """KL(data || model) with the exact divergence; Wasserstein-2 distances by steps, and of real points as floor."""
+    """KL(data || model) with the exact divergence; Wasserstein-2 distances by steps, and of real points as floor.
+    For points without labels."""
     points = torch.from_numpy(np.array(data.arrays['point'][:settings.n_score * 10]))
     learned = likelihoods(run, points, torch.zeros(len(points), dtype=torch.long)).numpy()
     truth = run.dataset.log_density(points.numpy())

@@ -1,6 +1,7 @@
 """
 The scores of a run, with 95 % intervals, floors, ceilings and baselines: printed as they are computed, kept in
-scores.json.
+scores.json. A score's name begins with the settings that differ from the defaults: scores by other settings replace
+none.
 
     python -m lab.score --out_dir=out/gpt_shakespeare                     exact likelihoods
     python -m lab.score --out_dir=out/nano4m                              every modality from every other
@@ -11,9 +12,7 @@ scores.json.
     python -m lab.score --out_dir=out/vlm_scenes --text_only_run=out/vlm_scenes_text_only
     python -m lab.score --out_dir=out/flow_mnist --help                   the settings of this run
 
-The scores are defined in lab/CHAPTER.py, `score`. After an interruption, finished scores are kept. Settings that differ
-from the defaults are part of a score's name, `--temperature=0.5 random, 8 steps: accuracy`: scores by other settings
-replace none.
+The scores are defined in lab/CHAPTER.py, `score`. After an interruption, finished scores are kept.
 """
 from pathlib import Path
 
