@@ -153,8 +153,8 @@ def mean_of(name, raw):
 
 def plan_of(model, link, known, weighted=False):
     """The texts that are generated before an image if only texts are known: the model's others, if all fit into the
-    input; none if a condition has a weight of its own, which a plan made from it would undo. Scenes: a caption does not say where objects are; tokens of an image that are sampled in one step fit
-    each other only if that is known."""
+    input; none if a condition is weighted, which a plan made from it would undo. Scenes: a caption does not say where
+    objects are; tokens of an image that are sampled in one step fit each other only if that is known."""
     texts = {m.name: m for m in model.modalities if m.is_text}
     fits = sum(m.max_tokens for m in (*texts.values(), model.modality[link.name])) <= max(model.input_sizes)
     plan = link.plan and not weighted and fits and link.name not in texts and known and {*known} <= {*texts}
