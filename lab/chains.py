@@ -14,7 +14,8 @@ The parts after a target's name replace the settings of sample.py for this targe
     mean8                 the mean of 8 samples
     best8                 of 8 samples the one that makes all known modalities most probable
 
-An image that is generated from texts alone has a plan (`plan_of`): the model's other texts are generated first.
+An image that is generated from texts alone, none with a weight, has a plan (`plan_of`): the model's other texts are
+generated first.
 """
 import re
 from dataclasses import dataclass, replace
@@ -150,13 +151,13 @@ def mean_of(name, raw):
     return raw.mean(1) if raw.dtype.kind == 'f' else raw.mean(1).round().astype(raw.dtype)
 
 
-def plan_of(model, link, known):
+def plan_of(model, link, known, weighted=False):
     """The texts that are generated before an image if only texts are known: the model's others, if all fit into the
-    input. Scenes: a caption does not say where objects are; tokens of an image that are sampled in one step fit
-    each other only if that is known."""
+    input; none if a condition is weighted, which a plan made from it would undo. Scenes: a caption does not say where
+    objects are; tokens of an image that are sampled in one step fit each other only if that is known."""
     texts = {m.name: m for m in model.modalities if m.is_text}
     fits = sum(m.max_tokens for m in (*texts.values(), model.modality[link.name])) <= max(model.input_sizes)
-    plan = link.plan and fits and link.name not in texts and known and {*known} <= {*texts}
+    plan = link.plan and not weighted and fits and link.name not in texts and known and {*known} <= {*texts}
     return [name for name in texts if name not in known] if plan else []
 
 
@@ -200,11 +201,11 @@ def stream(run, given, chain, generator=None, every_step=False):
     known, raw, weights = dict(given), {}, {link.name: link.weight for link in chain[0]}
     yield dict(known), dict(raw)
     for link in chain[1]:
-        if plan := plan_of(run.model, link, known):
-            with autocast(run):
-                known |= run.model.generate(known, plan, temperature=PLAN_TEMPERATURE, generator=generator)
         name, n = link.name, max(link.mean, link.best)
         others = {other: weight for other, weight in weights.items() if weight != 1 and other != name}
+        if plan := plan_of(run.model, link, known, bool(others)):
+            with autocast(run):
+                known |= run.model.generate(known, plan, temperature=PLAN_TEMPERATURE, generator=generator)
         repeated = {other: ids.repeat_interleave(n, 0) for other, ids in known.items()}
         sampling = sampling_of(run.model, link, known, bool(others))
         if every_step and n == 1 and not run.model.modality[name].is_text:

@@ -7,7 +7,8 @@ How chapter 4's models are sampled and scored: images and points from noise, swe
     python -m lab.score --out_dir=out/flow_mnist --steps=1,20
 
 NFE is the number of function evaluations. Under guidance each one runs the network on twice the samples, with and
-without the label: "NFE 20x2" costs as much as 40 evaluations without guidance.
+without the label: "NFE 20x2" costs as much as 40 evaluations without guidance. "NFE 20x2 in 0.1,0.8": twice the samples
+at these times alone.
 """
 import math
 import time
@@ -24,6 +25,7 @@ from engine.meters import add_logs, means
 from lab import options
 from lab.figures import save_gif, save_grid, tile
 from lab.statistics import alone, bootstrap, judged
+from prepare.judge import check_number
 
 STEPS = (1, 2, 4, 10, 20, 50, 100)   # with show=steps
 GUIDANCE = (0, 1, 1.5, 2, 3, 5, 10)  # with show=guidance
@@ -48,14 +50,16 @@ class Images(Solver):
 
 @dataclass
 class Points(Solver):
-    n: int = 4000                   # points
+    n: int = 4000                   # points; of class 0, if the data have labels
     steps: int = 40                 # of the solver
 
 
 @dataclass
 class Scores(Solver):
     n_score: int = 1000             # samples generated for each number of steps
+    seed: int = 0                   # of the samples; errors and likelihoods always have the same noise
     steps: str = '1,2,4,10,20'      # numbers of steps; precision and recall for the last one
+    told = 'n_score', 'steps'  # by the names of scores, or n
 
 
 def settings_of(run):
@@ -89,9 +93,11 @@ def trajectories(run, settings, labels):
 
 
 def nfe(settings):
-    """The number of function evaluations as text: 'NFE 20', under guidance 'NFE 20x2'."""
+    """The number of function evaluations as text: 'NFE 20', under guidance 'NFE 20x2', in an interval of times 'NFE
+    20x2 in 0.1,0.8'."""
     _, evaluations = flow.SOLVERS.get(settings.method, (None, 1))  # generate refuses an unknown method
-    return f'NFE {settings.steps * evaluations}' + 'x2' * (settings.guidance != 1)
+    guided = 'x2' + f' in {settings.guidance_interval}' * (settings.guidance_interval != Solver.guidance_interval)
+    return f'NFE {settings.steps * evaluations}' + guided * (settings.guidance != 1)
 
 
 def from_logits(y):
@@ -248,11 +254,14 @@ def log_slopes(y):
 
 def score(run, settings):
     """Yield scores: the squared error by time, the likelihood, and the quality of samples by the number of steps."""
-    data = run.data()
-    yield squared_errors(run, data)
     sampling = Images(method=settings.method, guidance=settings.guidance, guidance_interval=settings.guidance_interval,
                       seed=settings.seed)
-    yield from (score_images if run.model.config.image_size else score_points)(run, settings, sampling, data)
+    data, sweep, config = run.data(), options.counts(settings.steps), run.model.config
+    trajectories(run, replace(sampling, steps=1), [0])  # settings are checked before the work
+    if config.image_size and config.n_classes:
+        check_number(settings.n_score)
+    yield squared_errors(run, data)
+    yield from (score_images if config.image_size else score_points)(run, settings, sampling, data, sweep)
 
 
 def squared_errors(run, data, size=250):
@@ -267,8 +276,9 @@ def squared_errors(run, data, size=250):
             for name, value in sorted(means(total)[0].items())}
 
 
-def score_points(run, settings, sampling, data):
-    """KL(data || model) with the exact divergence; Wasserstein-2 distances by steps, and of real points as floor."""
+def score_points(run, settings, sampling, data, sweep):
+    """KL(data || model) with the exact divergence; Wasserstein-2 distances by steps, and of real points as floor.
+    For points without labels."""
     points = torch.from_numpy(np.array(data.arrays['point'][:settings.n_score * 10]))
     learned = likelihoods(run, points, torch.zeros(len(points), dtype=torch.long)).numpy()
     truth = run.dataset.log_density(points.numpy())
@@ -276,14 +286,14 @@ def score_points(run, settings, sampling, data):
     yield {'nats/point' if truth is None else 'KL(data || model), nats': bootstrap(parts)}
     n = min(6000, settings.n_score * 6)
     floor = run.dataset.score(run.dataset.fresh(n, 2)).mean()
-    for steps in options.counts(settings.steps):
+    for steps in sweep:
         one = replace(sampling, steps=steps)
         found = run.dataset.score(samples(run, one, np.zeros(n, int), n))
         distance = bootstrap(np.stack((found, np.ones(len(found))), -1)[:, None])
         yield {f'W2, {steps} steps, {nfe(one)}': distance | dict(floor=floor)}
 
 
-def score_images(run, settings, sampling, data):
+def score_images(run, settings, sampling, data, sweep):
     """Bits per dimension by Hutchinson's estimate; with classes, the evaluation classifier's scores by steps."""
     n_classes, n = run.model.config.n_classes, min(data.n, max(8, settings.n_score // 16))
     batch = data.rows(np.arange(n))
@@ -292,8 +302,7 @@ def score_images(run, settings, sampling, data):
     nats = likelihoods(run, x, labels, tolerance=1e-3, size=32).numpy() / x[0].numel()
     bits = np.stack((7 - nats / math.log(2), np.ones(n)), -1)[:, None]  # 7: one of 256 levels is 2 / 256 wide
     yield {'bits/dim' + ' given the class' * (n_classes > 0): bootstrap(bits) | dict(baseline=8.0)}
-    sweep = options.counts(settings.steps) if n_classes else []
-    for steps in sweep:
+    for steps in sweep if n_classes else []:
         labels, started = np.arange(settings.n_score) % n_classes, time.perf_counter()
         one = replace(sampling, steps=steps)
         images = samples(run, one, labels)

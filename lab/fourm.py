@@ -33,10 +33,10 @@ class Decoding(options.Sampling):
     order: str = 'random'      # of decoding: random (ROAR), confidence (MaskGIT), raster, halton
     schedule: str = 'linear'   # how many tokens each step fills: linear, cosine, constant
     temperature: str | None = None  # also 0.9..0.3, from the first to the last step; None: 0 for texts and if rgb is
-                                    # known, otherwise 0.2
+                                    # known (0.7 for the best of several), otherwise 0.2
     guidance: str | None = None  # scale of guidance by all that is given; also 1..3, from the first to the last step;
                                  # None: 1 for texts and if rgb is known, otherwise 2
-    plan: bool = True          # before an image from texts alone, generate the model's other texts
+    plan: bool = True          # before an image from texts alone, without weights, generate the model's other texts
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Scores(Decoding):
     hide: str = ''             # as in sample.py: a part of what is given that is generated again
     replace: str = ''          # as in sample.py: a word of the given texts and its replacement
     n_score: int = 200         # held-out scenes; 1000, for the record, also gives recall of retrieval
+    told = 'n_score', 'given', 'target', 'chain'  # by the names of scores, or n
 
 
 def settings_of(run):
@@ -316,8 +317,7 @@ def nearest_scenes(run, settings, index):
             or settings.by not in retrieval.WAYS):
         raise UserError(f'retrieve={gallery!r} and given={settings.given!r}: one modality each, two different ones of '
                         f'{", ".join(run.model.batch_keys)}; by is one of {", ".join(retrieval.WAYS)}')
-    ids = own_ids(run, settings, names)
-    ids = ids[names[0]] if ids else run.ids(names[0], index)
+    ids = own_ids(run, settings, names).get(names[0], run.ids(names[0], index))
     pairs = open_index(run, names[0], gallery)
     nearest = retrieval.nearness(run.model, pairs, names[0], ids, settings.by).topk(min(10, pairs['n'])).indices.numpy()
     columns = {f'{names[0]} (query)': to_images(run, names[0], ids)}
@@ -335,8 +335,7 @@ def score(run, settings):
     ceiling, baseline and shuffled condition; also the parser's own scores on true renders, and recall of retrieval."""
     options.apart(settings, 'chain', 'given', 'target')
     index, bounds = np.arange(min(settings.n_score, run.data().n)), {}
-    cells = cells_of(run, settings)
-    for cell, chain in tqdm(cells.items(), desc='score', unit='cell'):
+    for cell, chain in tqdm(cells_of(run, settings).items(), desc='score', unit='cell'):
         found, shuffled, milliseconds = score_chain(run, settings, chain, index)
         for name, metrics in found.items():
             if name not in bounds:
@@ -345,7 +344,8 @@ def score(run, settings):
                     yield parser_scores(run, index)
             title = f'{cell}/' + f'{name}/' * (len(found) > 1)
             yield {f'{title}{key}': bootstrap(parts) | bounds[name][key]
-                   | dict(shuffled=bootstrap(shuffled[name][key], 1)['value']) for key, parts in metrics.items()}
+                   | (dict(shuffled=bootstrap(shuffled[name][key], 1)['value']) if len(index) > 1 else {})
+                   for key, parts in metrics.items()}
         yield {f'{cell}/ms a scene': alone(milliseconds, len(index))}
     every = not (settings.chain or settings.given or settings.target)
     if every and {'rgb', 'caption'} <= {*run.model.batch_keys} and settings.n_score >= retrieval.GALLERY:

@@ -22,6 +22,7 @@ from lab import options
 from lab.figures import save_grid
 from lab.speculate import generate_speculative
 from lab.statistics import alone, bootstrap, judged
+from prepare.judge import check_number
 
 
 @dataclass
@@ -44,12 +45,14 @@ class Text(Sampling):
 @dataclass
 class Images(Sampling):
     n: int = 10                # images per class, or held-out images
-    complete: float = 0.0      # the fraction of held-out images that is given, from the top; 0: images from nothing
+    complete: float = 0.0      # the fraction of held-out images that is given, from the top; 0: images from their
+                               # class alone, or without classes from the first patch of held-out images
 
 
 @dataclass
 class Scores(Sampling):
     n_score: int = 1000        # generated digits for the evaluation classifier, sampled as follows
+    told = 'n_score',  # by the names of scores, or n
 
 
 def settings_of(run):
@@ -145,6 +148,8 @@ def write_texts(run, settings):
 def generate_images(run, settings, tokens):
     """Complete tokens (n, T0), a class and optionally the first patches, to (n, 1 + patches)."""
     n_new = run.model.config.block_size + 1 - tokens.shape[1]
+    if n_new < 1:
+        raise UserError(f'complete={settings.complete}: all patches are given: lower it')
     with run.exact():
         tokens = torch.from_numpy(np.array(tokens, np.int64)).to(run.device)
         return run.model.generate(tokens, n_new, *sampling(run, settings)).cpu()
@@ -230,6 +235,9 @@ def score(run, settings):
     """Yield scores: the exact negative log-likelihood of all held-out data, each token predicted once; for digits also
     the evaluation classifier's scores of generated digits, and the speed."""
     data, nll = run.data(), []
+    if hasattr(run.dataset, 'classes'):  # settings are checked before the work
+        check_number(settings.n_score)
+        generate_images(run, settings, np.zeros((1, 1)))
     for ids in tqdm(np.array_split(np.arange(data.n), -(-data.n // 32)), desc='likelihood', unit='batch', leave=False):
         tokens = data.rows(ids)['tokens'].to(run.device)
         with run.exact():

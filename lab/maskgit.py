@@ -20,6 +20,7 @@ from lab import options
 from lab.figures import save_gif, save_grid, tile
 from lab.statistics import alone, bootstrap, judged, read_scores
 from maskgit import ORDERS, random_mask
+from prepare.judge import check_number
 
 SHAPES, SHOWS = ('half', 'box', 'random'), ('grid', 'gif', 'swap')
 
@@ -29,7 +30,7 @@ class Decoding(options.Sampling):
     order: str = 'random'      # of decoding: random, confidence (MaskGIT), raster, halton
     schedule: str = 'cosine'   # of the number of tokens to unmask: cosine, linear, constant
     temperature: str = '1'     # 0: always the most probable token; from the first to the last step: 1..0.5
-    choice_temperature: float = 0.0  # of the Gumbel noise on confidences
+    choice_temperature: float = 0.0  # of the Gumbel noise on confidences; needs order=confidence
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Scores(Decoding):
     order: str = ','.join(ORDERS)  # orders of decoding
     guidance: str = '1'        # scale of classifier-free guidance; from the first to the last step: 1..3
     against: str = ''          # scores.json of a GPT on the same data: its exact values are the floor
+    told = 'n_score', 'steps', 'order', 'against'  # by the names of scores, or n
 
 
 def settings_of(run):
@@ -85,6 +87,8 @@ def generate(run, settings, tokens, classes=None, return_intermediates=False):
     size = (steps + 1) * tokens.numel()
     if return_intermediates and size > 2 ** 27:
         raise UserError(f'{size:,} tokens of intermediate states would take {size >> 27} GiB: lower n or steps')
+    if settings.choice_temperature > 0 and settings.order != 'confidence':
+        raise UserError(f'choice_temperature={settings.choice_temperature} needs order=confidence')
     temperature, temperature_end = options.temperatures(settings.temperature)
     guidance, guidance_end = options.scales(getattr(settings, 'guidance', '1'))  # texts have none
     with run.exact():
@@ -125,6 +129,8 @@ def generate_texts(run, settings):
                         'gap has at least 1: shorten them')
     if settings.gap != Text.gap and not settings.after:
         raise UserError(f'gap={settings.gap} needs after, the text that follows the gap')
+    if len(prompt) == N:
+        raise UserError(f'the prompt fills all {N} tokens that this model generates: shorten it')
     tokens = masked_tokens(run, settings.n)
     tokens[:, :len(prompt)], tokens[:, start:start + len(after)] = prompt, after
     texts = [run.dataset.decode(row) for row in generate(run, settings, tokens).tolist()]
@@ -241,11 +247,19 @@ def score(run, settings):
     """Yield scores: the upper bound on the nats of held-out data beside the exact value of a GPT; if there are classes,
     scores of generated images by the evaluation classifier for each order and number of steps, and the speed."""
     floors, sweep = read_floors(settings.against), options.counts(settings.steps)
+    orders = [order.strip() for order in settings.order.split(',')] if run.model.config.n_classes else []
+    shared = ('schedule', 'temperature', 'choice_temperature', 'guidance', 'top_k', 'top_p', 'seed')
+    images = Images(**{name: getattr(settings, name) for name in shared})
+    for order in orders:  # settings are checked before the work
+        check_number(settings.n_score)
+        if max(sweep) > run.model.N:
+            raise UserError(f'steps={settings.steps}: at most {run.model.N}, the number of tokens, each')
+        generate(run, replace(images, order=order, steps=1), masked_tokens(run, 1), torch.tensor([0]))
     yield {f'{name}, at most': score | floors.get(name, {}) for name, score in bounds(run, settings).items()}
-    for order in settings.order.split(',') if run.model.config.n_classes else []:
+    for order in orders:
         columns = {}
         for steps in sweep:
-            found, tokens = score_images(run, settings, order, steps)
+            found, tokens = score_images(run, replace(images, order=order, steps=steps), settings.n_score)
             title = f'{steps}: {found["accuracy"]["value"]:.0%} {found["frechet"]["value"]:.2f}'
             columns[title] = to_images(run, tokens[:run.model.config.n_classes])
             yield {f'{order}, {steps} steps: {name}': score for name, score in found.items()}
@@ -256,7 +270,10 @@ def read_floors(path):
     """{metric: dict(floor=value)} of a file of scores. Raises UserError."""
     if path and not Path(path).is_file():
         raise UserError(f'against={path!r}: no such file')
-    return {name: dict(floor=score['value']) for name, score in read_scores(Path(path)).items()} if path else {}
+    floors = {name: dict(floor=score['value']) for name, score in read_scores(Path(path)).items()} if path else {}
+    if path and 'nats/token' not in floors:
+        raise UserError(f'against={path!r}: has no nats/token: name the scores of a GPT on the same data')
+    return floors
 
 
 @torch.no_grad()
@@ -291,12 +308,11 @@ def bounds(run, settings):
     return scores
 
 
-def score_images(run, settings, order, steps):
-    """Scores of n_score generated images by the evaluation classifier, with seconds/image; and the images' tokens."""
-    shared = ('schedule', 'temperature', 'choice_temperature', 'guidance', 'top_k', 'top_p')
-    images = Images(steps=steps, order=order, **{name: getattr(settings, name) for name in shared})
-    classes, started = torch.arange(settings.n_score) % run.model.config.n_classes, time.perf_counter()
-    tokens = torch.cat([generate(run, replace(images, seed=settings.seed + i), masked_tokens(run, len(part)), part)
+def score_images(run, images, n):
+    """Scores of n images generated with the settings `images` by the evaluation classifier, with seconds/image; and the
+    images' tokens."""
+    classes, started = torch.arange(n) % run.model.config.n_classes, time.perf_counter()
+    tokens = torch.cat([generate(run, replace(images, seed=images.seed + i), masked_tokens(run, len(part)), part)
                         for i, part in enumerate(classes.split(64))])
     seconds = time.perf_counter() - started
     found = judged(run.dataset.score(run.dataset.decode(tokens), classes.numpy()))

@@ -123,6 +123,8 @@ def scales(text):
 def labels(text, n_classes):
     """Classes as text, '3,5' -> [3, 5]; '' -> all of them. Raises UserError."""
     known = {str(c): c for c in range(n_classes)}
+    if text and not known:
+        raise UserError(f'labels={text!r}: this model has no classes: leave it out')
     if unknown := [c for c in text.split(',') if c and c not in known]:
         raise UserError(f'labels: there is no class {unknown[0]!r} (classes are 0 to {n_classes - 1})')
     found = [known[c] for c in text.split(',') if c]

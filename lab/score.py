@@ -1,6 +1,7 @@
 """
 The scores of a run, with 95 % intervals, floors, ceilings and baselines: printed as they are computed, kept in
-scores.json.
+scores.json. A score's name begins with the settings that differ from the defaults: scores by other settings replace
+none.
 
     python -m lab.score --out_dir=out/gpt_shakespeare                     exact likelihoods
     python -m lab.score --out_dir=out/nano4m                              every modality from every other
@@ -23,7 +24,7 @@ import lab
 from config import UserError
 from engine import checkpoints, threads
 from lab import options
-from lab.statistics import TABLE_HEAD, save_scores, scores_path, table_row
+from lab.statistics import TABLE_HEAD, save_scores, scores_path, table_row, with_settings
 
 SETTINGS = dict(
     out_dir='out/nano4m',     # the run
@@ -58,7 +59,8 @@ def main(*arguments, **overrides):
     """Computes the scores and returns all scores in the file. Raises UserError."""
     assigned = config.read(arguments, overrides)
     run, module = open_run(assigned)
-    common, settings = options.apply(assigned, SETTINGS, module.scores_of(run))
+    defaults = module.scores_of(run)
+    common, settings = options.apply(assigned, SETTINGS, defaults)
     if common['compile']:
         lab.compile_passes(run.model, run.dtype)
     path, digest = scores_path(run.path, run.split), checkpoints.digest(run.path)
@@ -68,6 +70,7 @@ def main(*arguments, **overrides):
     try:
         for scores in module.score(run, settings):
             threads.adapt()
+            scores = with_settings(scores, vars(settings), vars(defaults), getattr(settings, 'told', ()))
             first, kept = not kept, save_scores(scores, path, digest)
             tqdm.write('\n'.join([TABLE_HEAD] * first + [table_row(name, score) for name, score in scores.items()]))
     except ValueError as error:  # a chapter's check of its arguments

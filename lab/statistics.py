@@ -7,6 +7,7 @@ condition of another sample: a model that ignores its condition has the same val
 """
 import json
 import os
+import shlex
 
 import numpy as np
 
@@ -101,6 +102,14 @@ def save_scores(scores, path, digest):
     return scores
 
 
+def with_settings(scores, settings, defaults, told):
+    """The same scores, each name after the settings {name: value} that differ from the defaults: '--plan=False
+    caption>rgb/attributes'. So scores by other settings stand beside each other. `told`: settings that are left out,
+    because names or n tell them."""
+    changed = [f'--{name}={value}' for name, value in settings.items() if value != defaults[name] and name not in told]
+    return {' '.join([*map(shlex.quote, changed), name]): score for name, score in scores.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
@@ -120,7 +129,9 @@ def table(scores):
 
 
 def cell(value):
-    """A value as text in a Markdown table: floats with two or three significant digits, None empty."""
+    """A value as text in a Markdown table: floats with at least two significant digits, None empty."""
+    if isinstance(value, float) and 0 < abs(value) < 0.1:
+        return f'{value:.2g}'
     if isinstance(value, float):
         return f'{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2}f}'
     return '' if value is None else str(value).replace('|', '\\|')

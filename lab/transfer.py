@@ -13,7 +13,8 @@ tokens of one modality. Four ways to train it, each with 50, 200, 1,000 and 5,00
     finetune  the encoder too, at a fraction of the learning rates
     scratch   the same network, from random weights
 
-Accuracies on held-out images go to transfer_TASK.json in the run's folder, and, as curves, to transfer_TASK.png.
+Accuracies on held-out images go to transfer_TASK.json in the run's folder, and, as curves, to transfer_TASK.png. In the
+file, names begin with the settings that differ from the defaults.
 """
 import copy
 from pathlib import Path
@@ -29,7 +30,7 @@ from config import UserError
 from engine import checkpoints, devices, optimizers
 from lab.figures import save_curves
 from lab.retrieval import read_tokens
-from lab.statistics import TABLE_HEAD, bootstrap, save_scores, table_row
+from lab.statistics import TABLE_HEAD, bootstrap, save_scores, table_row, with_settings
 from prepare import arrays
 
 SETTINGS = dict(
@@ -49,6 +50,7 @@ TASKS = dict(  # an array on disk, and how to get the class from it; the first o
     shape=('raw_objects', lambda objects: objects[:, 0, 0]),
     color=('raw_objects', lambda objects: objects[:, 0, 1]),
     label=('label', lambda labels: labels))
+TOLD = 'out_dir', 'task', 'labels', 'n_val', 'device'  # settings that a score's name, n or file tells
 UNUSED = 'model.decoder:0 model.heads:0 model.query_embedding:0'  # learning rates of what the encoder does not need
 
 
@@ -170,7 +172,8 @@ def main(*arguments, **overrides):
         right = names[predicted] == truth
         score = bootstrap(np.stack((right, np.ones(len(right))), -1)[:, None]) | dict(baseline=baseline)
         print(table_row(f'{way}, {n} labels', score), flush=True)
-        save_scores({f'{way}, {n} labels': score}, path, digest)  # an interruption keeps what is finished
+        named = with_settings({f'{way}, {n} labels': score}, settings, SETTINGS, TOLD)
+        save_scores(named, path, digest)  # an interruption keeps what is finished
         curves.setdefault(way, {})[f'{n:,}'] = score
     print(f'wrote {path}')
     save_curves(curves, path.with_suffix('.png'), f'accuracy of {task}, read from {given}, with 95 % intervals',

@@ -43,6 +43,7 @@ class Scores(Sampling):
     n_score: int = 1000        # held-out images
     text_only_run: str = ''    # a run of the same data with text_only=True, whose scores are shown beside these
     max_new_tokens: int = 32   # the longest answer
+    told = 'n_score', 'text_only_run'  # by the names of scores, or n
 
 
 def settings_of(run):
@@ -200,7 +201,9 @@ def score(run, settings):
     (found, rate), baselines = right_answers(run, settings), majority_scores(run, settings)
     yield {family: bootstrap(parts) | dict(baseline=baselines[family]) for family, parts in sorted(found.items())} | {
         'answers/s': alone(rate, int(found['all'][..., 1].sum()))}
-    yield titled('another image', right_answers(run, settings, shift=1)[0])
+    lines = run.dataset.questions(run.split)[:settings.n_score]
+    if None not in (shown := other_images(lines)):
+        yield titled('another image', right_answers(run, settings, shown=shown)[0])
     if other:
         yield titled('text only', right_answers(other, settings)[0])
     if Path(run.folder, run.split, 'new_pairs.jsonl').is_file():
@@ -211,11 +214,19 @@ def titled(title, families):
     return {f'{title}: {family}': bootstrap(parts) for family, parts in sorted(families.items())}
 
 
-def right_answers(run, settings, name='questions', shift=0):
-    """Return {family: (n, 1, 2)}, the number of right and of all answers per image, and answers per second. With
-    shift > 0 each question is about the image of another line."""
+def other_images(lines):
+    """For each line the image of the last line before it (cyclically) that is about another one; None if all are about
+    the same."""
+    images = [line['image'] for line in lines]
+    return [next((one for one in (images[i + 1:] + images[:i])[::-1] if one != image), None)
+            for i, image in enumerate(images)]
+
+
+def right_answers(run, settings, name='questions', shown=None):
+    """Return {family: (n, 1, 2)}, the number of right and of all answers per image, and answers per second. `shown` are
+    the images in place of those of the lines."""
     lines, families, total = run.dataset.questions(run.split, name)[:settings.n_score], {}, 0
-    shown, started = np.roll([line['image'] for line in lines], shift, 0), time.perf_counter()
+    shown, started = shown or [line['image'] for line in lines], time.perf_counter()
     for start in tqdm(range(0, len(lines), 32), desc=f'score {name}', unit='batch', leave=False):
         part = lines[start:start + 32]
         n_turns = max(len(line['turns']) for line in part)
@@ -236,17 +247,18 @@ def majority_scores(run, settings):
     for line in run.dataset.questions('train')[:5000]:
         for (_, answer), family in zip(line['turns'], line['families']):
             counts.setdefault(family or 'all', Counter())[answer] += 1
+    guess = {family: answers.most_common(1)[0][0] for family, answers in counts.items()}
     for line in run.dataset.questions(run.split)[:settings.n_score]:
         for (_, truth), family in zip(line['turns'], line['families']):
             for key in {family or 'all', 'all'}:
-                hits.setdefault(key, []).append(truth == counts[family or 'all'].most_common(1)[0][0])
+                hits.setdefault(key, []).append(truth == guess.get(family or 'all'))  # None: not in training
     return {family: float(np.mean(right)) for family, right in hits.items()}
 
 
 def open_text_only(run, folder):
     """Return this run with the model of another run, which ignores images. Raises UserError."""
     other = lab.open_run(Path(folder, run.path.name), run.device)
-    config, same = other.model.config, other.meta['encoding'] == run.meta['encoding']
-    if lab.chapter_of(other.model) != 'vlm' or not config.text_only or not same:
+    if (lab.chapter_of(other.model) != 'vlm' or not other.model.config.text_only
+            or other.meta['encoding'] != run.meta['encoding']):
         raise UserError(f'text_only_run={folder!r}: must be a run of vlm with --text_only=True on the same data')
     return replace(run, model=other.model)

@@ -141,6 +141,12 @@ def independent_pixels(images, labels, wanted, seed=0):
     return out
 
 
+def check_number(n):
+    """Raises UserError if n images are too few to score."""
+    if n < 5:
+        raise UserError(f'{n} images are too few to score: give at least 5')
+
+
 def score(judge, images, labels, held_out, truth, train, train_labels):
     """Scores of images (n, H, H) uint8 generated for labels (n,), with the scores of the same number of real images.
 
@@ -160,8 +166,7 @@ def score(judge, images, labels, held_out, truth, train, train_labels):
     than 5 images.
     """
     n = len(images)
-    if n < 5:
-        raise UserError(f'{n} images are too few to score: give at least 5')
+    check_number(n)
     features, usual = judge.features(held_out), distance_to(held_out, train)
     near = np.quantile(usual, 0.05)
 

@@ -308,8 +308,8 @@ def open_pool(workers):
         yield pool
     except BrokenProcessPool:
         raise UserError('a worker process has ended early. In a script of your own, put the calls in a file, under "if '
-                        '__name__ == \'__main__\':", as each worker runs the lines outside it; otherwise it was killed, as for lack '
-                        'of memory: give fewer --workers=') from None
+                        '__name__ == \'__main__\':", as each worker runs the lines outside it; otherwise it was '
+                        'killed, as for lack of memory: give fewer --workers=') from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -324,3 +324,9 @@ def test_a_missing_requirement_is_found(house):
     root = house({'requirements.txt': 'torch==2.13.0\npillow==13\nwandb==0.31.0\n',
                   'lab/gpt.py': 'from PIL import Image\nimport filelock\n'})
     assert wrong_requirements(root) == ['filelock: imported, not in requirements.txt', 'wandb: in requirements.txt, not imported']
+
+
+def test_lines_fit_a_page():
+    wide = [f'{path}:{i}' for path in sources(ROOT) if place(path) != 'tests'
+            for i, line in enumerate((ROOT / path).read_text(encoding='utf-8').splitlines(), 1) if len(line) > 120]
+    assert not wide

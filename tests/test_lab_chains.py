@@ -73,14 +73,16 @@ def test_an_image_from_texts_alone_has_a_plan(run, monkeypatch):
     monkeypatch.setattr(run.model, 'input_sizes', [32, 128])
     rgb, caption, scene_desc = (run.ids(name, np.arange(3)) for name in ('rgb', 'caption', 'scene_desc'))
 
-    def plan(entry, known, **settings):
-        return plan_of(run.model, read_link(entry, AnyToAny(**settings)), known)
+    def plan(entry, known, weighted=False, **settings):
+        return plan_of(run.model, read_link(entry, AnyToAny(**settings)), known, weighted)
     assert plan('rgb', dict(caption=caption)) == plan('depth', dict(caption=caption)) == ['scene_desc']
-    assert not plan('rgb', dict(caption=caption), plan=False)
+    assert not plan('rgb', dict(caption=caption), plan=False) and not plan('rgb', dict(caption=caption), weighted=True)
     assert not plan('rgb', dict(caption=caption, scene_desc=scene_desc)) and not plan('scene_desc', dict(caption=caption))
     assert not plan('depth', dict(caption=caption, rgb=rgb)) and not plan('rgb', {})
     known, raw = generate(run, dict(caption=caption), parse_chain('caption>rgb', AnyToAny(), run.model))
     assert known.keys() == {'caption', 'scene_desc', 'rgb'} and raw.keys() == {'rgb'}
     assert (known['scene_desc'] >= 0).any(1).all() and torch.equal(known['caption'], caption)
+    known, _ = generate(run, dict(caption=caption), parse_chain('caption:w0>rgb', AnyToAny(), run.model))
+    assert known.keys() == {'caption', 'rgb'}  # a plan would bring the caption back
     monkeypatch.setattr(run.model, 'input_sizes', [64])  # a caption, a scene_desc and an image do not fit
     assert not plan('rgb', dict(caption=caption))

@@ -76,14 +76,20 @@ def test_defaults_fit_the_model(digits, points):
 def test_guided_evaluations_count_twice():
     module = lab.module_of('flow')
     assert module.nfe(module.Images(steps=20, guidance=2.0)) == 'NFE 20x2'
-    assert module.nfe(module.Images(steps=20, method='heun')) == 'NFE 40'
+    assert module.nfe(module.Images(steps=20, method='heun', guidance_interval='0.1,0.8')) == 'NFE 40'
+    assert module.nfe(module.Images(steps=2, guidance=2.0, guidance_interval='0.1,0.8')) == 'NFE 2x2 in 0.1,0.8'
 
 
-def test_scores_of_digits(digits):
+def test_scores_of_digits(digits, monkeypatch):
     scores = score.main(f'--out_dir={digits}', '--n_score=20', '--steps=1,2')
     assert {'squared error', 'squared error, t in 0.25..0.5', 'bits/dim given the class', '1 steps, NFE 1x2: frechet',
             '2 steps, NFE 2x2: precision', '2 steps, NFE 2x2: seconds/image'} <= scores.keys()
     assert '1 steps, NFE 1x2: precision' not in scores
+    monkeypatch.setattr(lab_flow, 'squared_errors', None)
+    for argument, message in (('--n_score=4', '4 images are too few'), ('--steps=a', 'write numbers of steps'),
+                              ('--method=rk4', 'rk4'), ('--guidance_interval=1', 'write two times')):  # before any work
+        with pytest.raises(UserError, match=message):
+            score.main(f'--out_dir={digits}', argument)
 
 
 def test_points(points):

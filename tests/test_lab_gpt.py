@@ -148,6 +148,8 @@ def test_digits(digits):
     assert known[:24].all() and not known[32:].any() and (given[known] == truth[known]).all()
     with pytest.raises(UserError, match='complete=1.0 must be at least 0 and below 1'):
         draw(digits, '--complete=1')
+    with pytest.raises(UserError, match='complete=0.999: all patches are given: lower it'):
+        draw(digits, '--complete=0.999')
     with pytest.raises(UserError, match='prompt is a setting of'):
         draw(digits, '--prompt=a')
 
@@ -186,7 +188,11 @@ def test_exact_score_of_a_text(story):
         assert found['bits/byte']['value'] == pytest.approx(found['nats/token']['value'] / np.log(2) / lengths[split])
 
 
-def test_scores_of_digits(digits):
+def test_scores_of_digits(digits, monkeypatch):
     scores = score.main(f'--out_dir={digits}', '--n_score=40')
     assert scores['nats/image given the class']['value'] == pytest.approx(49 * scores['nats/token']['value'])
     assert {'accuracy', 'frechet', 'generation, tokens/s'} <= scores.keys() and 'floor' in scores['frechet']
+    monkeypatch.setattr(lab.module_of('gpt'), 'log_prob', None)
+    for argument, message in (('--n_score=4', '4 images are too few'), ('--top_k=-1', 'top_k=-1')):  # before any work
+        with pytest.raises(UserError, match=message):
+            score.main(f'--out_dir={digits}', argument)

@@ -86,7 +86,7 @@ def test_defaults_fit_the_model(digits):
     assert (settings.steps, settings.temperature, settings.guidance) == (16, '0.8', '1.5')
 
 
-def test_scores(digits, capsys):
+def test_scores(digits, monkeypatch):
     """A bound below that of a uniform guess; every order and number of steps; the exact value of a GPT beside it."""
     exact = dict(value=0.5, low=0.4, high=0.6, n=9)
     Path('exact.json').write_text(json.dumps({'nats/token': exact}))
@@ -102,9 +102,13 @@ def test_scores(digits, capsys):
     after = score.main(f'--out_dir={digits}', '--n_score=20', '--steps=2', '--order=raster')
     assert len(after) > before  # the others stay
     for arguments, message in ((['--steps=0,4'], 'write numbers of steps'), (['--order=fast'], 'order is one of'),
-                               (['--against=none.json'], 'no such file'),
+                               (['--order=raster, fast'], 'order is one of'), (['--steps=8,50'], 'steps=8,50: at most 49'),
+                               (['--n_score=4'], 'too few to score'), (['--temperature=a'], 'write a number'),
+                               (['--choice_temperature=4'], 'needs order=confidence'),
+                               (['--against=none.json'], 'no such file'), (['--against=other.json'], 'has no nats/token'),
                                (['--against=broken.json'], 'not a file of scores')):
-        Path('broken.json').write_text('[1]')
+        Path('broken.json').write_text('[1]'), Path('other.json').write_text(json.dumps({'accuracy': exact}))
+        monkeypatch.setattr(lab.module_of('maskgit'), 'bounds', None)  # all are refused before any work
         with pytest.raises(UserError, match=message):
             score.main(f'--out_dir={digits}', *arguments)
 
@@ -119,6 +123,7 @@ def test_images_of_codes(work):
     assert (truth == given).all()  # the colors beside the hole, too
     assert score.main('--out_dir=out/masked_scenes')['nats/image, at most']['value'] < 64 * np.log(65536) + 1
     for argument, message in (('--guidance=2', 'needs a model trained with classes and label_dropout'),
+                              ('--labels=3', "labels='3': this model has no classes: leave it out"),
                               ('--show=swap', 'needs a model with classes')):
         with pytest.raises(UserError, match=message):
             sample.main('--out_dir=out/masked_scenes', argument)
@@ -135,6 +140,8 @@ def test_texts(work, capsys):
     assert ' mat.' in capsys.readouterr().out
     scores = score.main('--out_dir=out/masked_story')
     assert list(scores) == ['nats/token, at most'] and scores['nats/token, at most']['value'] < np.log(278) + 0.01
+    with pytest.raises(UserError, match='the prompt fills all 16 tokens that this model generates: shorten it'):
+        sample.main('--out_dir=out/masked_story', f'--prompt={lab.open_run(Path("out/masked_story/ckpt_last.pt"), "cpu").dataset.decode([1] * 16)}')
     with pytest.raises(UserError, match='gap=3 needs after'):
         sample.main('--out_dir=out/masked_story', '--prompt=The cat', '--gap=3')
     for argument, message in (('--gap=50', 'prompt, gap and after have 54 tokens, this model generates 16'),
@@ -153,7 +160,7 @@ def test_texts(work, capsys):
     (['--complete=0.999'], 'complete=0.999: all 49 tokens are given: lower it'),
     (['--image=none.png'], 'image and shape need complete'), (['--shape=box'], 'image and shape need complete'),
     (['--labels=3', '--complete=0.5'], 'held-out images are completed in their own classes'),
-    (['--choice_temperature=-1'], 'choice_temperature in 0..1000'),
+    (['--choice_temperature=-1'], 'choice_temperature in 0..1000'), (['--choice_temperature=5'], 'choice_temperature=5.0 needs order=confidence'),
     (['--temperature=-1'], "temperature='-1': must be 0"),
     (['--prompt=hello'], 'prompt is a setting of'),
     (['--chain=rgb>depth'],

@@ -27,6 +27,7 @@ def cells(scores):
 def test_every_cell(out_dir, capsys):
     scores = score.main(f'--out_dir={out_dir}', '--n_score=6', '--steps=2')
     assert scores == read_scores(Path(out_dir, 'scores.json')) and len(cells(scores)) == 30
+    scores = {name.removeprefix('--steps=2 '): one for name, one in scores.items()}
     for name, one in scores.items():
         assert one['low'] <= one['value'] <= one['high'] and one['n'] == 6, name
         if '>' in name and not name.endswith('/ms a scene'):
@@ -38,10 +39,12 @@ def test_every_cell(out_dir, capsys):
 
 
 def test_some_cells(out_dir):
-    """They are added to those that are there; chains have a file of their own."""
-    score.main(f'--out_dir={out_dir}', '--n_score=6', '--steps=2', '--target=normal')
-    both = score.main(f'--out_dir={out_dir}', '--n_score=4', '--given=depth,rgb', '--target=normal')
-    assert {name.split('/')[0] for name, one in both.items() if one['n'] == 4} == {'depth>normal', 'rgb>normal'}
+    """They are added to those that are there, also by other settings; chains have a file of their own."""
+    score.main(f'--out_dir={out_dir}', '--n_score=6', '--target=normal')
+    plain = score.main(f'--out_dir={out_dir}', '--n_score=4', '--given=depth,rgb', '--target=normal')
+    both = score.main(f'--out_dir={out_dir}', '--n_score=4', '--given=rgb', '--target=normal', '--hide=rgb=outside 8,8,32,32')
+    assert both.items() > plain.items() and "'--hide=rgb=outside 8,8,32,32' rgb>normal/ms a scene" in both
+    assert {name.split('/')[0] for name, one in plain.items() if one['n'] == 4} == {'depth>normal', 'rgb>normal'}
     assert {name.split('/')[0] for name, one in both.items() if one['n'] == 6} >= {'caption>normal', 'segmentation>normal'}
     score.main(f'--out_dir={out_dir}', '--n_score=4', '--chain=caption>segmentation,rgb:g3;caption>rgb:g3')
     chains = read_scores(Path(out_dir, 'scores_chains.json'))
@@ -119,3 +122,5 @@ def test_a_shuffled_condition(out_dir, monkeypatch):
         monkeypatch.setattr(fourm, 'generate', generate)
         found = score.main(f'--out_dir={out_dir}', '--n_score=8', '--chain=rgb>scene_desc')
         assert check(found['rgb>scene_desc/attributes']), found
+    found = score.main(f'--out_dir={out_dir}', '--n_score=1', '--chain=rgb>scene_desc')
+    assert 'shuffled' not in found['rgb>scene_desc/attributes']  # there is no other scene

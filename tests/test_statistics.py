@@ -132,10 +132,10 @@ def test_tables():
     assert row.split() == ['nats/token', '1.25', '1', '..', '1.5', '4'] and len(head) == len(row) == 111
     assert row.index('4') == head.index('ceiling') + len('ceiling') - 1
     assert statistics.markdown_table([]) == ''
-    rows = [dict(name='a|b', speed=1234.5, n=3), dict(name='c', share=0.1234, none=None)]
+    rows = [dict(name='a|b', speed=1234.5, n=3), dict(name='c', share=0.1234, none=None), dict(name=0.0, share=0.0042)]
     assert statistics.markdown_table(rows).splitlines() == [
         '| name | speed | n | share | none |', '|---|---|---|---|---|',
-        '| a\\|b | 1,234 | 3 |  |  |', '| c |  |  | 0.12 |  |']
+        '| a\\|b | 1,234 | 3 |  |  |', '| c |  |  | 0.12 |  |', '| 0.00 |  |  | 0.0042 |  |']
 
 
 def test_one_sample_has_no_interval():

@@ -68,7 +68,7 @@ def test_the_program(tiny_run, capsys):
     assert torch.backends.cuda.flash_sdp_enabled()  # training changes nothing for later timings
     torch.backends.cuda.enable_flash_sdp(fused)
     scores = read_scores(Path(tiny_run, 'transfer_count.json'))
-    assert {*scores} == {f'{way}, {n} labels' for way in ('probe', 'random', 'finetune', 'scratch') for n in (8, 40)}
+    assert {*scores} == {f'--steps=1 --batch_size=4 {way}, {n} labels' for way in ('probe', 'random', 'finetune', 'scratch') for n in (8, 40)}
     assert all(0 <= score['low'] <= score['value'] <= score['high'] <= 1 for score in scores.values())
     assert all(score['n'] == 20 for score in scores.values())
     assert np.ptp(np.asarray(Image.open(f'{tiny_run}/transfer_count.png').convert('L'))) > 200

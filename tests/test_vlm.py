@@ -17,9 +17,10 @@ import vlm
 from config import UserError
 from engine import checkpoints
 from lab import figures, score
-from prepare import scenes, scenes_align, scenes_qa
+from prepare import scenes, scenes_align, scenes_qa, toy2d
 from prepare.scenes_render import make
 from tests.conftest import ROOT
+from tests.test_flow import RUN
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, vision_layer=1, vision_head=2, vision_embd=16, batch_size=8,
             micro_batch_size=4, max_iters=3, eval_interval=3, eval_iters=2, device='cpu', dtype='float32',
@@ -328,11 +329,26 @@ def test_scores(run):
         assert 0 <= scores[f'{kind}all']['low'] <= scores[f'{kind}all']['value'] <= scores[f'{kind}all']['high'] <= 1
     assert {'count', 'exist', 'hop', 'query', 'answers/s'} <= scores.keys() and 0 < scores['exist']['baseline'] < 1
     assert score.main('--out_dir=out/align', '--n_score=4')['all']['n'] == 4
+    toy2d.main(n_train=60, n_val=20, out='data/points')
+    train.main(**RUN, dataset='points', out_dir='out/numbers', label_dropout=0.0)
     for folder, message in (('nothing', 'no such checkpoint; the nearest are out/'),
+                            ('numbers', 'must be a run of vlm with --text_only=True on the same data'),
                             ('words', 'must be a run of vlm with --text_only=True on the same data'),
                             ('qa', 'must be a run of vlm with --text_only=True on the same data')):
         with pytest.raises(UserError, match=message):
             score.main(f'--out_dir={run}', f'--text_only_run=out/{folder}')
+
+
+def test_another_image_is_another_one(run, monkeypatch):
+    """Several lines may be about one image; a family may be missing in training."""
+    module = lab.module_of('vlm')
+    assert module.other_images([dict(image=i) for i in (5, 5, 6, 7, 7)]) == [7, 7, 5, 6, 6]
+    lines = [dict(image=3, turns=[['Is it?', 'yes']], families=['new'])] * 2
+    assert module.other_images(lines) == [None, None]
+    questions = type(lab.open_run(Path(run, 'ckpt_last.pt'), 'cpu').dataset).questions
+    monkeypatch.setattr('prepare.vqa.Dataset.questions', lambda self, split, name='questions': lines if split == 'val' and name == 'questions' else questions(self, split, name))
+    found = score.main(f'--out_dir={run}', '--n_score=2', '--max_new_tokens=2', '--seed=7')
+    assert found['--seed=7 --max_new_tokens=2 new']['baseline'] == 0 and not any('--seed=7' in name and 'another image' in name for name in found)
 
 
 @pytest.mark.parametrize('arguments, message', [
