@@ -58,8 +58,8 @@ PATHS = {  # settings that are files or folders: ~ is the home folder, which she
 
 
 def read(arguments, overrides=None):
-    """['config/x.py', '--name=value', ...] and {name: value} -> {name: (value, where it was set)}. The command line counts
-    more than the files, wherever it names them; of several files the last one counts."""
+    """['config/x.py', '--name=value', ...] and {name: value} -> {name: (value, where it was set)}. The command line
+    counts more than the files, wherever it names them; of several files the last one counts."""
     from_files, given = {}, {}
     print_anything()
     for argument in map(str, arguments):

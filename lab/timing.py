@@ -171,8 +171,8 @@ def show(row, first):
 
 
 def make_folders(*paths):
-    """Creates the folders of files that a program writes at its end, so that an impossible path stops it at once. Raises
-    UserError."""
+    """Creates the folders of files that a program writes at its end, so that an impossible path stops it at once.
+    Raises UserError."""
     for path in map(str, filter(None, paths)):
         if path.endswith(('/', os.sep)) or Path(path).is_dir():
             raise UserError(f'{path} is a folder: name a file in it')
