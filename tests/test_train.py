@@ -440,4 +440,4 @@ def test_the_command_line_prints_one_line(here):
     assert done.stderr == "error: command line: unknown setting 'batchsize'; did you mean 'batch_size'?\n"
     done = subprocess.run([sys.executable, train.__file__, '--model=fourm', '--dataset=scenes', '--out_dir=/dev/null/out'],
                           capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "error: [Errno 20] Not a directory: '/dev/null/out'\n"
+    assert done.returncode == 1 and done.stderr == "error: /dev/null is a file or a link to nothing: remove it, or choose another --out_dir=\n"
