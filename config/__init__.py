@@ -105,6 +105,8 @@ def files_with(folder, pattern):
 
 def execute(path):
     """The public names that a config file assigns, without modules, functions and classes."""
+    if not str(path).endswith('.py'):
+        raise UserError(f'{path} is no config file (NAME.py): settings are written --name=value; --help lists them')
     if not Path(path).is_file():
         there = f'; there are {", ".join(files())}' if files() else ''
         raise UserError(f'{path}: no such config file{there}{elsewhere()}')

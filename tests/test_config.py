@@ -106,6 +106,7 @@ def test_model_fields_are_settings():
     (['--model=os'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
     (['--model=train'], 'choose one of flow, fourm, gpt, maskgit, vlm'),
     (['no_such.py'], 'no such config file'),
+    (['LICENSE'], 'LICENSE is no config file .NAME.py.: settings are written --name=value'),
 ])
 def test_faults_from_the_shell(arguments, message):
     with pytest.raises(UserError, match=message) as error:
