@@ -139,7 +139,7 @@ def own_ids(run, settings, names):
     for name in names if settings.text or settings.image else []:
         m = run.model.modality[name]
         if m.is_text and settings.text:
-            own[name] = run.dataset.read_text(name, settings.text.removesuffix('...').strip())
+            own[name] = run.dataset.read_text(name, ' '.join(settings.text.removesuffix('...').split()))
             if settings.text.endswith('...'):
                 own[name] = own[name].masked_fill(own[name] == m.vocab_size - 1, -1)
         elif not m.is_text and settings.image:

@@ -11,11 +11,12 @@ Your own text as one sequence of tokens: a file, or all text files of a folder.
     smollm2     the 49,152 tokens of SmolLM2, to fine-tune it
     data/NAME   those of another data set of text, to fine-tune a model that was trained on it
 
-Byte-pair encodings have an end token after each document (each file). The last fraction val_share of all tokens is for
-validation. All data sets of plain text use the functions of this file and its `Dataset`, which encodes prompts and
-decodes ids.
+Byte-pair encodings have an end token after each document: each file, or each of its parts between <|endoftext|>. The
+last fraction val_share of all tokens is for validation. All data sets of plain text use the functions of this file and
+its `Dataset`, which encodes prompts and decodes ids.
 """
 import hashlib
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from engine.checkpoints import digest
 from prepare import arrays
 from prepare.files import making, tell, visible
 from prepare.text_tokenizers import (
+    END,
     Characters,
     encode,
     gpt2_encoding,
@@ -169,14 +171,17 @@ def write_split(folder, encoding, documents, val_share, meta):
 # Your own files
 
 def find_files(path):
-    """The file itself, or all text files in a folder and its subfolders, sorted, but no hidden ones. Raises UserError
-    if there are none."""
+    """The file itself, or all text files in a folder and its subfolders, sorted, but no hidden ones. Prints how many
+    files of other kinds are left out. Raises UserError if there are no text files."""
     if path.is_file():
         return [path]
-    files = [file for file in visible(path) if file.suffix.lower() in SUFFIXES]
+    found, kinds = visible(path), ', '.join('*' + suffix for suffix in SUFFIXES)
+    files = [file for file in found if file.suffix.lower() in SUFFIXES]
     if not files:
-        raise UserError(f'{path}: neither a file nor a folder with text files '
-                        f'({", ".join("*" + suffix for suffix in SUFFIXES)})')
+        raise UserError(f'{path}: neither a file nor a folder with text files ({kinds})')
+    if others := Counter(file.suffix or 'no suffix' for file in found if file.suffix.lower() not in SUFFIXES):
+        names = ', '.join(f'{n} {suffix}' for suffix, n in others.most_common(5))
+        tell([f'{path}: {others.total()} of its files ({names}); text files are {kinds}'])
     return without_copies(files)
 
 
@@ -206,6 +211,13 @@ def read_files(files):
         yield text
 
 
+def read_documents(files, split):
+    """Yields the documents: the text of each file or, if `split`, of each of its parts between <|endoftext|>, without
+    white space around them."""
+    for text in read_files(files):
+        yield from filter(None, map(str.strip, text.split(END))) if split and END in text else [text]
+
+
 @making()
 def main(*arguments, **overrides):
     assigned = config.read(arguments, overrides)
@@ -215,10 +227,11 @@ def main(*arguments, **overrides):
         raise UserError('which text? python -m prepare.text --input=FILE_OR_FOLDER (--help: its encodings)')
     files = find_files(Path(settings['input']))
     name = settings['encoding']
-    encoding = make_encoding(name, read_files(files), settings['vocab_size'])
+    encoding = make_encoding(name, read_documents(files, name == 'bpe'), settings['vocab_size'])
     name = name if name in ENCODINGS else arrays.read_meta(name)['encoding']
     meta = dict(prepare='text', encoding=name, settings=settings)
-    write_split(Path(settings['out']), encoding, read_files(files), settings['val_share'], meta)
+    documents = read_documents(files, encoding.eot_token is not None)
+    write_split(Path(settings['out']), encoding, documents, settings['val_share'], meta)
 
 
 if __name__ == '__main__':

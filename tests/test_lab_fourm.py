@@ -13,7 +13,7 @@ import train
 from config import UserError
 from lab import retrieval
 from lab.chains import generate
-from lab.fourm import AnyToAny, given_ids, read_chains, replace_words
+from lab.fourm import AnyToAny, given_ids, own_ids, read_chains, replace_words
 from tests import toys
 from tests.tiny import TINY
 
@@ -121,6 +121,14 @@ def test_words_of_all_scripts_are_replaced(change, text, expected):
     same = SimpleNamespace(dataset=SimpleNamespace(decode=lambda name, rows: rows, read_text=lambda name, text: torch.tensor([*text.encode()])))
     found = replace_words(same, change, dict(caption=[text]), dict(caption=[text]))
     assert bytes(found['caption'].tolist()).decode() == expected
+
+
+def test_a_text_is_one_line_as_captions_are():
+    caption = SimpleNamespace(is_text=True, vocab_size=9)
+    run = SimpleNamespace(model=SimpleNamespace(modality=dict(caption=caption)),
+                          dataset=SimpleNamespace(read_text=lambda name, text: torch.tensor([[*text.encode()]])))
+    for text in ('a  dog\n on grass ', ' a dog on\tgrass ...'):
+        assert bytes(own_ids(run, AnyToAny(text=text), ['caption'])['caption'][0].tolist()) == b'a dog on grass'
 
 
 def test_a_change_that_changes_nothing_gets_a_line(out_dir, run, capsys):

@@ -239,6 +239,26 @@ def test_copies_are_left_out(folder, capsys):
     assert 'left out: in/deep/z (1).txt: the same text as in/deep/c.txt' in capsys.readouterr().out
 
 
+def test_files_of_other_kinds_are_counted(folder, capsys):
+    for name in ('code.py', 'deep/more.py', 'Makefile'):
+        (folder / 'in' / name).write_text('x')
+    assert len(text.find_files(Path('in'))) == 3
+    assert capsys.readouterr().out == ('left out: in: 4 of its files (2 .py, 1 no suffix, 1 .png); text files are *.txt, *.md, '
+                                       '*.rst, *.tex\n')
+
+
+@pytest.mark.parametrize('encoding, expected', [
+    ('bpe', ['first', 'second one', 'new', 'last\n']), ('characters', [f'firstsecond one{END}\nnew\n{END}last\n'])])
+def test_end_tokens_within_a_file(folder, encoding, expected):
+    """They end a document, if the encoding has an end token; else they are text like any other."""
+    (folder / 'in/b.txt').write_text(f'second one{END}\nnew\n{END}')
+    (folder / 'in/deep/c.txt').write_text('last\n')
+    text.main(input='in', encoding=encoding, val_share=0.3)
+    tokens, dataset, _ = stored(folder / 'data/text')
+    parts = [part for part in np.split(tokens, np.flatnonzero(tokens == dataset.end) + 1) if len(part)]
+    assert [dataset.decode(part.tolist()) for part in parts] == expected
+
+
 def test_a_large_alphabet():
     with pytest.raises(UserError, match="the character 'x' is not in the alphabet '.{100}' ... of 5000 characters"):
         Characters(''.join(map(chr, range(0x4e00, 0x4e00 + 5000)))).encode_ordinary('x')
