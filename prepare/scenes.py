@@ -89,14 +89,17 @@ def text_length(name, max_objects):
 
 
 def spell_out(text):
-    """Rewrites user text in the grammar of captions: 'Two red spheres' becomes 'a red sphere and a red sphere'."""
+    """Rewrites user text in the grammar of captions: 'Two red spheres, blue cube.' becomes 'a red sphere, a red sphere
+    and a blue cube'."""
     counts = dict(one=1, two=2, three=3, four=4, five=5)
 
     def repeat(match):
-        return ', '.join([f'a {match[2]}'] * counts[match[1]])
+        return ', '.join([match[2]] * counts[match[1]])
     text = re.sub(rf'\b({"|".join(counts)}) ((?:\w+ )*?(?:{"|".join(SHAPES)}))s?\b', repeat,
-                  text.strip().lower().rstrip('.'))
-    return text if ' and ' in text else ' and '.join(text.rsplit(', ', 1))  # the last object comes after an "and"
+                  ' '.join(text.lower().split()).rstrip(' .!?'))
+    phrases = filter(None, map(str.strip, re.split(r',|\band\b', text)))
+    phrases = [re.sub(r'^(an?\b)? *', 'a ', phrase).strip() for phrase in phrases]
+    return ' and '.join(', '.join(phrases).rsplit(', ', 1))  # the last object comes after an "and"
 
 
 def parse_text(name, text):
@@ -193,7 +196,8 @@ class Dataset:
 
     def read_text(self, name, text):
         """A user's text, in words of the vocabulary -> token ids (1, size). Raises UserError."""
-        return self.encode(name, [known_words(self.encodings[name], spell_out(text) if name == 'caption' else text)])
+        text = spell_out(text) if name == 'caption' else text
+        return self.encode(name, [known_words(self.encodings[name], text, self.truth('val', name, slice(20)))])
 
     def read_image(self, name, path):
         """A user's image file -> token ids (1, size); any mode and any square size are converted."""

@@ -195,7 +195,7 @@ def test_same_seed_same_image(out_dir):
     (['--retrieve=rgb', '--given=caption', '--hide=caption=red'], 'retrieve and hide do not go together'),
     (['--text=hello'], 'need --given=NAME'),
     (['--given=caption', '--image=x.png'], '--given=caption needs --text'),
-    (['--given=caption', '--text=' + 'red ' * 30], 'has 33 tokens with its end token, the modality holds 26'),
+    (['--given=caption', '--text=' + 'red ' * 30], 'has 32 tokens with its end token, the modality holds 26'),
     (['--given=caption', '--text=a large purpel cube'], "'purpel' is not in the vocabulary of this data set: did you mean 'purple'?"),
     (['--given=caption', '--text=a unicorn'], "'unicorn' is not in the vocabulary of this data set: it has a, and, large, small, "),
     (['--scene=32'], 'scene=32: this split has the scenes 0 to 31'),

@@ -64,6 +64,24 @@ def test_spell_out():
         'a large red metal sphere, a large red metal sphere and a small cyan rubber cube')
     assert spell_out('two red spheres, a blue cube') == 'a red sphere, a red sphere and a blue cube'
     assert spell_out('a large red metal sphere') == 'a large red metal sphere'
+    for text in ('red cube and blue sphere', 'A red  cube, and a blue sphere!', 'an red cube,blue sphere ?'):
+        assert spell_out(text) == 'a red cube and a blue sphere'
+    assert (spell_out('large'), spell_out('a red cube and a'), spell_out(' .')) == ('a large', 'a red cube and a', '')
+
+
+@pytest.mark.parametrize('name, right, wrong', [
+    ('caption', 'red cube', 'a red cube; a red cube'), ('caption', 'a  red cube!', 'a red-cube'),
+    ('scene_desc', scene_desc([(1, 1, 0, 0, 3, 4)]), 'x=3 y=4 Shape:cube'), ('scene_desc', 'Object 1 - Position: x=3', 'Object 9')])
+def test_texts_of_bytes_are_refused(name, right, wrong, monkeypatch):
+    """Bytes that no text of the data has; the line shows a right text."""
+    texts = [(caption if name == 'caption' else scene_desc)([(0, 0, 0, 0, 5, 6)] * 2)]
+    monkeypatch.setattr(scenes.Dataset, '__init__', lambda self: None)
+    dataset = scenes.Dataset()
+    dataset.encodings, dataset.truth = {name: word_encoding(name, words(name, 64, 9))}, lambda *_: texts
+    dataset.load = lambda *_: np.zeros((1, 64))
+    assert set(dataset.read_text(name, right)[0].tolist()) & {*range(256)} <= {ord('a')}
+    with pytest.raises(UserError, match=f'is not worded as the texts of this data set; one is .{texts[0][:40]}'):
+        dataset.read_text(name, wrong)
 
 
 def test_match_keeps_left_to_right():
