@@ -219,8 +219,9 @@ def chat(run):
     def show(settings, values):
         turns = values['turns'].setdefault(settings.image, [])  # of this user: the value of a gr.State
         images, before = vlm.in_rows(run.dataset.read_image(settings.image)[None], 1), list(turns)
-        for ids in vlm.stream_reply(run, images, before, settings.text, settings):
-            turns[len(before):] = [(settings.text, list(ids))]
+        asked = run.dataset.own_question(settings.text)
+        for ids in vlm.stream_reply(run, images, before, asked, settings):
+            turns[len(before):] = [(asked, list(ids))]
             yield figures.talk_html((question, run.dataset.decode(reply)) for question, reply in turns)
     inputs = pick(run, picture, len(lines)) | dict(text=gr.Textbox(lines[0]['turns'][0][0], label='question'))
     return inputs | dict(turns=gr.State({})), 'prompts chat n', values_of, show, 'Ask about the image.'

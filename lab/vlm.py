@@ -149,16 +149,20 @@ def own_questions(run, settings):
     texts = lab.read_lines(settings.prompts) if settings.prompts else [settings.text]
     if settings.prompts and (empty := [i for i, text in enumerate(texts, 1) if not text.strip()]):
         raise UserError(f'{settings.prompts}: line {empty[0]} is empty: write one question a line')
+    texts = [run.dataset.own_question(text) for text in texts]
     for row in answers(run, images, [texts] * len(images), settings):
         print('\n'.join(row))
 
 
-def read_question():
-    """Return a line from the keyboard; '' after Ctrl-D or Ctrl-C."""
-    try:
-        return input('> ').strip()
-    except (EOFError, KeyboardInterrupt):
-        return ''
+def read_question(dataset):
+    """Return a question from the keyboard, the next one if the data set refuses it; '' after Ctrl-D or Ctrl-C."""
+    while True:
+        try:
+            return dataset.own_question(input('> ').strip())
+        except UserError as error:
+            print(error)
+        except (EOFError, KeyboardInterrupt):
+            return ''
 
 
 def chat(run, images, settings):
@@ -167,7 +171,7 @@ def chat(run, images, settings):
     if hasattr(sys.stdin, 'reconfigure'):
         sys.stdin.reconfigure(errors='replace')  # bytes that are not UTF-8
     print('Ask about the image; an empty line ends.')
-    while question := read_question():
+    while question := read_question(run.dataset):
         ids, shown = [], ''
         try:
             stream = answer_stream(run, cache, [question], settings, last)

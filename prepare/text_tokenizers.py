@@ -233,14 +233,16 @@ def load_words(path):
 def known_words(encoding, text, examples):
     """The text, if its words occur in this closed vocabulary, and single bytes only if `examples`, texts of the data
     set, have them: a model has seen no others. Raises UserError."""
+    shown = repr(examples[0][:90].strip())
     known = re.findall(r'\w+', ' '.join(encoding.decode([i]) for i in range(256, encoding.n_vocab - 1)))
     if unknown := [word for word in re.findall(r'\w+', text) if word not in known]:
         near, words = difflib.get_close_matches(unknown[0], known, 1), [word for word in known if word.isalpha()]
         raise UserError(f'{unknown[0][:40]!r} is not in the vocabulary of this data set: '
-                        + (f'did you mean {near[0]!r}?' if near else f'it has {", ".join(dict.fromkeys(words))}'))
+                        + (f'did you mean {near[0]!r}?' if near else f'it has {", ".join(dict.fromkeys(words))}.')
+                        + f' One of its texts is {shown}')
     seen = {i for example in examples for i in encode(encoding, example)}
     if any(i < 256 and i not in seen for i in encode(encoding, text)):
-        raise UserError(f'{text[:60]!r} is not worded as the texts of this data set; one is {examples[0][:90]!r}')
+        raise UserError(f'{text[:60].strip()!r} is not worded as the texts of this data set; one of them is {shown}')
     return text
 
 

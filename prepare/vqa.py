@@ -31,7 +31,7 @@ from config import UserError
 from prepare import arrays
 from prepare.files import making, tell
 from prepare.pictures import read_picture
-from prepare.text_tokenizers import encode, load_words
+from prepare.text_tokenizers import encode, known_words, load_words
 
 MAKES = 'data/vqa'
 SETTINGS = dict(
@@ -124,6 +124,16 @@ class Dataset:
         """Return the lines of a JSONL file of questions: dicts with image (its number), turns and families."""
         text = Path(self.folder, split, f'{name}.jsonl').read_text(encoding='utf-8')
         return [json.loads(line) for line in text.splitlines()]
+
+    def own_question(self, text):
+        """Return a user's question; for a closed vocabulary as the data set's are: with a capital, single spaces and a
+        question mark. Raises UserError if its words or bytes are not those of the data set."""
+        if self.meta['encoding'] == 'smollm2' or not text.strip():
+            return text
+        text = ' '.join(text.split())
+        text = f' {text[0].upper()}{text[1:]}' + '?' * (text[-1] not in '.?')
+        examples = [f' {question}' for line in self.questions('val')[:100] for question, _ in line['turns']]
+        return known_words(self.template.encoding, text, examples).strip()
 
     def decode(self, ids):
         return self.template.decode(ids)

@@ -80,7 +80,7 @@ def test_texts_of_bytes_are_refused(name, right, wrong, monkeypatch):
     dataset.encodings, dataset.truth = {name: word_encoding(name, words(name, 64, 9))}, lambda *_: texts
     dataset.load = lambda *_: np.zeros((1, 64))
     assert set(dataset.read_text(name, right)[0].tolist()) & {*range(256)} <= {ord('a')}
-    with pytest.raises(UserError, match=f'is not worded as the texts of this data set; one is .{texts[0][:40]}'):
+    with pytest.raises(UserError, match=f'is not worded as the texts of this data set; one of them is .{texts[0][:40]}'):
         dataset.read_text(name, wrong)
 
 

@@ -287,16 +287,25 @@ def test_answers(run, capsys):
         capsys.readouterr()
         sample.main(f'--out_dir={run}', '--image=own.png', *extra, '--max_new_tokens=3')
         assert capsys.readouterr().out.count('\n') == n
-    sample.main(f'--out_dir={run}', '--image=own.png', '--text=Is it?', '--max_new_tokens=0')
+    sample.main(f'--out_dir={run}', '--image=own.png', '--text=Is the cube red?', '--max_new_tokens=0')
     assert capsys.readouterr().out == '\n'
+
+
+def test_own_questions(run):
+    dataset = lab.open_run(Path(run, 'ckpt_last.pt'), 'cpu').dataset
+    for text in ('how many  red\ncubes are there', 'How many red cubes are there?'):
+        assert dataset.own_question(text) == 'How many red cubes are there?'
+    for line in dataset.questions('train')[:20]:
+        assert [dataset.own_question(question) for question, _ in line['turns']] == [question for question, _ in line['turns']]
 
 
 def test_chat(run, capsys, monkeypatch):
     Image.new('L', (20, 20)).save('grey.png')
-    asked = b'What \xe9?\n' + 3 * b'Are there any cubes?\n' + b'x' * 99 + 6 * b'\nAre there any cubes?'
+    asked = b'What \xe9?\n' + 3 * b'are there  any cubes\n' + b'Are there any' + 97 * b' red' + b' cubes' + 6 * b'\nAre there any cubes?'
     monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(asked), 'utf-8'))
     sample.main(f'--out_dir={run}', '--image=grey.png', '--chat=True', '--max_new_tokens=3')
     said, full = capsys.readouterr().out, 'the context is full: earlier turns are left out\n'
+    assert "'What \ufffd?' is not worded as the texts of this data set; one of them is 'What" in said
     assert said.count('the question has 101 tokens, and the context has room for 59') == 1
     assert 1 <= said.count(full) < 5  # more turns than the context holds
     assert said.replace(full, '').count('\n') == 1 + 1 + 3 + 1 + 6
@@ -304,7 +313,7 @@ def test_chat(run, capsys, monkeypatch):
 
 def test_chat_shows_no_half_characters(run, capsys, monkeypatch):
     said, answer = iter(['What is it?', '']), 'né 🙂.'.encode() + b'\xf0\x9f'  # a token a byte; ends within a character
-    dataset = mock.Mock(decode=lambda ids: bytes(ids).decode(errors='replace'))
+    dataset = mock.Mock(decode=lambda ids: bytes(ids).decode(errors='replace'), own_question=str)
     monkeypatch.setattr('builtins.input', lambda _: next(said))
     module = lab.module_of('vlm')
     monkeypatch.setattr(module, 'prefill_images', mock.Mock())
@@ -354,7 +363,9 @@ def test_another_image_is_another_one(run, monkeypatch):
 @pytest.mark.parametrize('arguments, message', [
     (['--image=none.png', '--text=Is it?'], 'none.png: no such image'),
     (['--image=own.png'], 'an empty question'),
-    (['--image=own.png', '--text=' + 'x' * 100],
+    (['--image=own.png', '--text=Is there red cube?'], "'Is there red cube.' is not worded as the texts of this data set; one of them is '.*.'"),
+    (['--image=own.png', '--text=Is there a red cube?'], "'a' is not in the vocabulary of this data set: .* One of its texts is '.*.'"),
+    (['--image=own.png', '--text=Are there any' + ' red' * 98 + ' cubes?'],
      'the question has 102 tokens, and the context has room for 59, the answer'),
     (['--image=own.png', '--prompts=latin.txt'], 'latin.txt: not UTF-8 text'),
     (['--image=own.png', '--prompts=empty.txt'], 'empty.txt: no prompts'),
