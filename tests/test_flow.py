@@ -355,7 +355,7 @@ def test_cifar10_in_six_modalities(cifar, monkeypatch):
     assert Path('out/photos/sample_000001.png').is_file()
     sample.main('--out_dir=out/photos', '--given=caption', '--text=a photo of a cat', '--target=low', '--n=1')
     transfer.main('--out_dir=out/photos', '--task=label', '--labels=20', '--steps=1', '--n_val=20')
-    assert 'scratch, 20 labels' in read_scores(Path('out/photos/transfer_label.json'))
+    assert '--steps=1 scratch, 20 labels' in read_scores(Path('out/photos/transfer_label.json'))
     with pytest.raises(UserError, match='data/photos exists already'):
         cifar(toy_cifar(), cifar10_modalities, 'data/photos')
 

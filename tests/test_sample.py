@@ -99,7 +99,7 @@ def test_help(runs):
     (['--max_new_tokens=-5'], 'max_new_tokens=-5: must be at least 0'),
     (['--seed=-1'], 'seed=-1: must be at least 0'),
     (['--split=test'], "split='test': data/story has train, val"),
-    (['--device=abacus'], "device='abacus' does not work here"),
+    (['--device=abacus'], "device='abacus': choose auto, cuda, mps or cpu"),
     (['--dtype=float8'], "dtype='float8': choose auto"),
     (['--checkpoint=ckpt_none.pt'], 'no such checkpoint; the nearest are out/told/ckpt_'),
     (['--init_from=told', '--checkpoint=ckpt_best.pt'], 'init_from takes ckpt_last.pt'),
