@@ -270,7 +270,7 @@ def skip_or_stop(state, norm, s, scaler, data, log, save, out_dir):
         skip, remedy = scaler.get_scale() >= 1, '--dtype=float32'  # a scale below 1 does not help
     else:
         skip = state.skipped < s['max_skipped_steps']
-        remedy = f'skip such steps: --max_skipped_steps={s["max_skipped_steps"] + 10}'
+        remedy = f'--max_skipped_steps={s["max_skipped_steps"] + 10}, which skips such steps'
     if skip:
         state.skipped += 1
         return scaler.update()  # lowers the scale

@@ -338,6 +338,9 @@ def run(main, stopped='stopped', **overrides):
             time.sleep(60)  # within half a minute on a busy machine
         if isinstance(error, MemoryError):
             error = UserError(f'not enough memory ({error or "no number is known"}): choose smaller sizes')
+        if isinstance(error, PermissionError):
+            error = UserError(f'{error}: close a program that has it open, ask its owner for permission, or use a copy '
+                              'of its folder')
         if not isinstance(error, (UserError, OSError)):
             raise
         closed = getattr(error, 'errno', 0) in CLOSED

@@ -3,8 +3,10 @@ Several processes under torchrun or srun: the process group, replicas (DDP) or s
 one process does for all.
 """
 import os
+import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -111,13 +113,26 @@ def waiting(path, remedy='use a folder of your own'):
         yield
 
 
+@contextmanager
+def exit_on_sigterm():
+    """SIGTERM raises SystemExit, so that subprocess.run ends its child, too. Only the main thread can set this."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def make_once(name, path):
     """Runs python -m prepare.NAME if `path`, the file that it writes last, is missing. Of several processes or runs,
     one runs it and the others wait for its lock. If it fails, the next one tries, so that none waits forever. Raises
     UserError."""
     if path.is_file():
         return
-    with waiting(f'{path.parent}.lock'):
+    with waiting(f'{path.parent}.lock'), exit_on_sigterm():
         if path.is_file():
             return
         print(f'{path} is missing: running python -m prepare.{name}', flush=True)

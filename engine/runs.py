@@ -14,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 from filelock import Timeout
+from tqdm import tqdm
 
 from config import UserError
 from engine import checkpoints, optimizers, processes
@@ -134,7 +135,8 @@ def prune(out_dir, keep, step):
     steps = {int(path.stem[5:]): path for path in out_dir.glob('ckpt_*.pt') if re.fullmatch(r'ckpt_\d{6,}', path.stem)}
     if is_main() and keep:
         for other in sorted(steps, key=lambda other: (other <= step, other))[:-keep]:
-            steps[other].unlink(missing_ok=True)
+            with suppress(OSError):  # on Windows, while another program reads it: the next evaluation tries again
+                steps[other].unlink()
 
 
 def finished(out_dir, settings, state):
@@ -263,10 +265,19 @@ def open_log(out_dir, settings, state, stack):
         stack.callback(name_offline_parts, Path(wandb_run.dir).parent.parent, wandb_run.id)
         stack.callback(wandb.finish)  # before it: offline, prints how to upload the last part later
 
+    unwritten = bytearray()  # what the file does not have yet, as on a full disk
+
     def log(line):
         if is_main():
-            with open(path, 'a', encoding='utf-8') as file:
-                file.write(json.dumps(finite(line), allow_nan=False) + '\n')
+            late = bool(unwritten)
+            unwritten.extend(json.dumps(finite(line), allow_nan=False).encode() + b'\n')
+            try:
+                with open(path, 'ab', buffering=0) as file:
+                    del unwritten[:file.write(unwritten)]
+            except OSError as error:
+                if not late:
+                    tqdm.write(f'{path} cannot be written ({error.strerror}): training continues, and each line of the '
+                               'log tries again; free disk space, or close a program that has the file open')
             if settings['wandb_log']:
                 wandb.log(line, step=line['step'])
     return log

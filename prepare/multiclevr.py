@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError
+from engine import threads
 from engine.processes import make_folder
 from prepare import arrays
 from prepare.files import making
@@ -335,7 +336,7 @@ def main(*arguments, **overrides):
         splits = [split for split in ('train', 'val', 'test') if split != 'test' or Path(source, split).is_dir()]
         stems = {split: find_stems(source, split) for split in splits}
         arrays.begin(folder, 'multiclevr')
-        workers = settings['workers'] or torch.get_num_threads()
+        workers = settings['workers'] or len(threads.cores())
         with open_pool(workers) if workers > 1 else nullcontext() as pool:
             for split in splits:
                 pack(source, folder, split, stems[split], pool)

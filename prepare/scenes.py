@@ -345,7 +345,7 @@ def make_scenes(settings):
     seeds = dict(val=2 * settings['seed'] + 1, train=2 * settings['seed'])
     for split, seed in seeds.items():
         n = settings[f'n_{split}']
-        arrays = raw_arrays(make(n, seed, size, K, settings['workers'] or None))
+        arrays = raw_arrays(make(n, seed, size, K, settings['workers']))
         hashes = {picture.tobytes() for picture in arrays['raw_rgb']}
         assert not hashes & seen, 'a scene is in both splits'
         seen = hashes if split == 'val' else seen

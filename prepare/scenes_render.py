@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError
+from engine import threads
 
 SHAPES = ('cube', 'sphere', 'cylinder')
 COLORS = {'blue': (42, 75, 215), 'brown': (129, 74, 25), 'cyan': (41, 208, 208), 'gray': (87, 87, 87),
@@ -301,8 +302,11 @@ def start_worker():
 
 @contextmanager
 def open_pool(workers):
-    """A pool of processes (None: one per core). Raises UserError if one of them is killed, or cannot start."""
-    workers = workers and min(workers, 61 if sys.platform == 'win32' else workers)  # more than it allows
+    """A pool of processes; 0 is one per core that this process may use. Raises UserError if one of them is killed, or
+    cannot start."""
+    workers = workers or len(threads.cores())
+    if sys.platform == 'win32':
+        workers = min(workers, 61)  # it allows no more
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), start_worker)
     try:
         yield pool
@@ -314,7 +318,7 @@ def open_pool(workers):
         pool.shutdown(cancel_futures=True)
 
 
-def make(n, seed, size=64, max_objects=5, workers=None):
+def make(n, seed, size=64, max_objects=5, workers=0):
     """n rendered scenes as a dict of arrays, on all cores, with a progress bar; the same for any number of workers."""
     jobs = [(min(128, n - start), seed, start // 128, size, max_objects) for start in range(0, n, 128)]
     arrays = None

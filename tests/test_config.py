@@ -211,6 +211,8 @@ def test_elsewhere_a_fault_says_once_where_to_start(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('error, code, line', [
     (UserError('what, where'), 'error: what, where', ''), (FileNotFoundError('x.npy'), 'error: x.npy', ''),
+    (PermissionError(13, 'Permission denied', 'out/x/sample.gif'), "error: [Errno 13] Permission denied: 'out/x/sample.gif': close a "
+     'program that has it open, ask its owner for permission, or use a copy of its folder', ''),
     (KeyboardInterrupt(), 130, '\nstopped\n')])
 def test_programs_end_with_a_line(monkeypatch, capsys, error, code, line):
     def main(*arguments, **overrides):

@@ -264,6 +264,22 @@ def test_a_script_that_makes_something_else_is_told(tmp_path, monkeypatch):
         processes.make_once('toy', Path('data/toy/meta.json'))
 
 
+def test_a_script_ends_with_the_program_that_waits_for_it(tmp_path, monkeypatch):
+    """After `kill PID`. Without this the script would make the data alone, and keep the cores."""
+    monkeypatch.chdir(tmp_path)
+    code = 'import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(5); open("alone", "w")'
+    run, received = subprocess.run, []
+    monkeypatch.setattr(processes.subprocess, 'run', lambda words: run([sys.executable, '-c', code]))
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(1))
+    try:
+        with pytest.raises(SystemExit) as end:
+            processes.make_once('toy', Path('data/toy/meta.json'))
+        signal.raise_signal(signal.SIGTERM)  # the former handler is back
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 143 and received == [1] and not Path('alone').exists()
+
+
 def test_alone():
     """Without a process group everything is one process's."""
     assert processes.is_main() and processes.any_of([1], torch.device('cpu')) and not processes.any_of([], torch.device('cpu'))

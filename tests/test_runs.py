@@ -48,6 +48,38 @@ def test_the_log_is_json(tmp_path):
         '{"step": 1, "val_loss": null, "grad_norm": null, "lr": 0.5, "samples": [3]}\n')
 
 
+def test_a_log_that_cannot_be_written(tmp_path, capsys):
+    """Its lines are kept and written later; one message for a series of faults."""
+    with contextlib.ExitStack() as stack:
+        log = runs.open_log(tmp_path / 'a', dict(wandb_log=False), SimpleNamespace(step=0), stack)
+        for step in range(4):
+            if step == 2:
+                (tmp_path / 'a').mkdir()
+            log(dict(step=step))
+    assert (tmp_path / 'a/log.jsonl').read_text() == ''.join(f'{{"step": {step}}}\n' for step in range(4))
+    assert capsys.readouterr().out == (
+        f'{tmp_path}/a/log.jsonl cannot be written (No such file or directory): training continues, and each line of the log '
+        'tries again; free disk space, or close a program that has the file open\n')
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGXFSZ'), reason='POSIX')
+def test_a_disk_that_takes_a_part_of_a_line(tmp_path):
+    """The next line begins with the rest. A limit on the size of files is like a full disk."""
+    import resource
+    old, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGXFSZ, before)
+        stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, old)
+        log = runs.open_log(tmp_path, dict(wandb_log=False), SimpleNamespace(step=0), stack)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, old[1]))
+        log(dict(step=0))
+        log(dict(step=1))
+        assert (tmp_path / 'log.jsonl').read_text() == '{"step": 0}\n{"step":'
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        log(dict(step=2))
+    assert (tmp_path / 'log.jsonl').read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
+
+
 def test_the_folder_of_a_run():
     settings = dict(out_dir='', model='gpt')
     assert runs.folder_of(settings, ()) == Path('out/gpt')
@@ -160,6 +192,19 @@ def test_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
     runs.prune(tmp_path, 1, 1000000)  # the run went back to an earlier checkpoint
     assert {path.name for path in tmp_path.iterdir()} == {*names[1:]} - {'ckpt_1000001.pt'}
+
+
+def test_an_old_checkpoint_that_another_program_reads(tmp_path, monkeypatch):
+    """Windows does not delete it then."""
+    def forbid(path, missing_ok=False):
+        raise PermissionError(13, 'The process cannot access the file', path)
+    for step in (1, 2):
+        (tmp_path / f'ckpt_{step:06d}.pt').touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'unlink', forbid)
+        runs.prune(tmp_path, 1, 2)
+    runs.prune(tmp_path, 1, 2)  # at the next evaluation
+    assert [path.name for path in tmp_path.iterdir()] == ['ckpt_000002.pt']
 
 
 def test_a_disk_that_is_nearly_full(here, monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from config import UserError
+from engine import threads
 from prepare import scenes_render
 from prepare.scenes_render import (FOCAL, choose, draw_attributes, make, make_chunk, object_normal, open_pool, render,
                                    sample_scenes)
@@ -144,19 +145,21 @@ def test_a_worker_that_is_killed_ends_the_pool():
             list(pool.map(os._exit, [1]))
 
 
-def test_windows_allows_61_workers(monkeypatch):
+def test_the_number_of_workers(monkeypatch):
+    """0 is one per core that the process may use, as in a job of a cluster. Windows allows 61."""
     asked = []
 
     def pool(workers, *_):
         asked.append(workers)
         return SimpleNamespace(shutdown=lambda **_: 0)
     monkeypatch.setattr(scenes_render, 'ProcessPoolExecutor', pool)
+    monkeypatch.setattr(threads, 'cores', lambda: range(96))
     for platform in ('win32', 'linux'):
         monkeypatch.setattr(scenes_render, 'sys', SimpleNamespace(platform=platform))
-        for workers in (None, 64):
+        for workers in (0, 64):
             with open_pool(workers):
                 pass
-    assert asked == [None, 61, None, 64]
+    assert asked == [61, 61, 96, 64]
 
 
 def test_workers_end_with_their_parent():

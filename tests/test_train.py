@@ -308,7 +308,8 @@ def broken_clip(monkeypatch, call):
 def test_a_gradient_that_is_not_finite(here, monkeypatch):
     """It stops the run, and leaves the state before it and the samples' names; allowed, the step is left out."""
     calls = broken_clip(monkeypatch, 5)
-    with pytest.raises(UserError, match='step 4: the gradient is not finite .nan.. The state before it is in out/a/ckpt_fault.*=10,'):
+    with pytest.raises(UserError, match='step 4: the gradient is not finite .nan.. The state before it is in out/a/ckpt_fault.*; continue with '
+                                        '--max_skipped_steps=10, which skips such steps, or start again'):
         run('out/a', eval_interval=6)
     assert read('out/a', 'ckpt_fault.pt')['step'] == 4 and not Path('out/a/ckpt_last.pt').exists()
     assert sum(len(ids) for _, ids in lines('out/a')[-1]['samples']) == 8
