@@ -146,7 +146,7 @@ def test_fit_trains_on_the_device_that_it_is_given(monkeypatch):
     fit(), fit(device='cpu'), fit(device='cuda:1')
     assert asked == ['auto', 'cpu', 'cuda:1']
     monkeypatch.undo()
-    with pytest.raises(UserError, match="device='gpu' does not work here"):
+    with pytest.raises(UserError, match="device='gpu': choose auto, cuda, mps or cpu"):
         fit(device='gpu')
 
 

@@ -419,7 +419,7 @@ def test_a_run_from_another_runs_weights(here):
     (dict(n_head=5), 'must be a multiple'), (dict(n_head=0), 'n_head=0: must be at least 1'), (dict(n_embd=-8), 'n_embd=-8: must be at least 1'),
     (dict(n_layer_encoder=0), 'n_layer_encoder=0: must be at least 1'), (dict(min_lr=5.0), 'min_lr=5.0: must be at most 1'),
     (dict(decay=2.0), 'decay=2.0: must be at most 1'),
-    (dict(device='gpu'), "device='gpu' does not work here"),
+    (dict(device='gpu'), "device='gpu': choose auto, cuda, mps or cpu"),
     (dict(dtype='float8'), 'choose auto, float32, bfloat16 or float16'),
     (dict(grad_clip=-1.0), 'grad_clip=-1.0: must be at least 0'),
     (dict(seed=-1), 'seed=-1: must be at least 0'), (dict(seed=2 ** 64), 'seed=18446744073709551616: must be at most'),
