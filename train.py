@@ -147,6 +147,7 @@ def run(assigned, arguments, stack, signals):
         checkpoints.start_from(model, sources, folder, meta)
     sources.clear()  # as large as the model
     threads.choose(s['threads'], checkpoint, world)
+    stack.callback(devices.use_fused_attention, torch.backends.cuda.flash_sdp_enabled())  # the earlier kernel
     devices.set_up(device, length=devices.context_length(model))
     train_data, val_data = arrays.open_splits(folder, meta, model.batch_keys, s.get('block_size', 0), s['seed'])
     optimizers.freeze(model, s['lr_multipliers'])

@@ -124,7 +124,7 @@ def read_chains(run, settings):
     model, chains = run.model, settings.chain or f'{settings.given}>{settings.target}'
     if chains == '>' and not any((settings.text, settings.image, settings.hide, settings.replace)):
         first, *others = model.batch_keys
-        chains = ';'.join([f'{first}>{name}' for name in others] + [f'caption>{first}'] * ('caption' in others))
+        chains = ';'.join([f'{first}>{name}' for name in others] + [f'caption>{first}'] * ('caption' in others)) or '>'
     begun = [m.name for m in model.modalities if m.is_text] if settings.text.endswith('...') else []
     return [parse_chain(chain, settings, model, hidden_name(settings), begun) for chain in chains.split(';')]
 

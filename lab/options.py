@@ -125,9 +125,10 @@ def labels(text, n_classes):
     known = {str(c): c for c in range(n_classes)}
     if text and not known:
         raise UserError(f'labels={text!r}: this model has no classes: leave it out')
-    if unknown := [c for c in text.split(',') if c and c not in known]:
+    chosen = [c.strip() for c in text.split(',') if c.strip()]
+    if unknown := [c for c in chosen if c not in known]:
         raise UserError(f'labels: there is no class {unknown[0]!r} (classes are 0 to {n_classes - 1})')
-    found = [known[c] for c in text.split(',') if c]
+    found = [known[c] for c in chosen]
     if len(found) > len({*found}):
         raise UserError(f'labels={text!r}: name each class once; n is the number of images of each')
     return found or list(range(n_classes))

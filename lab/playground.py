@@ -120,16 +120,23 @@ def pick(run, picture, n, side=0):
 # The tabs. Each function makes the main widgets and returns them, {name: widget}; the names of settings that the page
 # does not show; values_of(values of widgets), the values of settings; show(settings, values), which yields HTML; a hint
 
+def first_of(names):
+    """rgb, or the first of a model without rgb."""
+    return 'rgb' if 'rgb' in names else names[0]
+
+
 def any_to_any(run):
     """nano4M: from any modalities to any others; painted patches of rgb are generated again."""
     names, texts = [*run.model.batch_keys], [m.name for m in run.model.modalities if m.is_text]
-    inputs = pick(run, partial(fourm.scene_image, run), run.data().n, run.model.modality['rgb'].grid[0]) | dict(
-        given=gr.CheckboxGroup(names, value=['rgb'], label='given'),
+    first = first_of(names)
+    side = run.model.modality['rgb'].grid[0] if 'rgb' in names else 0  # of the cells to paint on
+    inputs = pick(run, partial(fourm.scene_image, run), run.data().n, side) | dict(
+        given=gr.CheckboxGroup(names, value=[first], label='given'),
         text=gr.Textbox(label='a text of your own', placeholder='two large red metal spheres'),
-        target=gr.CheckboxGroup(names, value=names[1:], label='to be generated'))
+        target=gr.CheckboxGroup(names, value=[name for name in names if name != first], label='to be generated'))
 
     def tick(text, given, target):
-        return (given, target) if not text.strip() or {*given} & {*texts} else (texts[-1:], ['rgb'])
+        return (given, target) if not text.strip() or {*given} & {*texts} else (texts[-1:], [first])
     given, target = inputs['given'], inputs['target']
     inputs['text'].change(tick, [inputs['text'], given, target], [given, target], queue=False, show_progress='hidden')
 
@@ -169,7 +176,7 @@ def search(run):
     def values_of(values):
         return own_or_scene(values | {'image' if run.model.modality[values['given']].is_text else 'text': ''})
     inputs |= pick(run, partial(fourm.scene_image, run), run.data().n)
-    inputs |= dict(retrieve=gr.Radio(names, value='rgb', label='retrieve'), by=widget(settings_of(run), 'by'))
+    inputs |= dict(retrieve=gr.Radio(names, value=first_of(names), label='retrieve'), by=widget(settings_of(run), 'by'))
     return inputs, None, values_of, show, 'The ten nearest held-out scenes. The first search makes an index: minutes.'
 
 
@@ -234,11 +241,17 @@ def draw(run):
             texts = lab.module_of(run.model).draw(run, settings, Path(folder, 'sample.png')) or []
             images = [np.asarray(Image.open(path)) for path in Path(folder).glob('*.png')]
         yield figures.states_html([('', images)]) if images else figures.tokens_html([('\n\n'.join(texts), [])], 0)
-    return {}, '', dict, show, ''
+    return {}, 'chat', dict, show, ''
 
 
 TABS = {fourm.AnyToAny: (any_to_any, search), gpt.Text: (write,), maskgit.Images: (by_steps,), flow.Images: (by_steps,),
         flow.Points: (by_steps,), vlm.Answers: (chat,)}
+
+
+def tabs_of(run):
+    """The tabs of a run. A model that reads several images at a time has no chat, which is about one."""
+    several = getattr(run.model.config, 'n_images', 1) > 1
+    return (draw,) if several else TABS.get(type(settings_of(run)), (draw,))
 
 
 def build_tab(run, tab):
@@ -272,7 +285,7 @@ def serve(runs, host='127.0.0.1', port=None):
     with gr.Blocks(title='nanoFM', analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown('## nanoFM playground')
         for run in runs:
-            for tab in TABS.get(type(settings_of(run)), (draw,)):
+            for tab in tabs_of(run):
                 with gr.Tab(f'{run.path.parent.name}{": search" * (tab == search)}'), gr.Row():
                     build_tab(run, tab)
     theme = gr.themes.Base(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])

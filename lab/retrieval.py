@@ -225,7 +225,8 @@ def main(*arguments, **overrides):
     settings = config.apply(config.read(arguments, overrides), SETTINGS)
     device = devices.find(settings['device'])
     devices.set_up(device, training=False)
-    path, names = Path(settings['out_dir'], settings['checkpoint']), settings['pair'].split(',')
+    path = Path(settings['out_dir'], settings['checkpoint'])
+    names = [name.strip() for name in settings['pair'].split(',')]
     run = lab.open_run(path, device, settings['split'])
     if lab.chapter_of(run.model) != 'fourm' or len({*names} & {*run.model.batch_keys}) != 2 or len(names) != 2:
         raise UserError(f'pair={settings["pair"]!r}: two modalities of a run of fourm, as in "caption,rgb"')

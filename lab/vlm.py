@@ -58,7 +58,9 @@ def scores_of(run):
 # Questions and answers
 
 def prefill_images(run, images, n=1):
-    """Encode images (S, m, H, W, C) once; return the cache that n questions about each continue."""
+    """Encode images (S, m, H, W, C) once; return the cache that n questions about each continue. Raises UserError."""
+    if images.shape[1] != (m := run.model.config.n_images):
+        raise UserError(f'{images.shape[1]} images, and this model reads {m} at a time')
     prompt = torch.full(images.shape[:2], run.dataset.template.image)
     return run.model.prefill(prompt.to(run.device), torch.as_tensor(np.array(images)).to(run.device), n)
 
@@ -135,7 +137,7 @@ def draw(run, settings, path):
 
 
 def own_questions(run, settings):
-    """Print answers to each of the user's questions about each of the user's images."""
+    """Print and return answers to each of the user's questions about each of the user's images."""
     m = run.model.config.n_images
     images = np.stack([run.dataset.read_image(file) for file in options.paths(settings.image)])
     if len(images) % m:
@@ -150,8 +152,9 @@ def own_questions(run, settings):
     if settings.prompts and (empty := [i for i, text in enumerate(texts, 1) if not text.strip()]):
         raise UserError(f'{settings.prompts}: line {empty[0]} is empty: write one question a line')
     texts = [run.dataset.own_question(text) for text in texts]
-    for row in answers(run, images, [texts] * len(images), settings):
-        print('\n'.join(row))
+    replies = [reply for row in answers(run, images, [texts] * len(images), settings) for reply in row]
+    print('\n'.join(replies))
+    return replies
 
 
 def read_question(dataset):

@@ -18,6 +18,7 @@ thousands, not millions.
 """
 import hashlib
 import textwrap
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -75,6 +76,11 @@ def read_caption(path):
     return ' '.join(text.split())
 
 
+def name_key(stem):
+    """A name without case, in one Unicode form: photo.txt belongs to Photo.jpg, and é may be one character or two."""
+    return unicodedata.normalize('NFC', str(stem)).casefold()
+
+
 def read_folder(source, size, views, random):
     """Images (n, views, size, size, 3) and their n captions, sorted by name. Prints a line for each file that is left
     out."""
@@ -82,8 +88,8 @@ def read_folder(source, size, views, random):
     paths = [path for path in files if path.suffix.lower() in ENDINGS]
     stems, texts = ({path.with_suffix(''): path for path in reversed(some)}  # the first one of each name
                     for some in (paths, [path for path in files if path.suffix.lower() == '.txt']))
-    mute = {str(stem).casefold() for stem in stems if stem not in texts}
-    loose = {str(stem).casefold(): path for stem, path in texts.items() if stem not in stems}  # photo.txt of Photo.jpg
+    mute = {name_key(stem) for stem in stems if stem not in texts}
+    loose = {name_key(stem): path for stem, path in texts.items() if stem not in stems}
     faults = [f'{path}: no image beside it that is {", ".join(ENDINGS)}' for name, path in loose.items()
               if name not in mute]
     first = {}  # size and contents -> its path
@@ -92,7 +98,7 @@ def read_folder(source, size, views, random):
         try:
             if stems[stem] != path:
                 raise UserError(f'{path}: {stems[stem].name} has the same name, and the same caption')
-            text = texts.get(stem) or loose.get(str(stem).casefold(), path.with_suffix('.txt'))
+            text = texts.get(stem) or loose.get(name_key(stem), path.with_suffix('.txt'))
             caption, image = read_caption(text), read_picture(path)
             if (other := first.setdefault((image.size, hashlib.sha256(image.tobytes()).digest()), path)) != path:
                 raise UserError(f'{path}: the same picture as {other}')

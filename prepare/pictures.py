@@ -42,6 +42,8 @@ def read_picture(path, background='white'):
             return image.convert('RGB')
     except FileNotFoundError:
         raise UserError(f'{path}: no such image')
+    except IsADirectoryError:
+        raise UserError(f'{path}: a folder; name an image in it')
     except Exception as error:  # Pillow fails in many ways
         raise UserError(f'{path}: truncated, too large or not an image that Pillow can read ({type(error).__name__}: '
                         f'{error})')

@@ -19,6 +19,7 @@ validation. Pictures that cannot be read are named and left out with their conve
 import hashlib
 import json
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -243,12 +244,14 @@ def write_rows(folder, rows, image_index):
 
 
 def find_copies(images, names, size):
-    """Return {name: the first name of the same pixels} of the pictures in the folder `images` that can be read. Prints
+    """Return {name: the first file of the same pixels} of the pictures in the folder `images` that can be read. Prints
     a line for each other one."""
     first, copies, faults = {}, {}, []
     for name in tqdm(names, desc='check images', unit='image'):
+        forms = name, *(unicodedata.normalize(form, name) for form in ('NFC', 'NFD'))  # é as one character or as two
+        file = next((file for file in forms if (images / file).exists()), name)
         try:
-            copies[name] = first.setdefault(hashlib.sha256(read_resized(images / name, size)).digest(), name)
+            copies[name] = first.setdefault(hashlib.sha256(read_resized(images / file, size)).digest(), file)
         except UserError as error:
             faults.append(error)
     tell(faults)

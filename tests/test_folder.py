@@ -128,8 +128,10 @@ def test_hidden_copies_and_pictures_of_one_name(tmp_path, capsys):
         (tmp_path / f'{name}.txt').write_text(f'caption of {name}')
     Image.new('RGB', (9, 9)).save(tmp_path / 'Photo.png')
     (tmp_path / 'photo.txt').write_text('caption of a photo')
+    Image.new('RGB', (7, 7)).save(tmp_path / 'Cafe\u0301.png')  # as a Mac writes é: two characters
+    (tmp_path / 'caf\u00e9.txt').write_text('caption of a cafe')
     captions = folder.read_folder(tmp_path, 8, 1, None)[1]
-    assert sorted(captions) == sorted(f'caption of {name}' for name in ('a photo', 'p', 'q', *pair))
+    assert sorted(captions) == sorted(f'caption of {name}' for name in ('a photo', 'a cafe', 'p', 'q', *pair))
     said = capsys.readouterr().out
     for line in ('p.png: p.jpg has the same name', 'p.webp: p.jpg has the same', 'r.txt: no caption in UTF-8 (empty)',
                  f's.bmp: the same picture as {tmp_path}/q.png', 't.txt: no caption in UTF-8 (it holds zero bytes'):

@@ -52,6 +52,11 @@ def test_grids(out_dir, capsys):
     assert draw(out_dir, '--target=rgb,caption').size[0] == 2 * 132 - 4  # from nothing
 
 
+def test_one_modality_is_generated_from_nothing(work):
+    train.main(**(TINY | dict(out_dir='out/one', max_iters=1, train_modalities='depth', pictures=True)))
+    assert list(Path('out/one').glob('sample_*.png')) and draw('out/one').size == (132 - 4, 18 + 2 * 132 - 4)
+
+
 def test_chains_of_every_kind(out_dir):
     chain = draw(out_dir, '--chain=caption:w3,depth:w-1>normal:2:halton:t0.5,segmentation:mean3,rgb:2:best2:g1..3')
     assert chain.size[0] == 8 * 132 - 4

@@ -35,7 +35,7 @@ def test_digits(digits):
         assert (samples[0] != samples[1]).any()
     assert draw(digits, '--n=2', '--show=swap', '--guidance=2').size == (12 * 60 - 4, 18 + 2 * 60 - 4)
     Image.new('L', (28, 28), 255).save('own.png')
-    assert draw(digits, '--n=1', '--steps=2', '--show=swap', '--image=own.png', '--labels=3,5').size == (4 * 60 - 4, 18 + 2 * 60 - 4)
+    assert draw(digits, '--n=1', '--steps=2', '--show=swap', '--image=own.png', '--labels=3, 5').size == (4 * 60 - 4, 18 + 2 * 60 - 4)
 
 
 def test_a_schedule_is_written_as_two_ends(digits):

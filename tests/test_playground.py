@@ -19,6 +19,7 @@ import sample
 import train
 from config import UserError
 from lab import chains, figures, fourm, gpt, playground, retrieval
+from lab import vlm as lab_vlm
 from prepare import scenes_qa, toy2d
 from tests import test_flow, test_vlm, toys
 from tests.tiny import TINY
@@ -35,13 +36,14 @@ def runs(work):
     scenes_qa.main(n_turns=4, length=60)
     few = dict(max_iters=2, pictures=False)
     train.main(**TINY | few | dict(out_dir='out/play_fourm'))
+    train.main(**TINY | few | dict(out_dir='out/play_blind', train_modalities='depth caption'))
     train.main(**toys.GPT | few, dataset='story', block_size=16, out_dir='out/play_gpt')
     train.main(**toys.GPT | few | dict(model='maskgit'), dataset='toy_mnist', out_dir='out/play_maskgit')
     train.main(**test_flow.RUN | few, dataset='toy_mnist', out_dir='out/play_flow', patch_size=14)
     train.main(**test_flow.RUN | few, dataset='points', out_dir='out/play_points', label_dropout=0.0)
     train.main(**test_vlm.TINY, model='vlm', dataset='scenes_qa', out_dir='out/play_vlm', pictures=False)
     train.main(**toys.GPT | few, dataset='toy_mnist', out_dir='out/play_digits')
-    names = ('fourm', 'gpt', 'maskgit', 'flow', 'points', 'vlm', 'digits')
+    names = ('fourm', 'blind', 'gpt', 'maskgit', 'flow', 'points', 'vlm', 'digits')
     return {name: lab.open_run(Path(f'out/play_{name}/ckpt_last.pt'), 'cpu') for name in names}
 
 
@@ -149,6 +151,15 @@ def test_the_steps_of_an_image_are_those_of_generate(runs):
         assert torch.equal(last['rgb'], end['rgb']) and 'rgb' in raw
         unknown = [(known['rgb'] < 0).sum().item() for known, _ in steps]
         assert unknown[0] == unknown[1] == 40 and unknown[-1] == 0 and unknown == sorted(unknown, reverse=True)
+
+
+def test_a_model_without_rgb(click):
+    notes, pages, commands = click('blind', playground.any_to_any)
+    assert notes[-1].endswith(' s') and len(images_of(pages[-1], 'caption')) == 2 and '--given=depth --target=caption' in commands[-1]
+    notes, *_ = click('blind', playground.any_to_any, given=['caption'], target=['depth'], text='a large red cube')
+    assert notes[-1].endswith(' s')
+    made = playground.search(lab.open_run(Path('out/play_blind/ckpt_last.pt'), 'cpu'))[0]
+    assert (made['given'].value, made['retrieve'].value) == ('caption', 'depth')
 
 
 def test_in_painting_changes_the_mask_alone(click, runs):
@@ -278,6 +289,19 @@ def test_a_chat(click, runs, capsys):
     click('vlm', playground.chat, scene=1, text=question, turns=turns)
     click('vlm', playground.chat, scene=2, text=question, turns=turns)
     assert [len(rows) for rows in turns.values()] == [2, 1]  # earlier turns about the same image are context
+
+
+def test_a_model_of_several_images_has_no_chat(runs, click):
+    Image.new('L', (9, 9)).save('own.png')
+    _, pages, _ = click('vlm', playground.draw, image='own.png', text='Is it?', max_new_tokens=3)
+    texts = lab_vlm.own_questions(runs['vlm'], lab_vlm.Answers(image='own.png', text='Is it?', max_new_tokens=3))
+    assert pages[-1] == figures.tokens_html([(texts[0], [])], 0)
+    assert playground.tabs_of(runs['vlm']) == (playground.chat,)
+    runs['vlm'].model.config.n_images = 2
+    assert playground.tabs_of(runs['vlm']) == (playground.draw,)
+    with pytest.raises(UserError, match='1 images, and this model reads 2 at a time'):
+        lab_vlm.prefill_images(runs['vlm'], np.zeros((1, 1, 64, 64, 3), np.uint8))
+    runs['vlm'].model.config.n_images = 1
 
 
 def test_any_other_run(click):

@@ -18,7 +18,7 @@ import fourm
 import lab
 import train
 from config import UserError
-from engine import checkpoints, meters, optimizers
+from engine import checkpoints, devices, meters, optimizers
 from tests import faults
 from tests.tiny import GPT, TINY, lines, losses, read, run, save_data, weights
 
@@ -71,6 +71,7 @@ def test_as_in_a_notebook(toy, monkeypatch, capsys):
     """main returns or raises, and can be called again: after an error, after an interruption, in the same folder."""
     settings = toy('gpt') | dict(out_dir='out/a')
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    devices.use_fused_attention(True)  # PyTorch's default; a context of 8 tokens is trained without it
     assert train.main(**settings | dict(max_iters=3))['loss'] > 0
     assert 'train: 100%' in capsys.readouterr().err
     with pytest.raises(UserError, match='n_embd=16, not 32'):
@@ -83,7 +84,7 @@ def test_as_in_a_notebook(toy, monkeypatch, capsys):
         train.main(**settings | dict(max_iters=9))
     monkeypatch.setattr(optimizers, 'set_lr', set_lr)
     assert train.main(**settings | dict(max_iters=9))['loss'] > 0 and lines('out/a')[-1]['step'] == 9
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] and torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_stopped_by_a_signal(here):

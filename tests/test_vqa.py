@@ -99,12 +99,13 @@ def test_faults_of_images(tmp_path):
     (tmp_path / 'half.png').write_bytes(whole[:len(whole) // 2])
     (tmp_path / 'text.png').write_text('no picture')
     (tmp_path / 'empty.png').write_bytes(b'')
+    (tmp_path / 'folder.png').mkdir()
     Image.new('RGB', (1, 1)).save(tmp_path / 'dot.png')
     header = io.BytesIO(whole)
     (tmp_path / 'huge.png').write_bytes(header.getvalue()[:16] + struct.pack('>II', 60000, 60000) + whole[24:])
     for name, message in (('none', 'no such image'), ('half', 'truncated'),
                           ('text', 'truncated, too large or not an image'), ('empty', 'not an image'),
-                          ('dot', '1x1 pixels show nothing'), ('huge', 'too large')):
+                          ('dot', '1x1 pixels show nothing'), ('folder', 'a folder; name an image in it'), ('huge', 'too large')):
         with pytest.raises(UserError, match=rf'{name}.png: .*{message}') as error:
             vqa.read_resized(tmp_path / f'{name}.png', 8)
         assert '\n' not in str(error.value)
@@ -244,6 +245,16 @@ def test_pictures_that_cannot_be_read_are_left_out(tmp_path, monkeypatch, capsys
             assert line['turns'][0][1] == 'No.' or pixels[number, 0, 0, 0] == 20 * (line['turns'][0][1].count('Yes') - 1)
     assert len(found['train']) + len(found['val']) == 11 and not list(Path('data/vqa').rglob('*.tmp'))
     assert sum(len(np.load(f'data/vqa/{split}/images.npy')) for split in found) == 8  # ./0.png and copies are stored once
+
+
+def test_two_unicode_forms_of_a_name_are_one_file(tmp_path, capsys):
+    """A Mac may write é as two characters where the file of conversations has one, or the other way round."""
+    one, two = 'caf\u00e9', 'cafe\u0301'
+    for name, color in ((f'{two}1.png', 'red'), (f'{one}2.png', 'blue')):
+        Image.new('RGB', (9, 9), color).save(tmp_path / name)
+    found = vqa.find_copies(tmp_path, [f'{one}1.png', f'{two}1.png', f'{two}2.png', f'{one}3.png'], 8)
+    assert {*found} == {f'{one}1.png', f'{two}1.png', f'{two}2.png'} and all((tmp_path / file).exists() for file in found.values())
+    assert len({*found.values()}) == 2 and f'left out: {tmp_path}/{one}3.png: no such image' in capsys.readouterr().out
 
 
 def test_splits_share_no_image():
