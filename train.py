@@ -139,8 +139,12 @@ def run(assigned, arguments, stack, signals):
     runs.listen(signals, stack)
     checkpoint = runs.enter(out_dir, s, FREE, stack)  # the checkpoint to resume from, or None
     meta = arrays.agree(folder, meta, checkpoint)
+    if not processes.same(meta.get('sums')):
+        raise UserError(f'{folder}: the processes find different data there; put data/ on a file system that all nodes '
+                        'share, or copy it')
 
     # model and data
+    stack.enter_context(torch.random.fork_rng([device] if device.type == 'cuda' else []))  # a notebook's go on after it
     torch.manual_seed(s['seed'])
     model = config.build(chapter, s, meta, assigned)
     if not checkpoint:

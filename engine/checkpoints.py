@@ -268,11 +268,15 @@ def load_part(model, part, source, folder, meta):
     now, before = ({name: value for name, value in one.items() if name != 'sums'} for one in (meta, source['meta']))
     equal = meta.get('sums') and meta['sums'] == source['meta'].get('sums')  # made again, perhaps from another path
     if tokens and not equal and now.get('encoding', now) != before.get('encoding', before):
-        name = before.get('encoding', '')
-        name = f'data/{source["settings"]["dataset"]}' if '-' in name else name  # bpe-1A2B3C4D: trained on that text
+        name, _, start = before.get('encoding', '').partition('-')  # bpe-1A2B3C4D: trained on that text
+        own = Path('data', source['settings']['dataset'], 'encoding.json')
+        gone = start and not (own.is_file() and digest(own).startswith(start))
+        remedy = (f'. {own.parent} has another one now: prepare that text again, with another --out=, and name that '
+                  'folder as --encoding=' if gone else
+                  f', as prepare.text does with --encoding={own.parent.as_posix() if start else name}' if name else '')
         raise UserError(f'{folder} has other tokens than the run that init_from names '
                         f'({now.get("encoding", "its own")}, not {before.get("encoding", "these")}): make it with the '
-                        'same encoding' + f', as prepare.text does with --encoding={name}' * bool(name))
+                        f'same encoding{remedy}')
     for field in WITH_WEIGHTS if not part else ():
         value = getattr(model.config, field, None)
         if (trained := source['model_config'].get(field, value)) != value:

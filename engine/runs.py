@@ -52,11 +52,12 @@ def restarted(out_dir):
 
 def sources_of(settings, out_dir):
     """{part of the model: checkpoint whose sizes it has}: those that init_from names or, if the run has begun, its own,
-    so that the same command resumes it when its sources have changed or are gone."""
-    if settings['init_from'] in ('resume', 'scratch'):
+    so that the same command, or init_from='resume', resumes it when its sources have changed or are gone."""
+    own = None if settings['init_from'] == 'scratch' else checkpoints.read_newest(out_dir)[1]
+    names = own['settings']['init_from'] if own and settings['init_from'] == 'resume' else settings['init_from']
+    if names in ('resume', 'scratch'):
         return {}
-    own = checkpoints.read_newest(out_dir)[1]
-    return {'own': {'model_config': own['model_config']}} if own else checkpoints.read_sources(settings['init_from'])
+    return {'own': {'model_config': own['model_config']}} if own else checkpoints.read_sources(names)
 
 
 def enter(out_dir, settings, free, stack):
@@ -73,7 +74,8 @@ def enter(out_dir, settings, free, stack):
             out_dir.rename(aside)
         except OSError as error:
             raise UserError(f'{out_dir}: cannot be moved aside ({error.strerror}); choose another --out_dir=')
-        print(f'{out_dir} held another run: moved to {aside}')
+        print(f'{out_dir} held another run: moved to {aside}'
+              + f', a link; the new {out_dir} is a folder beside it' * aside.is_symlink())
     if is_main():
         stack.enter_context(lock(out_dir))
     processes.barrier()

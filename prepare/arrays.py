@@ -7,9 +7,9 @@ determine. Optional:
     files {field: name of its array on disk, if it differs; '{split}' is replaced by the split}
     views {field: number of pre-made augmentations, along a second axis}
     index {field: name of an array with the row of each sample, if samples share rows, as questions share images}
-`save_meta` adds sums {file: SHA-256} of all arrays and vocabularies. A run keeps meta.json in its checkpoints and is
-not resumed on other contents. Data of an older version, or of a script without `save_meta`, have no sums: their
-contents are not compared.
+`save_meta` adds sums {file: SHA-256} of all arrays, vocabularies and tokenizers. A run keeps meta.json in its
+checkpoints and is not resumed on other contents. Data of an older version, or of a script without `save_meta`, have no
+sums: their contents are not compared.
 """
 import importlib
 import json
@@ -81,10 +81,11 @@ def write_header(file, row, n):
 
 
 def sums_of(folder, meta):
-    """{file: SHA-256} of all arrays in a folder, of its vocabularies (*.json), and of the arrays of other data sets to
-    which its meta.json refers."""
+    """{file: SHA-256} of all arrays in a folder, of its vocabularies (*.json) and tokenizers (FIELD.pt), and of the
+    arrays of other data sets to which its meta.json refers."""
     files = [path.relative_to(folder).as_posix() for path in sorted([*folder.glob('*.npy'), *folder.glob('*/*.npy')])]
-    files += [path.name for path in sorted(folder.glob('*.json')) if path.name != 'meta.json']
+    own = [*folder.glob('*.json'), *(folder / f'{name}.pt' for name in meta['fields'])]
+    files += [path.name for path in sorted(own) if path.name != 'meta.json' and path.is_file()]
     links = [name for name in meta.get('files', {}).values() if name.startswith('..')]
     files += [f'{split.name}/{name.format(split=split.name)}.npy' for name in links
               for split in sorted(folder.glob('*/')) if (split / f'{name.format(split=split.name)}.npy').is_file()]
@@ -170,7 +171,7 @@ def open_dataset(folder, meta):
     if not hasattr(module, 'Dataset'):
         raise UserError(f'{folder} was made by prepare/{name}.py, which is missing or has no class Dataset: restore '
                         'it, or write one (docs/yours.md)')
-    for file in (Path(folder, name) for name in meta.get('sums', {}) if name.endswith('.json')):
+    for file in (Path(folder, name) for name in meta.get('sums', {}) if name.endswith(('.json', '.pt'))):
         if file.is_file() and digest(file) != meta['sums'][file.name]:
             raise UserError(f'{file} has changed since this data set was made: restore it, or delete {folder} to make '
                             'it again')

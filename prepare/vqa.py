@@ -171,17 +171,19 @@ def check_line(line):
 
 
 def from_llava(entry):
-    """Turn an entry of LLaVA-Instruct's JSON into a line of ours, {} if it has no image. Raises ValueError."""
+    """Turn an entry of LLaVA-Instruct's JSON into a line of ours, {} if it has no image. Raises ValueError. Some
+    programs write "images" for "image"."""
     if not isinstance(entry, dict) or not isinstance(entry.get('conversations'), list):
         raise ValueError('not an entry of LLaVA-Instruct: it has no conversations')
-    if 'image' not in entry:
+    if not {'image', 'images'} & entry.keys():
         return {}
+    image = entry.get('image', entry.get('images'))
     if not all(isinstance(part, dict) and isinstance(part.get('value'), str) for part in entry['conversations']):
         raise ValueError('conversations is not a list of {"from": "human" or "gpt", "value": "a text"}')
     said = [(part.get('from'), part['value'].replace('<image>', '').strip()) for part in entry['conversations']]
     if [who for who, _ in said] != ['human', 'gpt'] * (len(said) // 2):
         raise ValueError('human and gpt do not take turns')
-    return dict(image=entry['image'], turns=[[q, a] for (_, q), (_, a) in zip(said[::2], said[1::2])])
+    return dict(image=image, turns=[[q, a] for (_, q), (_, a) in zip(said[::2], said[1::2])])
 
 
 def read_conversations(path):
@@ -202,8 +204,9 @@ def read_conversations(path):
                 conversations.append(check_line(line))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{place}: {error}')
+    tell([f'{path}: {n} conversations without an image'] if (n := len(entries) - len(conversations)) else [])
     if not conversations:
-        raise UserError(f'{path}: holds no conversations')
+        raise UserError(f'{path}: holds no conversations about images')
     if len(counts := {len(names) for names, _ in conversations}) > 1:
         raise UserError(f'{path}: conversations have {min(counts)} to {max(counts)} images; give each the same number')
     return conversations

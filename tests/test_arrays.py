@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -417,12 +418,19 @@ def sums():
 
 def test_sums_of_all_arrays(here):
     """`sha256sum -c SHA256SUMS` in the data folder, as the pages say it: right as made, a changed file is found by its name."""
+    shutil.copyfile('data/scenes/rgb.pt', 'rgb.pt')
     done = sums()
     listed = [line.partition('  ')[2] for line in Path('data/scenes/SHA256SUMS').read_text().splitlines()]
     assert done.returncode == 0 and done.stdout.count(': OK\n') == len(listed)
     assert [name for name in listed if name.endswith('.npy')] == sorted(
         path.relative_to('data/scenes').as_posix() for path in Path('data/scenes').rglob('*.npy'))
-    assert [name for name in listed if not name.endswith('.npy')] == ['caption.json', 'scene_desc.json']  # vocabularies
+    assert [name for name in listed if not name.endswith('.npy')] == [
+        'caption.json', 'depth.pt', 'normal.pt', 'rgb.pt', 'scene_desc.json', 'segmentation.pt']  # vocabularies and tokenizers
+    Path('data/scenes/rgb.pt').write_bytes(Path('data/scenes/depth.pt').read_bytes())
+    with pytest.raises(UserError, match='rgb.pt has changed since this data set was made: restore it, or delete data/scenes to'):
+        arrays.open_dataset(Path('data/scenes'), arrays.read_meta('data/scenes'))
+    assert 'rgb.pt: FAILED' in sums().stdout
+    shutil.copyfile('rgb.pt', 'data/scenes/rgb.pt')
     path = Path('data/scenes/val/rgb.npy')
     tokens = np.load(path)
     tokens.flat[7] = (tokens.flat[7] + 1) % 100  # a legal token, but another one

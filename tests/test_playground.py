@@ -293,8 +293,8 @@ def test_a_chat(click, runs, capsys):
 
 def test_a_model_of_several_images_has_no_chat(runs, click):
     Image.new('L', (9, 9)).save('own.png')
-    _, pages, _ = click('vlm', playground.draw, image='own.png', text='Is it?', max_new_tokens=3)
-    texts = lab_vlm.own_questions(runs['vlm'], lab_vlm.Answers(image='own.png', text='Is it?', max_new_tokens=3))
+    _, pages, _ = click('vlm', playground.draw, image='own.png', text='How many cubes are there?', max_new_tokens=3)
+    texts = lab_vlm.own_questions(runs['vlm'], lab_vlm.Answers(image='own.png', text='How many cubes are there?', max_new_tokens=3))
     assert pages[-1] == figures.tokens_html([(texts[0], [])], 0)
     assert playground.tabs_of(runs['vlm']) == (playground.chat,)
     runs['vlm'].model.config.n_images = 2

@@ -165,7 +165,7 @@ def test_the_number_of_workers(monkeypatch):
 def test_workers_end_with_their_parent():
     code = ('import os, time; from prepare.scenes_render import open_pool\n'
             'with open_pool(1) as pool:\n    print(pool.submit(os.getpid).result(), flush=True); time.sleep(60)')
-    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
         worker = int(parent.stdout.readline())
         parent.kill()
     for _ in range(100):

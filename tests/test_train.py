@@ -2,6 +2,7 @@
 import io
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -71,8 +72,10 @@ def test_as_in_a_notebook(toy, monkeypatch, capsys):
     """main returns or raises, and can be called again: after an error, after an interruption, in the same folder."""
     settings = toy('gpt') | dict(out_dir='out/a')
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    random = torch.random.get_rng_state()
     devices.use_fused_attention(True)  # PyTorch's default; a context of 8 tokens is trained without it
     assert train.main(**settings | dict(max_iters=3))['loss'] > 0
+    assert torch.equal(torch.random.get_rng_state(), random)
     assert 'train: 100%' in capsys.readouterr().err
     with pytest.raises(UserError, match='n_embd=16, not 32'):
         train.main(**settings | dict(n_embd=32))
@@ -386,6 +389,8 @@ def test_a_run_from_another_runs_weights(here):
     sizes = {name: value for name, value in GPT.items() if name not in ('n_layer', 'n_head', 'n_embd', 'block_size')}
     train.main(**sizes, init_from='out/first', out_dir='out/sizes')  # they come with the weights
     assert read('out/sizes')['model_config']['n_embd'] == 16
+    train.main(**sizes | dict(max_iters=5), out_dir='out/sizes')  # and stay, however it is resumed
+    assert read('out/sizes')['step'] == 5
     with pytest.raises(UserError, match='the weights that init_from names are for other sizes'):
         train.main(**(GPT | dict(n_embd=32)), init_from='first', out_dir='out/wider')
     for name, value in dict(n_head=1, tie_embeddings=True, qk_norm=False, activation='gelu_tanh').items():  # of the same shapes
@@ -402,9 +407,12 @@ def test_a_run_from_another_runs_weights(here):
     save_data(*data, config=dict(vocab_size=9), encoding='bpe')
     with pytest.raises(UserError, match='data/toy has other tokens than the run that init_from names .*with the same encoding$'):
         train.main(**GPT, init_from='first', out_dir='out/other')
-    for encoding, name in (('bpe-0a1b2c3d', 'data/toy'), ('smollm2', 'smollm2')):
+    Path('data/toy/encoding.json').write_text('{}')
+    own = f'bpe-{checkpoints.digest("data/toy/encoding.json")[:8]}'
+    for encoding, remedy in ((own, ', as prepare.text does with --encoding=data/toy'), ('smollm2', ', as prepare.text does with --encoding=smollm2'),
+                             ('bpe-0a1b2c3d', '. data/toy has another one now: prepare that text again, with another --out=, and name that folder as --encoding=')):
         source = read('out/first') | dict(meta=dict(encoding=encoding))
-        with pytest.raises(UserError, match=f'with the same encoding, as prepare.text does with --encoding={name}$'):
+        with pytest.raises(UserError, match=f'with the same encoding{re.escape(remedy)}$'):
             checkpoints.start_from(None, {'': source}, 'data/toy', dict(encoding='gpt2'))
 
 

@@ -133,7 +133,7 @@ def test_broken_lines(tmp_path, line, message):
     assert str(error.value).startswith(str(path)) and '\n' not in str(error.value)
 
 
-def test_faults_of_files(tmp_path):
+def test_faults_of_files(tmp_path, capsys):
     with pytest.raises(UserError, match='which conversations'):
         vqa.main()
     with pytest.raises(UserError, match='No such file'):
@@ -141,6 +141,10 @@ def test_faults_of_files(tmp_path):
     (tmp_path / 'empty.jsonl').write_text('\n')
     with pytest.raises(UserError, match='holds no conversations'):
         vqa.main(input=str(tmp_path / 'empty.jsonl'))
+    said = '"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]'
+    (tmp_path / 'x.json').write_text(f'[{{"images": ["a.png"], {said}}}, {{{said}}}]')
+    assert vqa.read_conversations(tmp_path / 'x.json') == [(['a.png'], [['q', 'a']])]
+    assert capsys.readouterr().out == f'left out: {tmp_path}/x.json: 1 conversations without an image\n'
     (tmp_path / 'x.json').write_text('[{"image": "a", "conversations": [{"from": "gpt", "value": "x"}]}]')
     with pytest.raises(UserError, match='x.json, entry 1: human and gpt do not take turns'):
         vqa.main(input=str(tmp_path / 'x.json'))
