@@ -6,12 +6,12 @@ ceiling, the value of real data; baseline, the value without a model; and shuffl
 condition of another sample: a model that ignores its condition has the same value with both.
 """
 import json
-import os
 import shlex
 
 import numpy as np
 
 from config import UserError
+from engine.checkpoints import replace
 
 BOUNDS = 'floor', 'ceiling', 'baseline', 'shuffled'
 
@@ -94,11 +94,8 @@ def save_scores(scores, path, digest):
     except UserError:  # damaged
         pass
     new = path.with_suffix('.tmp')
-    try:
-        new.write_text(json.dumps(dict(checkpoint=digest, scores=scores), indent=1), encoding='utf-8')
-        os.replace(new, path)
-    except PermissionError as error:
-        raise UserError(f'{path}: cannot be written ({error.strerror}); copy the run to a folder of your own')
+    new.write_text(json.dumps(dict(checkpoint=digest, scores=scores), indent=1), encoding='utf-8')
+    replace(new, path)
     return scores
 
 

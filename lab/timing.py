@@ -17,6 +17,7 @@ from torch.utils.benchmark import Timer
 
 from config import UserError
 from engine import devices
+from engine.processes import make_folder
 from lab.statistics import markdown_head, markdown_row, markdown_table
 
 
@@ -176,7 +177,7 @@ def make_folders(*paths):
     for path in map(str, filter(None, paths)):
         if path.endswith(('/', os.sep)) or Path(path).is_dir():
             raise UserError(f'{path} is a folder: name a file in it')
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(path).parent, 'name a file elsewhere')
 
 
 def save(path, tables):

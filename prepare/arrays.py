@@ -189,8 +189,7 @@ def holds(now, before):
 
 
 def difference(now, before):
-    """In words, what `holds` misses first; '' if nothing. With sums, the entries of UNCOMPARED may
-    differ."""
+    """In words, what `holds` misses first; '' if nothing. With sums, the entries of UNCOMPARED may differ."""
     sums, other = (meta.get('sums', {}) for meta in (before, now))
     changed = [name for name in sums if other.get(name) != sums[name]]
     before = {name: value for name, value in before.items() if not (sums and name in UNCOMPARED)}
@@ -199,9 +198,9 @@ def difference(now, before):
 
 def check_links(folder, meta):
     """Raises UserError if another data set, to whose arrays meta.json refers, has been made again since."""
-    for name, digest in meta.get('sums', {}).items():
+    for name, before in meta.get('sums', {}).items():
         linked = Path(folder, name).parent.parent
-        if '..' in name and read_meta(linked).get('sums', {}).get('/'.join(Path(name).parts[-2:]), digest) != digest:
+        if '..' in name and read_meta(linked).get('sums', {}).get('/'.join(Path(name).parts[-2:]), before) != before:
             raise UserError(f'{folder} was made from other data than {os.path.normpath(linked)} holds now: run python '
                             f'-m prepare.{meta["prepare"]} again')
 

@@ -15,7 +15,6 @@ Byte-pair encodings have an end token after each document: each file, or each of
 last fraction val_share of all tokens is for validation. All data sets of plain text use the functions of this file and
 its `Dataset`, which encodes prompts and decodes ids.
 """
-import hashlib
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -135,7 +134,7 @@ def write(folder, encoding, splits, meta):
     # bits per byte = nats per token / ln 2 / bytes_per_token
     bytes_per_token = {split: mean_length(tokens, encoding) for split, tokens in splits.items()}
     if meta['encoding'] in ('characters', 'bpe'):  # specific to this text
-        meta['encoding'] += '-' + hashlib.sha256((folder / 'encoding.json').read_bytes()).hexdigest()[:8]
+        meta['encoding'] += '-' + digest(folder / 'encoding.json')[:8]
     meta = dict(kind='stream', fields=dict(tokens=encoding.n_vocab), config=dict(vocab_size=encoding.n_vocab),
                 sizes=sizes, bytes_per_token=bytes_per_token) | meta
     arrays.save_meta(folder, meta)
